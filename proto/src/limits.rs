@@ -1,0 +1,14 @@
+//! Limits that both ends of a wire hold to (promise P5). Each says why it has its value.
+
+/// Longest prompt, in tokens, that fits one message: 1 Mi tokens, above every context length in use; 4 bytes each as
+/// varints stays under [`MESSAGE_BYTES_MAX`].
+pub const PROMPT_TOKENS_MAX: usize = 1 << 20;
+
+/// Largest gRPC message in bytes. A prompt of [`PROMPT_TOKENS_MAX`] ids plus its block list fits.
+pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
+
+/// Stop token ids in one request. Models list a handful; more is a mistake or an attack.
+pub const STOP_TOKEN_IDS_MAX: usize = 64;
+
+/// Requests one caller may have open on one worker stream. Above any batch a worker can run or queue.
+pub const REQUESTS_PER_STREAM_MAX: usize = 4096;
