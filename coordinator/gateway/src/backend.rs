@@ -1,0 +1,328 @@
+//! The one seam between the gateway and the cluster: what the gateway asks for ([`Backend`], [`Job`]) and what it gets
+//! back ([`Generation`], [`GenerationEvent`], [`ClusterSnapshot`]).
+//!
+//! Deliberately knows nothing of HTTP, text, routing or Raft. Survival of a worker's death is the implementer's job:
+//! a `Generation` that continues elsewhere looks to the gateway like a pause.
+
+use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use baton_proto::state::UsageRecord;
+use baton_proto::worker;
+use serde::Serialize;
+use tokio::sync::mpsc;
+
+/// Events buffered between the cluster and one response. An event carries the tokens of one engine step, so this is a
+/// few seconds of a fast model; a client that reads slower than that is held back by the response, and one that does
+/// not read at all is cut by the gateway's write-stall limit.
+pub const GENERATION_EVENTS_MAX: usize = 1024;
+
+/// How the gateway sees the cluster.
+pub trait Backend: Send + Sync + 'static {
+    /// Every model the cluster knows of, whether a live worker serves it now or not.
+    fn models(&self) -> Vec<ModelInfo>;
+
+    /// Places a job. Returns at once: a job that cannot be taken now is an error, not a wait.
+    fn generate(&self, job: Job) -> Result<Generation, BackendError>;
+
+    /// Makes a usage record durable; durable on `Ok`. Called exactly once per request id for which
+    /// [`generate`](Self::generate) returned `Ok`, and idempotent by request id. The implementer bounds the time.
+    fn settle(&self, record: UsageRecord) -> impl Future<Output = Result<(), BackendError>> + Send;
+
+    /// The cluster as of now, for `GET /cluster/workers`, `/ready` and the gauges of `/metrics`.
+    fn snapshot(&self) -> ClusterSnapshot;
+}
+
+/// A model the cluster knows of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelInfo {
+    /// The name clients send in `model`.
+    pub id: String,
+    /// Unix time, in seconds, since when it is known.
+    pub created_unix_s: u64,
+    /// Tokens that prompt and completion may have together, the smallest of all its workers. 0 where none has
+    /// registered yet: the gateway then uses the model files' own limit.
+    pub context_length: u32,
+    /// At least one live worker (with decode capacity) serves it.
+    pub served: bool,
+}
+
+/// One request, tokenised and validated.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Job {
+    /// The client-visible request id; unique in the ledger.
+    pub request_id: String,
+    /// W3C trace context, always present.
+    pub traceparent: String,
+    /// A model id of [`Backend::models`].
+    pub model: String,
+    /// Prompt token ids; never empty.
+    pub prompt: Arc<[u32]>,
+    /// Most tokens to generate, at least 1. Prompt and these fit the context.
+    pub max_tokens: u32,
+    /// Sampling parameters. The seed is always set, so that a replay after a worker's death gives the same tokens.
+    pub sampling: worker::Sampling,
+    /// Any of these ends the sequence and is reported as its last token; empty with `ignore_eos`.
+    pub stop_token_ids: Vec<u32>,
+    /// Salts the prefix cache (tenant isolation).
+    pub cache_salt: Vec<u8>,
+}
+
+/// Why the backend refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BackendError {
+    /// All workers' queues are full. Becomes 429.
+    #[error("the cluster is at capacity ({reason}); retry after {} s", retry_after.as_secs().max(1))]
+    Overloaded {
+        /// What is full.
+        reason: String,
+        /// When a retry is likely to be taken.
+        retry_after: Duration,
+    },
+    /// No live worker serves the model at the moment. Becomes 503.
+    #[error("no worker serves the model `{model}` at the moment; retry shortly")]
+    NoWorker {
+        /// The model asked for.
+        model: String,
+    },
+    /// The cluster does not know the model. Becomes 404.
+    #[error("the model `{model}` does not exist")]
+    UnknownModel {
+        /// The model asked for.
+        model: String,
+    },
+    /// The coordinator cannot serve now (no Raft leader, shutting down, a record that could not be committed in
+    /// time). Becomes 503.
+    #[error("the coordinator is unavailable: {reason}")]
+    Unavailable {
+        /// What is missing.
+        reason: String,
+    },
+}
+
+/// What happened in a generation since the last event.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GenerationEvent {
+    /// New tokens, in order; never repeated and never lost, across workers too. May be empty.
+    pub tokens: Vec<u32>,
+    /// Set exactly once, on the last event. Its counts are those of the whole request, whatever the number of
+    /// workers it took; its reason is never `PREFILLED`.
+    pub finish: Option<worker::Finish>,
+}
+
+/// Which workers hold a request, as far as is known.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Placement {
+    /// The worker that streams; empty until placed.
+    pub decode_worker_id: String,
+    /// The worker asked to compute the prompt; empty if the streaming one does.
+    pub prefill_worker_id: String,
+    /// Times the request was placed; 1 without failures.
+    pub attempts: u32,
+}
+
+type SharedPlacement = Arc<Mutex<Placement>>;
+
+/// A running request: a bounded stream of events. Dropping it cancels the work on every worker.
+pub struct Generation {
+    events: mpsc::Receiver<GenerationEvent>,
+    placement: SharedPlacement,
+    cancel: Option<Box<dyn FnOnce() + Send + Sync>>,
+    finished: bool,
+}
+
+impl Generation {
+    /// A generation and the end that feeds it. `cancel` runs at most once, from [`stop`](Self::stop) or from drop,
+    /// unless the finish was received before; it must not block.
+    pub fn channel(cancel: impl FnOnce() + Send + Sync + 'static) -> (GenerationSender, Self) {
+        let (sender, events) = mpsc::channel(GENERATION_EVENTS_MAX);
+        let placement = SharedPlacement::default();
+        let generation = Self {
+            events,
+            placement: placement.clone(),
+            cancel: Some(Box::new(cancel)),
+            finished: false,
+        };
+        (
+            GenerationSender {
+                events: sender,
+                placement,
+            },
+            generation,
+        )
+    }
+
+    /// The next event; `None` after the finish, or if the backend went away without one. Cancel-safe.
+    pub async fn next(&mut self) -> Option<GenerationEvent> {
+        if self.finished {
+            return None;
+        }
+        let event = self.events.recv().await;
+        if event.as_ref().is_some_and(|event| event.finish.is_some()) {
+            self.finished = true;
+        }
+        event
+    }
+
+    /// Cancels the work at once, then waits at most `wait_max` for the finish, which tells the exact counts. Tokens
+    /// that still arrive are discarded. `None` if the finish was received before, or does not arrive in time.
+    pub async fn stop(mut self, wait_max: Duration) -> Option<worker::Finish> {
+        if self.finished {
+            return None;
+        }
+        if let Some(cancel) = self.cancel.take() {
+            cancel();
+        }
+        let finish = async {
+            while let Some(event) = self.events.recv().await {
+                if event.finish.is_some() {
+                    return event.finish;
+                }
+            }
+            None
+        };
+        tokio::time::timeout(wait_max, finish).await.ok().flatten()
+    }
+
+    /// Where the request runs, as last told by the backend.
+    pub fn placement(&self) -> Placement {
+        self.placement.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        if !self.finished
+            && let Some(cancel) = self.cancel.take()
+        {
+            cancel();
+        }
+    }
+}
+
+/// The backend's end of a [`Generation`].
+#[derive(Clone, Debug)]
+pub struct GenerationSender {
+    events: mpsc::Sender<GenerationEvent>,
+    placement: SharedPlacement,
+}
+
+impl GenerationSender {
+    /// Hands over an event without waiting. `Full` means that the client reads slower than the model writes: keep the
+    /// tokens and send them with the next event ([`reserve`](Self::reserve) tells when there is room). `Closed` means
+    /// that nobody listens any more: cancel.
+    pub fn try_send(&self, event: GenerationEvent) -> Result<(), mpsc::error::TrySendError<GenerationEvent>> {
+        self.events.try_send(event)
+    }
+
+    /// Hands over an event, waiting for room. The error gives it back if nobody listens any more.
+    pub async fn send(&self, event: GenerationEvent) -> Result<(), GenerationEvent> {
+        self.events.send(event).await.map_err(|error| error.0)
+    }
+
+    /// Waits until there is room for an event; false if nobody listens any more.
+    pub async fn reserve(&self) -> bool {
+        self.events.reserve().await.is_ok()
+    }
+
+    /// Waits until nobody listens any more.
+    pub async fn closed(&self) {
+        self.events.closed().await;
+    }
+
+    /// Tells where the request runs now. Read by the gateway when it settles the request.
+    pub fn placed(&self, placement: Placement) {
+        *self.placement.lock().unwrap_or_else(PoisonError::into_inner) = placement;
+    }
+}
+
+/// The workers as of now.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct ClusterSnapshot {
+    /// Registered workers, in a stable order; lost ones stay a while with state `lost`.
+    pub workers: Vec<WorkerStatus>,
+}
+
+/// What a worker may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WorkerRole {
+    /// Computes prompts for others.
+    Prefill,
+    /// Streams tokens.
+    Decode,
+    /// Both.
+    Combined,
+}
+
+/// How a worker is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WorkerState {
+    /// Registered, and its stream is not attached yet.
+    Joining,
+    /// Takes work.
+    Ready,
+    /// Finishes what it has and takes nothing new.
+    Draining,
+    /// No heartbeat for too long, or its connection broke.
+    Lost,
+}
+
+/// One worker: an element of the JSON array of `GET /cluster/workers`. Field names are a contract with `baton status`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct WorkerStatus {
+    /// The worker's id.
+    pub id: String,
+    /// Which registration of this id it is.
+    pub epoch: u64,
+    /// What it may do.
+    pub role: WorkerRole,
+    /// How it is doing.
+    pub state: WorkerState,
+    /// Process id on its host.
+    pub pid: u32,
+    /// The model it serves.
+    pub model: String,
+    /// What it computes on ("cpu, 2 threads").
+    pub device: String,
+    /// gRPC address, "ip:port".
+    pub addr: String,
+    /// KV transfer address, "ip:port" (UDP).
+    pub transfer_addr: String,
+    /// Tokens that a sequence may have.
+    pub context_length: u32,
+    /// Tokens of a KV block.
+    pub block_size: u32,
+    /// Bytes of a KV block.
+    pub kv_bytes_per_block: u64,
+    /// KV blocks: all, ...
+    pub total_blocks: u32,
+    /// ... free, ...
+    pub free_blocks: u32,
+    /// ... in use by sequences, ...
+    pub held_blocks: u32,
+    /// ... and kept only for their prefix.
+    pub cached_blocks: u32,
+    /// Sequences in the batch.
+    pub running: u32,
+    /// Sequences queued.
+    pub waiting: u32,
+    /// Sequences whose blocks are on their way from or to a peer.
+    pub transferring: u32,
+    /// Prompt tokens taken in since start.
+    pub prompt_tokens_total: u64,
+    /// Of these, found in the prefix cache.
+    pub cached_tokens_total: u64,
+    /// Tokens generated since start.
+    pub generation_tokens_total: u64,
+    /// Sequences put back for lack of blocks since start.
+    pub preemptions_total: u64,
+    /// KV bytes sent to peers since start.
+    pub transferred_bytes_total: u64,
+    /// Mean share of push time hidden behind compute, 0 to 1.
+    pub push_overlap: f32,
+    /// Milliseconds since the last heartbeat.
+    pub heartbeat_age_ms: u64,
+}
