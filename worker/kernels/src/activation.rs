@@ -1,0 +1,54 @@
+//! SwiGLU's gate: `out = silu(gate) * up`, element by element.
+
+use crate::isa::Isa;
+use crate::pool::{Pool, SharedOut};
+use crate::simd::{LANES, Simd, dispatch};
+
+/// Rows per task: enough work to be worth handing out.
+const ROWS_PER_TASK: usize = 4;
+
+/// Rows of `gate_up` are `[gate | up]`, each `width` long; rows of `out` are `width` long.
+pub(crate) fn silu_mul(pool: &Pool, isa: Isa, gate_up: &[f32], width: usize, out: &mut [f32]) {
+    assert!(
+        width > 0 && out.len().is_multiple_of(width) && gate_up.len() == 2 * out.len(),
+        "silu_mul: shapes"
+    );
+    let rows = out.len() / width;
+    let shared = SharedOut::new(out);
+    pool.run(rows.div_ceil(ROWS_PER_TASK), &|_, task| {
+        for row in task * ROWS_PER_TASK..rows.min((task + 1) * ROWS_PER_TASK) {
+            let (gate, up) = gate_up[row * 2 * width..(row + 1) * 2 * width].split_at(width);
+            // SAFETY: `Kernels` checked the instruction set; the output row is `width` long and this task's own.
+            unsafe { run_row(isa, gate, up, shared.at(row * width)) };
+        }
+    });
+}
+
+dispatch!(run_row = row_body(gate: &[f32], up: &[f32], out: *mut f32));
+
+#[inline(always)]
+unsafe fn row_body<S: Simd>(gate: &[f32], up: &[f32], out: *mut f32) {
+    let whole = gate.len() / LANES * LANES;
+    let tail = gate.len() - whole;
+    // SAFETY: `gate`, `up` and `out` have the same length.
+    unsafe {
+        for i in (0..whole).step_by(LANES) {
+            silu_times::<S>(S::load(gate.as_ptr().add(i)), S::load(up.as_ptr().add(i))).store(out.add(i));
+        }
+        if tail > 0 {
+            let g = S::load_head(gate.as_ptr().add(whole), tail);
+            let u = S::load_head(up.as_ptr().add(whole), tail);
+            silu_times::<S>(g, u).store_head(out.add(whole), tail);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn silu_times<S: Simd>(gate: S, up: S) -> S {
+    // SAFETY: as the caller.
+    unsafe {
+        let one = S::splat(1.0);
+        let exp = gate.mul(S::splat(-1.0)).exp();
+        gate.div(one.add(exp)).mul(up)
+    }
+}

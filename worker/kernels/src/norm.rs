@@ -1,0 +1,73 @@
+//! RMSNorm, alone or after adding a residual. One row is one sequential reduction, so rows never affect each other.
+
+use crate::isa::Isa;
+use crate::pool::{Pool, SharedOut};
+use crate::simd::{LANES, Simd, dispatch};
+
+/// Rows per task: enough work to be worth handing out.
+const ROWS_PER_TASK: usize = 8;
+
+/// `out = x / sqrt(mean(x^2) + eps) * weight` per row; with `delta`, `x += delta` first.
+pub(crate) fn rms_norm(
+    pool: &Pool,
+    isa: Isa,
+    x: &mut [f32],
+    delta: Option<&[f32]>,
+    weight: &[f32],
+    eps: f32,
+    out: &mut [f32],
+) {
+    let width = weight.len();
+    assert!(
+        width > 0 && x.len().is_multiple_of(width) && x.len() == out.len(),
+        "rms_norm: shapes"
+    );
+    assert!(delta.is_none_or(|d| d.len() == x.len()), "rms_norm: delta shape");
+    let rows = x.len() / width;
+    let (x, out) = (SharedOut::new(x), SharedOut::new(out));
+    pool.run(rows.div_ceil(ROWS_PER_TASK), &|_, task| {
+        for row in task * ROWS_PER_TASK..rows.min((task + 1) * ROWS_PER_TASK) {
+            let delta = delta.map_or(std::ptr::null(), |d| d[row * width..].as_ptr());
+            // SAFETY: `Kernels` checked the instruction set; the row lies inside all slices and is this task's own.
+            unsafe { run_row(isa, x.at(row * width), delta, weight, eps, out.at(row * width)) };
+        }
+    });
+}
+
+dispatch!(run_row = row_body(x: *mut f32, delta: *const f32, weight: &[f32], eps: f32, out: *mut f32));
+
+#[inline(always)]
+unsafe fn row_body<S: Simd>(x: *mut f32, delta: *const f32, weight: &[f32], eps: f32, out: *mut f32) {
+    let width = weight.len();
+    let whole = width / LANES * LANES;
+    let tail = width - whole;
+    // SAFETY: `x`, `out`, and `delta` unless null, have `width` elements.
+    unsafe {
+        if !delta.is_null() {
+            for i in (0..whole).step_by(LANES) {
+                S::load(x.add(i)).add(S::load(delta.add(i))).store(x.add(i));
+            }
+            for i in whole..width {
+                *x.add(i) += *delta.add(i);
+            }
+        }
+        let mut squares = S::splat(0.0);
+        for i in (0..whole).step_by(LANES) {
+            let v = S::load(x.add(i));
+            squares = v.mul_add(v, squares);
+        }
+        if tail > 0 {
+            let v = S::load_head(x.add(whole), tail);
+            squares = v.mul_add(v, squares);
+        }
+        let scale = 1.0 / (squares.sum() / width as f32 + eps).sqrt();
+        let scale_lanes = S::splat(scale);
+        for i in (0..whole).step_by(LANES) {
+            let v = S::load(x.add(i)).mul(scale_lanes).mul(S::load(weight.as_ptr().add(i)));
+            v.store(out.add(i));
+        }
+        for i in whole..width {
+            *out.add(i) = *x.add(i) * scale * weight[i];
+        }
+    }
+}
