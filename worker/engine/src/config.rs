@@ -22,8 +22,8 @@ pub struct SchedulerConfig {
     pub prefill_chunk_tokens_max: usize,
     /// Most sequences that hold blocks at once: running, filling, pushing and draining.
     pub seqs_max: usize,
-    /// Most requests in the waiting queue; beyond it `submit` refuses. Preempted sequences do not count: they were
-    /// admitted once and are bounded by `seqs_max`.
+    /// Length of the waiting queue from which `submit` refuses. Preempted sequences go back whatever its length (there
+    /// are at most `seqs_max`), and count.
     pub waiting_max: usize,
     /// Uncached prompt tokens from which a remote prefill is asked for when the request allows one.
     pub remote_prefill_min_tokens: usize,

@@ -1,19 +1,23 @@
 //! The engine: what a worker does between "here is a prompt" and "here is a token".
 //!
 //! - [`step`]: the seam to whatever computes tokens, and its batch.
-//! - `scheduler`: which sequence computes what, when, in which blocks; a state machine without IO, clocks or threads.
-//! - `blocks`: who owns which KV block, and the prefix cache.
+//! - [`scheduler`]: which sequence computes what, when, in which blocks; a state machine without IO, clocks or threads.
+//! - [`blocks`]: who owns which KV block, and the prefix cache.
 //! - [`sampling`] over [`rng`]: from logits to a token, a pure function.
 //! - [`request`], [`config`], [`stats`], [`error`]: the plain data at the edges.
 //!
 //! Not here: the network, KV transfers (the worker server drives them), model arithmetic (`baton-model`).
 #![forbid(unsafe_code)]
 
+pub mod blocks;
+mod chunks;
 pub mod config;
 pub mod error;
 pub mod request;
 pub mod rng;
 pub mod sampling;
+pub mod scheduler;
+mod sequence;
 pub mod stats;
 pub mod step;
 
@@ -21,5 +25,6 @@ pub use config::{SchedulerConfig, blocks_for_bytes};
 pub use error::{AdmitError, ConfigError, EngineError, SamplingError};
 pub use request::{Cancelled, FillRequest, Finish, FinishReason, Output, Plan, PrefillRequest, Request, Reuse};
 pub use sampling::{Sampler, SamplingParams};
+pub use scheduler::{Scheduler, cache_root};
 pub use stats::Stats;
 pub use step::{Engine, SeqId, StepBatch, StepSeq};

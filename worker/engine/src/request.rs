@@ -62,11 +62,12 @@ pub struct FillRequest {
 pub struct Reuse {
     /// Who reuses.
     pub seq: SeqId,
-    /// Positions, block-aligned at the start.
+    /// Positions whose KV is in place from now on. Ends at a block's end; starts where the sequence's own
+    /// computing stopped, which for a prefill-only sequence is a block's start too.
     pub positions: Range<usize>,
-    /// The blocks of the positions, in order (`positions.start / block_size` is the first).
+    /// The blocks that hold the positions, in order; the first holds `positions.start`.
     pub blocks: Vec<u32>,
-    /// Layers of a first partial block that steps had already computed are sent again; harmless, equal bytes.
+    /// Whether the sequence is prefill-only.
     pub prefill_only: bool,
 }
 
@@ -79,6 +80,8 @@ pub struct Plan {
     pub fills: Vec<FillRequest>,
     /// Prefix-cache hits of this plan, in order.
     pub reused: Vec<Reuse>,
+    /// Sequences that left the queue for the first time: the end of their queueing time.
+    pub admitted: Vec<SeqId>,
     /// Sequences sent back to the queue because blocks ran out; they lose no token. For logs.
     pub preempted: Vec<SeqId>,
 }
@@ -117,9 +120,10 @@ pub struct Finish {
     pub reason: FinishReason,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Leading prompt tokens whose KV this worker took from its prefix cache instead of computing or receiving it.
-    /// Counted over the first pass: a recomputation after preemption changes nothing. After a remote fill the shell
-    /// reports `max(this, what the prefill worker measured)`: both count a prefix of the same prompt.
+    /// Prompt tokens whose KV this worker took from its prefix cache instead of computing or receiving it. At most all
+    /// but the last one, and always 0 with the cache off. Counted over the first pass: a recomputation after
+    /// preemption changes nothing. After a remote fill the shell reports `max(this, the prefill worker's own count)`:
+    /// both count a prefix of the same prompt.
     pub cached_tokens: usize,
     /// Tokens emitted, a final stop token included.
     pub completion_tokens: usize,

@@ -1,0 +1,408 @@
+//! The scheduler: decides which sequence computes what in the next step, and in which blocks. A state machine without IO,
+//! clocks or threads; the worker server drives it, tests and simulations too.
+//!
+//! # States of a sequence
+//!
+//! ```text
+//! submit ──▶ Waiting ──admit──▶ Running ──stop / length──▶ (gone)
+//!               ▲  │               │ ▲
+//!               │  └─admit, remote─┼─┼─▶ Filling ──fill_done───▶ Running, first token emitted
+//!               └────preempted─────┘ └───fill_failed──┘
+//! submit_prefill ──▶ Waiting ──▶ Running ──first token──▶ Pushing ──release──▶ (gone)
+//! cancel:  Waiting, or Running to generate ──▶ (gone)
+//!          Filling, Pushing, or Running prefill-only ──▶ Draining ──release (or fill_*)──▶ (gone)
+//! ```
+//!
+//! # The loop
+//!
+//! `plan` → the engine computes `plan.batch` → `commit` (or `step_failed`). Between `plan` and `commit` every other call is
+//! allowed: blocks freed then are given out by the next `plan` at the earliest, and that answers with nothing while a
+//! step is open.
+//!
+//! # Rules
+//!
+//! - **Decode first.** Every sequence whose only uncomputed token is its last gets one token of the step; prefill chunks
+//!   share the rest: half to the oldest, the other half to the shortest.
+//! - **Admission** is strictly by age. A sequence gets the blocks of all its tokens at once, so a prefill never stalls half-way,
+//!   and one spare block per running sequence must remain, so that admitting does not lead straight to preempting.
+//! - **Preemption by recompute.** A decode that needs a block when none is left sends the youngest younger sequence back
+//!   to the queue, with all its tokens; one that has no younger waits where it is. So the oldest always progresses.
+//!   Sequences whose blocks a transport may touch, or prefill-only ones, are never preempted; those need no further
+//!   block and end by themselves.
+//! - **Length.** A sequence ends at `max_tokens` or at [`SchedulerConfig::length_max`], which is fixed: the context, or the whole
+//!   pool if that is smaller. So a sequence alone always fits, and where it is cut does not depend on its mates.
+//! - **Prefix cache.** Full computed blocks, generated ones included, are named at `commit` and `fill_done`. A sequence takes
+//!   the longest run of named blocks at admission, and again before each chunk; when several are about to compute the
+//!   same block, one does and the others wait for it that step. At least the last token is always computed.
+//!
+//! # Invariants ([`Scheduler::check`])
+//!
+//! Those of the [block manager](crate::blocks) and of sequences; the queue, the running set and the transport set
+//! partition the sequences by state; a waiting sequence holds nothing; at most `seqs_max` sequences hold blocks.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+
+use baton_proto::block_hash;
+use baton_proto::limits::STOP_TOKEN_IDS_MAX;
+
+use crate::blocks::BlockManager;
+use crate::config::SchedulerConfig;
+use crate::error::{AdmitError, ConfigError};
+use crate::request::{Cancelled, Finish, FinishReason, Output, PrefillRequest, Request};
+use crate::sampling::SamplingParams;
+use crate::sequence::{Sequence, State, Task};
+use crate::stats::Stats;
+use crate::step::{SeqId, StepBatch};
+
+mod accounting;
+mod planning;
+
+/// See the module.
+#[derive(Debug)]
+pub struct Scheduler {
+    config: SchedulerConfig,
+    blocks: BlockManager,
+    seqs: HashMap<SeqId, Sequence>,
+    /// By age: ids grow with time, and a preempted sequence keeps its own.
+    waiting: BTreeSet<SeqId>,
+    running: BTreeSet<SeqId>,
+    /// Filling, Pushing and Draining.
+    transport: BTreeSet<SeqId>,
+    next_id: u64,
+    step_open: bool,
+    /// The head of the queue and the situation in which it did not fit: not tried again before that changes.
+    blocked: Option<(SeqId, u64, usize)>,
+    /// Totals; gauges are filled in by `stats`.
+    totals: Stats,
+}
+
+impl Scheduler {
+    /// A scheduler over an empty pool.
+    pub fn new(config: SchedulerConfig) -> Result<Self, ConfigError> {
+        config.validate()?;
+        Ok(Scheduler {
+            blocks: BlockManager::new(config.total_blocks),
+            config,
+            seqs: HashMap::new(),
+            waiting: BTreeSet::new(),
+            running: BTreeSet::new(),
+            transport: BTreeSet::new(),
+            next_id: 0,
+            step_open: false,
+            blocked: None,
+            totals: Stats::default(),
+        })
+    }
+
+    /// The configuration it was made with.
+    pub fn config(&self) -> &SchedulerConfig {
+        &self.config
+    }
+
+    /// Queues a request to generate. Refused at once if it can never fit or the queue is full.
+    pub fn submit(&mut self, request: Request) -> Result<SeqId, AdmitError> {
+        if request.max_tokens == 0 {
+            return Err(AdmitError::NoTokensAsked);
+        }
+        if request.stop_token_ids.len() > STOP_TOKEN_IDS_MAX {
+            return Err(AdmitError::TooManyStops {
+                count: request.stop_token_ids.len(),
+                max: STOP_TOKEN_IDS_MAX,
+            });
+        }
+        let task = Task::Generate {
+            max_tokens: request.max_tokens,
+            stop_token_ids: request.stop_token_ids,
+            remote_prefill: request.remote_prefill,
+        };
+        self.enqueue(task, request.prompt, request.sampling, &request.cache_salt)
+    }
+
+    /// Queues a prefill for another worker. Its blocks are held from its first step until [`release`](Self::release).
+    pub fn submit_prefill(&mut self, request: PrefillRequest) -> Result<SeqId, AdmitError> {
+        let (skip, prompt_tokens) = (request.skip_tokens, request.prompt.len());
+        if !skip.is_multiple_of(self.config.block_size) || (skip > 0 && skip >= prompt_tokens) {
+            return Err(AdmitError::BadSkip {
+                skip_tokens: skip,
+                block_size: self.config.block_size,
+                prompt_tokens,
+            });
+        }
+        self.enqueue(Task::Prefill, request.prompt, request.sampling, &request.cache_salt)
+    }
+
+    fn enqueue(
+        &mut self,
+        task: Task,
+        prompt: Arc<[u32]>,
+        sampling: SamplingParams,
+        salt: &[u8],
+    ) -> Result<SeqId, AdmitError> {
+        let config = &self.config;
+        if prompt.is_empty() {
+            return Err(AdmitError::EmptyPrompt);
+        }
+        if prompt.len() >= config.context_length {
+            return Err(AdmitError::TooLong {
+                prompt_tokens: prompt.len(),
+                context_length: config.context_length,
+            });
+        }
+        let needed = prompt.len().div_ceil(config.block_size);
+        if needed > self.blocks.total() {
+            return Err(AdmitError::NeverFits {
+                needed,
+                total: self.blocks.total(),
+            });
+        }
+        if let Some(&token) = prompt.iter().find(|t| **t as usize >= config.vocab_size) {
+            return Err(AdmitError::UnknownToken {
+                token,
+                vocab_size: config.vocab_size,
+            });
+        }
+        if self.waiting.len() >= config.waiting_max {
+            return Err(AdmitError::QueueFull {
+                waiting_max: config.waiting_max,
+            });
+        }
+        let id = SeqId(self.next_id);
+        self.next_id += 1;
+        let root = block_hash::root(&cache_root(&config.model_digest, salt));
+        let seq = Sequence::new(id, task, prompt, sampling, root, config.block_size);
+        self.seqs.insert(id, seq);
+        self.waiting.insert(id);
+        Ok(id)
+    }
+
+    /// Takes in what the engine computed for `batch`, the one of the last plan. Spans of sequences that were cancelled
+    /// meanwhile are ignored.
+    pub fn commit(&mut self, batch: &StepBatch, sampled: &[Option<u32>]) -> Vec<Output> {
+        self.close_step(batch);
+        let mut outputs = Vec::new();
+        for (index, span) in batch.seqs.iter().enumerate() {
+            self.totals.computed_tokens += span.tokens.len() as u64;
+            let Some(seq) = self.seqs.get_mut(&span.seq) else {
+                continue;
+            };
+            if seq.state != State::Running || seq.computed != span.start_pos {
+                continue;
+            }
+            seq.computed = span.end_pos();
+            self.register_computed(span.seq);
+            if span.sample.is_some() {
+                let output = match sampled.get(index).copied().flatten() {
+                    Some(token) => self.emit(span.seq, token),
+                    None => self.fail(span.seq, "the model gave no usable logits"),
+                };
+                outputs.extend(output);
+            }
+        }
+        self.totals.steps += 1;
+        outputs
+    }
+
+    /// Ends every sequence of a step that the engine could not compute, with [`FinishReason::Error`] and `error` as the
+    /// sentence. Prefill-only ones then drain: `release` them once their push is aborted.
+    pub fn step_failed(&mut self, batch: &StepBatch, error: &str) -> Vec<Output> {
+        self.close_step(batch);
+        batch
+            .seqs
+            .iter()
+            .filter_map(|span| self.fail(span.seq, error))
+            .collect()
+    }
+
+    fn close_step(&mut self, batch: &StepBatch) {
+        self.step_open = false;
+        for span in &batch.seqs {
+            if let Some(seq) = self.seqs.get_mut(&span.seq) {
+                seq.in_step = false;
+            }
+        }
+    }
+
+    /// The blocks of a [`FillRequest`](crate::FillRequest) are complete, and the prefill worker sampled `first_token`.
+    /// Answers with that token's output; `None` if the sequence was cancelled meanwhile (this releases it) or is unknown.
+    pub fn fill_done(&mut self, id: SeqId, first_token: u32) -> Option<Output> {
+        if first_token as usize >= self.config.vocab_size {
+            self.fill_failed(id);
+            return None;
+        }
+        let seq = self.leave_transport(id)?;
+        seq.computed = seq.prompt.len();
+        self.register_computed(id);
+        self.emit(id, first_token)
+    }
+
+    /// The fill will not be completed and its window is closed: the sequence prefills here, from its cached prefix on. If
+    /// it was cancelled meanwhile this releases it. False if there is no such fill.
+    pub fn fill_failed(&mut self, id: SeqId) -> bool {
+        let filling = self
+            .seqs
+            .get(&id)
+            .is_some_and(|s| matches!(s.state, State::Filling | State::Draining));
+        self.leave_transport(id);
+        filling
+    }
+
+    /// Filling → Running; a draining sequence is released instead.
+    fn leave_transport(&mut self, id: SeqId) -> Option<&mut Sequence> {
+        match self.seqs.get(&id)?.state {
+            State::Filling => {
+                self.transport.remove(&id);
+                self.running.insert(id);
+                let seq = self.seqs.get_mut(&id)?;
+                seq.state = State::Running;
+                Some(seq)
+            }
+            State::Draining => {
+                self.release(id);
+                None
+            }
+            State::Waiting | State::Running | State::Pushing => None,
+        }
+    }
+
+    /// Ends a sequence in any state. `None` if it is over already.
+    pub fn cancel(&mut self, id: SeqId) -> Option<Cancelled> {
+        let seq = self.seqs.get(&id)?;
+        if seq.state == State::Draining {
+            return None;
+        }
+        let finish = finish(seq, FinishReason::Cancelled, "");
+        let draining = self.retire(id);
+        Some(Cancelled { finish, draining })
+    }
+
+    /// No transport touches the blocks of this sequence any more: a prefill-only one whose push was acknowledged or
+    /// aborted, or a draining one. False if it is neither.
+    pub fn release(&mut self, id: SeqId) -> bool {
+        let released = self
+            .seqs
+            .get(&id)
+            .is_some_and(|s| matches!(s.state, State::Pushing | State::Draining));
+        if released {
+            self.remove(id);
+        }
+        released
+    }
+
+    /// Whether a plan may have something to compute or to ask for.
+    pub fn has_work(&self) -> bool {
+        !self.running.is_empty() || !self.waiting.is_empty()
+    }
+
+    /// Whether no sequence is left in any state.
+    pub fn is_idle(&self) -> bool {
+        self.seqs.is_empty()
+    }
+
+    /// A sampled token: keeps it, and ends the sequence if it is the last.
+    fn emit(&mut self, id: SeqId, token: u32) -> Option<Output> {
+        let length_max = self.config.length_max();
+        let seq = self.seqs.get_mut(&id)?;
+        seq.generated.push(token);
+        self.totals.generation_tokens += 1;
+        let reason = match &seq.task {
+            Task::Prefill => Some(FinishReason::Prefilled),
+            Task::Generate { stop_token_ids, .. } if stop_token_ids.contains(&token) => Some(FinishReason::Stop),
+            Task::Generate { max_tokens, .. } if seq.generated.len() >= *max_tokens => Some(FinishReason::Length),
+            Task::Generate { .. } if seq.len() >= length_max => Some(FinishReason::Length),
+            Task::Generate { .. } => None,
+        };
+        let finish = reason.map(|reason| finish(seq, reason, ""));
+        match reason {
+            None => {}
+            Some(FinishReason::Prefilled) => self.hold(id, State::Pushing),
+            Some(_) => self.remove(id),
+        }
+        Some(Output {
+            seq: id,
+            tokens: vec![token],
+            finish,
+        })
+    }
+
+    fn fail(&mut self, id: SeqId, error: &str) -> Option<Output> {
+        let seq = self.seqs.get(&id).filter(|s| s.state == State::Running)?;
+        let finish = Some(finish(seq, FinishReason::Error, error));
+        self.retire(id);
+        Some(Output {
+            seq: id,
+            tokens: Vec::new(),
+            finish,
+        })
+    }
+
+    /// Over for the caller: gone, or draining if a transport may touch its blocks. Answers whether it drains.
+    fn retire(&mut self, id: SeqId) -> bool {
+        let drains = self.seqs.get(&id).is_some_and(|s| match s.state {
+            State::Waiting => false,
+            State::Running => s.is_prefill_only(),
+            State::Filling | State::Pushing | State::Draining => true,
+        });
+        if drains {
+            self.hold(id, State::Draining);
+        } else {
+            self.remove(id);
+        }
+        drains
+    }
+
+    /// Into a state in which blocks are only held.
+    fn hold(&mut self, id: SeqId, state: State) {
+        if let Some(seq) = self.seqs.get_mut(&id) {
+            seq.state = state;
+            self.running.remove(&id);
+            self.transport.insert(id);
+        }
+    }
+
+    fn remove(&mut self, id: SeqId) {
+        self.waiting.remove(&id);
+        self.running.remove(&id);
+        self.transport.remove(&id);
+        if let Some(mut seq) = self.seqs.remove(&id) {
+            self.release_blocks(&mut seq);
+        }
+    }
+
+    /// Deepest first, so that the cache forgets the ends of prefixes before their beginnings.
+    fn release_blocks(&mut self, seq: &mut Sequence) {
+        for block in seq.blocks.drain(..).rev() {
+            self.blocks.release(block);
+        }
+        seq.computed = 0;
+        seq.registered = 0;
+    }
+
+    /// Names the blocks that became full and computed.
+    fn register_computed(&mut self, id: SeqId) {
+        let Some(seq) = self.seqs.get_mut(&id).filter(|_| self.config.prefix_cache) else {
+            return;
+        };
+        while (seq.registered + 1) * self.config.block_size <= seq.computed {
+            let hash = seq.hash(seq.registered);
+            self.blocks.register(seq.blocks[seq.registered], hash);
+            seq.registered += 1;
+        }
+    }
+}
+
+/// What separates prefix caches: KV is shared only under one model and one salt. Gateways and routers that name blocks
+/// compute the same.
+pub fn cache_root(model_digest: &[u8; 32], salt: &[u8]) -> Vec<u8> {
+    [model_digest.as_slice(), salt].concat()
+}
+
+fn finish(seq: &Sequence, reason: FinishReason, error: &str) -> Finish {
+    Finish {
+        reason,
+        prompt_tokens: seq.prompt.len(),
+        cached_tokens: seq.cached_tokens,
+        completion_tokens: seq.generated.len(),
+        error: error.to_owned(),
+    }
+}
