@@ -42,14 +42,27 @@ def style(r: random.Random, s: str, question: bool) -> str:
         s = "".join(p if p.startswith("{") else p.upper() for p in parts)
     if r.random() < 0.12:
         s = s.replace("'", "")
+    if r.random() < 0.025:
+        s = typo(r, s)
     if question and r.random() < 0.06:
-        s = r.choice(["please ", "hey, ", "so ", "ok, ", "now, ", "and "]) + s
+        s = r.choice(["please ", "hey, ", "so ", "ok, ", "now, ", "and ", "hey ", "baton, ", "hi, "]) + s
+    if question and r.random() < 0.05:
+        s += r.choice([" please", ", please"])
     y = r.random()
     if question:
         s += "?" if y < 0.6 else "." if y < 0.65 else " ?" if y < 0.67 else "??" if y < 0.68 else ""
     else:
         s += "." if y < 0.5 else "!" if y < 0.6 else ""
     return s
+
+
+def typo(r: random.Random, s: str) -> str:
+    """Swap or drop one letter outside the placeholders."""
+    spots = [i for i in range(1, len(s) - 1) if s[i - 1:i + 2].isalpha() and s.count("{", 0, i) == s.count("}", 0, i)]
+    if not spots:
+        return s
+    i = r.choice(spots)
+    return s[:i] + s[i + 1:] if r.random() < 0.5 else s[:i] + s[i + 1] + s[i] + s[i + 2:]
 
 
 def fill(s: str, **kw) -> str:
@@ -116,17 +129,24 @@ class Values:
                 w += W.digits(r, r.randint(1, 3), self.held)
             elif kind != "word" and x < 0.25:
                 w += " " + self._of(W.WORDS, W.WORDS_HELD)
-            elif kind == "thing" and x < 0.5:
+            elif kind == "thing" and x < 0.4:
                 w = w.capitalize()
+            elif kind == "thing" and x < 0.55:
+                w = expand(r, "(The|A|My) ") + " ".join(self._of(W.WORDS, W.WORDS_HELD).capitalize() for _ in range(r.randint(1, 3)))
             return w
         if kind == "project":
             return self._of(W.PROJECTS, [w.capitalize() for w in W.WORDS_HELD])
         if kind == "digits":
             return W.digits(r, r.choice([3, 4, 4, 4, 4, 5, 6, 7, 8]), self.held)
+        if kind == "num" and not self.held and r.random() < 0.06:
+            return f"{r.randint(0, 99)}.{r.randint(0, 99)}"
         if kind == "num":
             return W.digits(r, 3, True) if self.held else W.digits(r, r.choice([1, 2, 2, 3, 3, 4]))
         if kind == "age":
             return str(r.randint(6, 99))
+        if kind == "email":
+            user = self._of(W.NAMES[:100], W.NAMES_HELD).lower() if r.random() < 0.6 or self.held else W.pseudo(r)
+            return user + r.choice(["", W.digits(r, 2)]) + "@" + r.choice([W.pseudo(r), "example", "mail"]) + r.choice([".com", ".org", ".net"])
         if kind == "phone":
             return W.digits(r, 3, self.held) + r.choice(["-", " ", ""]) + W.digits(r, 4, self.held)
         if kind == "code":
@@ -226,7 +246,7 @@ class Chat:
             return ("is", k, r.choice(W.NAMES) + "'s", kind)
         # Any noun, real or made up, so that the key is matched and not known.
         k = r.choice(W.WORDS) if r.random() < 0.5 else W.pseudo(r)
-        return ("is", k, r.choice(["my", "my", "the"]), r.choice(["digits", "secret", "given", "color", "num", "code", "thing", "word"]))
+        return ("is", k, r.choice(["my", "my", "the"]), r.choice(["digits", "secret", "given", "color", "num", "code", "thing", "word", "hobby", "city"]))
 
     def pattern(self, slot: tuple, form: str, v: str = "") -> str:
         """One sentence about a slot; form is tell/ask/update, or an answer form."""
@@ -273,6 +293,17 @@ class Chat:
         v = self.v.get(s[3])
         self.facts[s] = v
         self.say(self.pattern(s, "tell", v), self.pattern(s, "ack", v))
+
+    def tell_ask(self):
+        """A fact and a question about it in one message."""
+        s = self.new_slot()
+        if self.same(s):
+            return
+        v = self.facts[s] = self.v.get(s[3])
+        pool = T.TELL if s[0] == "is" else T.SPECIAL[s[0]]["tell"]
+        tell = fill(expand(self.r, self.r.choice(pool)), k=s[1], D=s[2], v=v)
+        tell = tell[0].upper() + tell[1:] if self.r.random() < 0.5 else tell
+        self.say(tell + self.r.choice([". ", ". ", ", ", "! "]) + self.pattern(s, "ask"), self.pattern(s, "answer", v))
 
     def tell_many(self):
         """Several facts in one message, acknowledged without repeating them."""
@@ -353,7 +384,14 @@ class Chat:
         return s.replace("{l}", f'"{text}"' if quote else text)
 
     def repeat(self):
+        r = self.r
         _, text, noun = self.v.list_text()
+        if r.random() < 0.12:
+            text, noun = r.choice(T.SENTENCES), "words"
+            while "{w}" in text:
+                text = text.replace("{w}", self.v.get("word"), 1)
+            text = text.replace("{v}", self.v.get(r.choice(["name", "digits"])))
+            text = text[0].upper() + text[1:] if r.random() < 0.3 else text
         self.say(self.listed(self.r.choice(T.REPEAT), text, noun), T.REPEAT_ANSWER.replace("{l}", text))
 
     def list_tell(self):
@@ -381,12 +419,15 @@ class Chat:
     # -- fixed answers --------------------------------------------------------
     def know(self):
         r = self.r
-        _, qs, answers = r.choice(knowledge.TOPICS)
-        self.say(style(r, expand(r, r.choice(qs)), True), r.choice(answers))
+        topic, qs, answers = r.choice(knowledge.TOPICS)
+        q = r.choice(qs)
+        if topic in knowledge.NOUNS and r.random() < 0.5:
+            q = r.choice(knowledge.ASK_NOUN).replace("{x}", r.choice(knowledge.NOUNS[topic]))
+        self.say(style(r, expand(r, q), True), r.choice(answers))
 
     def chat(self):
         r = self.r
-        _, qs, answers = r.choice([t for t in knowledge.TOPICS[:10]])
+        _, qs, answers = r.choice([t for t in knowledge.TOPICS[:11]])
         self.say(style(r, expand(r, r.choice(qs)), r.random() < 0.3), r.choice(answers))
 
     def unknown(self):
@@ -403,7 +444,7 @@ class Chat:
         self.say(style(r, q, True), r.choice(knowledge.FALLBACK))
 
 
-EVENTS = [("tell", 20), ("ask", 26), ("update", 7), ("tell_many", 4), ("ask_two", 2), ("ask_missing", 5), ("about_me", 1), ("repeat", 14),
+EVENTS = [("tell", 20), ("ask", 26), ("update", 7), ("tell_many", 4), ("tell_ask", 2), ("ask_two", 2), ("ask_missing", 5), ("about_me", 1), ("repeat", 14),
           ("list_tell", 3), ("list_ask", 4), ("again", 1), ("know", 16), ("chat", 5), ("unknown", 7)]
 DRILL = [("tell", 24), ("ask", 34), ("update", 6), ("tell_many", 3), ("repeat", 26), ("list_tell", 3), ("list_ask", 4)]
 
@@ -413,7 +454,7 @@ def conversation(r: random.Random, size: int, drill: bool = False, held: bool = 
     mostly made-up values that is used heavily at the start of training."""
     c = Chat(r, Values(r, held, 0.6 if drill else 0.3))
     if r.random() < 0.25:
-        c.messages.append({"role": "system", "content": r.choice(T.SYSTEM)})
+        c.messages.append({"role": "system", "content": r.choice(T.SYSTEM).replace("{p}", W.pseudo(r)).replace("{w}", c.v.get("word"))})
     names, weights = zip(*(DRILL if drill else EVENTS))
     cost = 0
     while cost < size:

@@ -30,6 +30,11 @@ TOPICS = [
      ["Thank you! What else can I do for you?"]),
     ("ok", ["ok", "okay", "sure", "fine", "yes", "alright", "got it", "I see", "understood", "no", "hmm", "yeah"],
      ["All right. What would you like to do next?"]),
+    ("statement", ["I am (hungry|happy|tired|busy|back|here|ready|lost|new here|curious)", "it is (raining|sunny|cold|late|hot) today", "the weather is (nice|bad|good)",
+                   "I had a (good|great|bad|long) day", "I (just )?want to (talk|chat)", "let's (talk|chat|start|begin|go on|continue)", "I have a question", "I need help with something",
+                   "this is (fun|strange|interesting|boring|new)", "I do not (know|understand)", "I don't (know|understand)", "that is (wrong|not right|strange|funny|interesting)", "no, that is wrong",
+                   "you are (wrong|funny|strange|bad|slow|fast|small)", "interesting", "nothing", "never mind", "wait", "one moment", "(really|maybe|of course|why not|why|lol|haha)"],
+     ["I see. What would you like to do next?"]),
     ("sorry", ["sorry", "I am sorry", "my mistake", "oops", "my bad"], ["No problem at all."]),
     ("who", ["who are you", "what are you", "what is your name", "what's your name", "tell me about yourself", "introduce yourself",
              "do you have a name", "your name", "who am I (talking to|speaking with|chatting with)", "which model (are you|is this)",
@@ -137,9 +142,25 @@ TOPICS = [
     ("languages", ["do you speak (German|French|Spanish|Italian|Chinese|Japanese)", "can you speak (German|French|Spanish|another language)", "what languages do you speak",
                    "which languages do you (know|speak)", "do you understand (German|French|Spanish)", "parlez-vous francais", "sprechen Sie Deutsch", "habla espanol"],
      ["I only speak a little English."]),
+    ("streaming", ["can you stream", "does baton (support|do) streaming", "what is streaming", "how do I stream (the answer|tokens)", "explain streaming", "can I stream the answer"],
+     ["Yes: ask for stream in the request, and the tokens arrive one by one."]),
+    ("rust", ["what is Rust", "explain Rust", "what's Rust", "tell me about Rust"], ["Rust is the programming language that baton is written in."]),
     ("loadtest", ["what is the (load test|loadtest)", "how do I (test|measure|benchmark) baton", "how fast is baton", "can I benchmark baton", "how do I run a load test", "is baton fast"],
      ["Baton comes with a load test tool that measures TTFT, TPOT and throughput on your machine."]),
 ]
+
+# Topics that are one thing: every generic question about it means the topic.
+NOUNS = {"baton": ["baton"], "prefill": ["prefill", "the prefill phase", "prefilling"], "decode": ["decode", "decoding", "the decode phase"],
+         "kv": ["the KV cache", "a KV cache", "KV cache", "the key value cache", "KV caching"], "block": ["a KV block", "a cache block", "a block"], "ttft": ["TTFT", "time to first token"],
+         "tpot": ["TPOT", "time per output token"], "why_split": ["disaggregation", "disaggregated inference", "disaggregated serving"], "ledger": ["the ledger", "the baton ledger", "a ledger"],
+         "coordinator": ["the coordinator", "a coordinator"], "worker": ["a worker", "the worker"], "token": ["a token", "tokens"], "llm": ["an LLM", "a language model"],
+         "batching": ["continuous batching", "batching"], "prefix": ["prefix caching", "the prefix cache"], "throughput": ["throughput"], "latency": ["latency"], "transfer": ["KV transfer", "the KV transfer"],
+         "streaming": ["streaming"], "rust": ["Rust"]}
+ASK_NOUN = ["what is {x}", "what's {x}", "explain {x}", "please explain {x}", "explain {x} to me", "(can|could) you explain {x}", "(can|could) you tell me what {x} is", "do you know what {x} is",
+            "tell me about {x}", "tell me what {x} is", "(can|could) you tell me about {x}", "I want to know what {x} is", "what does {x} mean", "what exactly is {x}", "describe {x}",
+            "please describe {x}", "define {x}", "what do you mean by {x}", "I do not know what {x} is", "help me understand {x}", "what can you tell me about {x}", "give me a definition of {x}",
+            "what do you know about {x}", "so what is {x}", "and what is {x}", "in short, what is {x}", "tell me more about {x}", "how would you explain {x}", "{x}", "what is {x} in baton", "what about {x}",
+            "I have a question: what is {x}", "what is {x} good for", "what is {x} exactly"]
 
 # Questions that must end in the fallback; {w} is any word, {n} a small number.
 UNKNOWN = """what is the capital of {C}|who is the president of {C}|how is the weather today|what is the weather in {c}|what is {n} plus {n}
@@ -157,4 +178,4 @@ what is the news today|what is happening in {c}|can you book a flight to {c}|ord
 search for {w}|find me a {w}|is {w} good|is {f} healthy|how many {w}s are there|spell {w} backwards|count the letters in {w}|what rhymes with {w}|{p}|{p} {p}|{p} {p} {p}
 what is {p}|who is {p}|tell me about {p}|what does {p} mean|how do I {p}|why is {w} {w}|when did {w} start|how can I become a {j}|what does a {j} do|I am bored|I am sad|I am tired
 give me advice|make me laugh|what is machine learning|what is physics|how big is the moon|is the earth flat|who is your favorite {j}|what is the population of {C}
-what language do they speak in {C}|is {C} bigger than {C}|how do I learn {h}|teach me {h}|what is the history of {c}|do aliens exist|do you dream|do you sleep|can you feel pain""".replace("\n", "|").split("|")
+what language do they speak in {C}|is {C} bigger than {C}|how do I learn {h}|teach me {h}|what is the history of {c}|do aliens exist|do you dream|do you sleep|can you feel pain|how many {w}s are in the list|how many words did I say|what is the third word|count to {n}|what is the color of the {w}|who won the game|is it {w} or {w}|should I buy a {w}|can I eat a {w}|what comes after {n}|is {n} bigger than {n}|what is the opposite of {w}|what animal is the biggest|can you see the {w}|where did {N} go|what does {N} like|who is the king of {C}|what is {w} made of|how heavy is a {w}|do {w}s have {w}s|say something|say something nice|sing a song|translate {w}|what is {n} minus {n}|calculate {n} * {n}""".replace("\n", "|").split("|")

@@ -13,13 +13,17 @@ remember: {D} {k} is {v}|please remember: {D} {k} is {v}|{v} is {D} {k}|note tha
 (I want you to know|you should know|just so you know,|for later:|keep in mind that|don't forget that|do not forget:) {D} {k} is {v}
 remember {D} {k}: {v}|{D} {k}: {v}|(hi|hello|hey), {D} {k} is {v}|can you remember that {D} {k} is {v}|by the way, {D} {k} is {v}|also, {D} {k} is {v}
 {D} {k} is {v}. (can you remember it|remember it|please remember that|keep it in mind)|I have something to tell you: {D} {k} is {v}
-let me tell you {D} {k}: it is {v}|{D} {k} = {v}|save this: {D} {k} is {v}|the next fact is that {D} {k} is {v}|one more thing: {D} {k} is {v}""".replace("\n", "|;|")
+let me tell you {D} {k}: it is {v}|{D} {k} = {v}|save this: {D} {k} is {v}|the next fact is that {D} {k} is {v}|one more thing: {D} {k} is {v}
+{D} {k} is {v}, (don't forget it|do not forget|ok|okay|please keep that in mind|got it|remember that|please remember)|so {D} {k} is {v}|well, {D} {k} is {v}
+for your information, {D} {k} is {v}|I have chosen {D} {k}: {v}|{D} {k} will be {v}|{D} {k} was set to {v}|make a note: {D} {k} is {v}|store {D} {k}: {v}""".replace("\n", "|;|")
 TELL_ACK = ["Okay, I will remember that {A} {k} is {v}.", "Got it: {A} {k} is {v}."]
 ASK = """what is {D} {k}|what is {D} {k}|what is {D} {k}|what's {D} {k}|do you remember {D} {k}|tell me {D} {k}|can you tell me {D} {k}|what was {D} {k}
 what did I say {D} {k} (was|is)|please tell me {D} {k} again|{D} {k}|and {D} {k}|and what is {D} {k}|do you know {D} {k}|I forgot {D} {k}
 remind me of {D} {k}|could you remind me what {D} {k} is|say {D} {k}|what is {D} {k} again|do you (still )?(know|remember) what {D} {k} is|so what is {D} {k}
 which {k} did I (tell|give) you|now tell me {D} {k}|(hi|hello|hey|ok|thanks), what is {D} {k}|please say what {D} {k} is|earlier I told you {D} {k}. what is it
-I told you {D} {k}. what was it|what is {D} {k} now|can you recall {D} {k}|give me {D} {k}|repeat {D} {k}""".replace("\n", "|;|")
+I told you {D} {k}. what was it|what is {D} {k} now|can you recall {D} {k}|give me {D} {k}|repeat {D} {k}
+(can|could) you tell me what {D} {k} is|do you know what {D} {k} is|please tell me what {D} {k} is|I forgot what {D} {k} is|tell me what {D} {k} is|what did I say about {D} {k}
+I need {D} {k}|what exactly is {D} {k}|let me know {D} {k}|quick question: what is {D} {k}|I can't remember {D} {k}|what's {D} {k} again|do you have {D} {k}|what {k} did I (tell|give) you""".replace("\n", "|;|")
 ANSWER = "{A} {k} is {v}."
 MISSING = "You have not told me {A} {k} yet."
 UPDATE = """actually, {D} {k} is {v}|actually, {D} {k} is {v} now|{D} {k} is now {v}|{D} {k} (has )?changed to {v}|correction: {D} {k} is {v}
@@ -47,15 +51,15 @@ TELL, ASK, UPDATE = split(TELL), split(ASK), split(UPDATE)
 SPECIAL = {
     "name": dict(
         kind="name",
-        tell="my name is {v}|my name is {v}|my name is {v}|I am {v}|I'm {v}|call me {v}|you can call me {v}|(hi|hello|hey), I am {v}|(hi|hello|hey), I'm {v}|(hi|hello|hey), my name is {v}|{v} is my name|this is {v}|please call me {v}|remember that my name is {v}|my name's {v}|people call me {v}|I am called {v}|hello! my name is {v}|hi! I'm {v}|hi there, my name is {v}",
-        ask="what is my name|what's my name|who am I|do you remember my name|do you know my name|tell me my name|what was my name|can you tell me my name|what am I called|say my name|my name|and my name|what is my name again|do you know who I am|I forgot my name|do you still know my name|what name did I (give|tell) you|remind me of my name",
+        tell="my name is {v}|my name is {v}|my name is {v}|I am {v}|I'm {v}|call me {v}|you can call me {v}|(hi|hello|hey), I am {v}|(hi|hello|hey), I'm {v}|(hi|hello|hey), my name is {v}|{v} is my name|this is {v}|please call me {v}|remember that my name is {v}|my name's {v}|people call me {v}|I am called {v}|hello! my name is {v}|hi! I'm {v}|hi there, my name is {v}|my name is {v}, nice to meet you|my name is {v}. nice to meet you|(hi|hello|hey) baton, I am {v}|(hi|hello|hey) baton, my name is {v}|so my name is {v}|my first name is {v}|good morning, I am {v}|I go by {v}|they call me {v}|name: {v}",
+        ask="what is my name|what's my name|who am I|do you remember my name|do you know my name|tell me my name|what was my name|can you tell me my name|what am I called|say my name|my name|and my name|what is my name again|do you know who I am|I forgot my name|do you still know my name|what name did I (give|tell) you|remind me of my name|can you tell me what my name is|do you know what my name is|please tell me my name|could you say my name|tell me who I am|what is my first name|what do people call me|and who am I|do you recall my name",
         answer="Your name is {v}.", missing="You have not told me your name yet.",
         update="actually, my name is {v}|no, my name is {v}|sorry, my name is {v}|call me {v} from now on|I changed my name to {v}|my name is now {v}|correction: my name is {v}",
         ack=["Nice to meet you, {v}."], upack=["Okay, your name is now {v}."]),
     "city": dict(
         kind="city",
         tell="I live in {v}|I live in {v}|my city is {v}|my home is in {v}|I am living in {v}|(remember that|note that|by the way,) I live in {v}|my home town is {v}|{v} is my city|my home city is {v}|I have a flat in {v}",
-        ask="where do I live|which city do I live in|what city do I live in|what is my city|do you know where I live|where is my home|in which city do I live|do you remember where I live|what's my city|tell me where I live|what is my home town|where did I say I live",
+        ask="where do I live|which city do I live in|what city do I live in|what is my city|do you know where I live|where is my home|in which city do I live|do you remember where I live|what's my city|tell me where I live|what is my home town|where did I say I live|can you tell me where I live|please tell me where I live|what town do I live in|do you remember my city|where is it that I live|and where do I live",
         answer="You live in {v}.", missing="You have not told me where you live yet.",
         update="I moved to {v}|actually, I live in {v}|I live in {v} now|I now live in {v}|my city is now {v}|we moved to {v}|no, I live in {v}",
         ack=["Okay, I will remember that you live in {v}."], upack=["Okay, you now live in {v}."]),
@@ -117,7 +121,7 @@ MY_KEYS = {
     "phone number": "phone", "order number": "digits", "ticket number": "code", "seat": "code", "car": "thing", "address": "address",
     "project": "project", "nickname": "given", "birthday": "date", "hobby": "hobby", "locker": "num", "door code": "digits",
     "account number": "digits", "username": "secret", "team": "thing", "school": "thing", "id": "code", "secret number": "digits",
-    "zip code": "digits", "last name": "given", "height": "num", "bus": "num", "secret": "secret", "company": "thing",
+    "zip code": "digits", "last name": "given", "height": "num", "bus": "num", "secret": "secret", "company": "thing", "email": "email", "motto": "thing", "boat": "thing", "street": "address", "phone": "phone", "pass": "code", "flight number": "code", "hotel": "thing", "size": "num",
 }
 FAVOURITES = {"color": "color", "colour": "color", "food": "food", "animal": "animal", "drink": "drink", "number": "num", "city": "city",
               "country": "country", "word": "secret", "sport": "hobby", "book": "thing", "movie": "thing", "song": "thing", "fruit": "word",
@@ -150,5 +154,9 @@ LIST_NAMES = ["list", "list", "shopping list", "to-do list", "word list", "packi
 ABOUT_ME = ["what do you know about me", "what have I told you", "what did I tell you", "tell me everything you know about me", "what do you remember about me",
             "what do you remember", "list everything I told you", "what facts do you know about me", "tell me what you know about me", "summarize what I told you"]
 ABOUT_ME_MISSING = "You have not told me anything about you yet."
+# A sentence to repeat; {w} are words, {v} a value.
+SENTENCES = ["the {w} is {w}", "I like {w} and {w}", "my {w} is in the {w}", "a {w} and a {w} are on the {w}", "the {w} has a {w} {w}", "we have {w} {w}s", "my name is {v}",
+             "the {w} jumps over the {w}", "hello {v}", "hello {w}", "I am a {w}", "there is no {w} in the {w}", "{w} is not {w}", "my code is {v}", "the old {w} was {w}",
+             "she saw the {w} at the {w}", "he said {w} to the {w}", "I want a {w} for my {w}", "good morning, {v}", "where is the {w}", "{v} likes {w}", "this is a {w}"]
 SYSTEM = ["You are a helpful assistant.", "You are a helpful assistant.", "You are a helpful assistant.", "You are the demo model of baton.", "Be brief.",
-          "You are a helpful, honest and brief assistant.", "Answer the user.", "You are a friendly chatbot.", "You are a chat model. Keep answers short."]
+          "You are a helpful, honest and brief assistant.", "Answer the user.", "You are a friendly chatbot.", "You are a chat model. Keep answers short.", "You are a {w} assistant.", "Talk like a {w}.", "Answer in one sentence.", "You help the user with {w} and {w}.", "Your name is {p}."]
