@@ -1,1 +1,36 @@
-//! skeleton
+//! The Raft group of coordinators and its durable state: who is in the cluster, and what every request cost.
+//!
+//! raft-rs' `RawNode` is driven by one thread over one redb file that holds the log, Raft's hard state and
+//! configuration, and the tables the commands build. A command is answered after it is logged durably, committed and
+//! applied; commands that arrive while one fsync runs share the next.
+//!
+//! ```text
+//! RaftStore::propose ──queue──▶ thread ──▶ Node (RawNode, no clock, no channel) ──▶ one redb file
+//!        ▲                        │                                   log · hard state · workers · usage · hash
+//!        └────────answer──────────┘
+//! ```
+//!
+//! A group of one needs no network; a larger one sends through [`Peers`] and receives through [`RaftStore::receive`].
+//! This crate deliberately knows neither gRPC nor what a worker's load is: soft state never goes through Raft.
+#![forbid(unsafe_code)]
+
+mod config;
+mod database;
+mod error;
+mod log;
+mod machine;
+mod node;
+mod queries;
+mod raft_log_drain;
+mod snapshot;
+mod store;
+
+pub use config::RaftStoreConfig;
+pub use error::RaftStoreError;
+pub use machine::Applied;
+pub use queries::{Position, Settled};
+pub use raft::eraftpb::Message;
+pub use store::{Peers, RaftStore, Status};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,314 @@
+//! Raft's view of the store: log entries, hard state and configuration, as raft-rs' `Storage` wants them, and the
+//! writes of them. Small values are kept in memory; the file is the truth after a restart.
+
+use crate::RaftStoreError;
+use crate::config::RaftStoreConfig;
+use crate::database::{FORMAT, LOG, META, Store, USAGE, USAGE_IDS, WORKERS, meta, number};
+use crate::snapshot;
+use protobuf::Message as _;
+use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
+use raft::{GetEntriesContext, RaftState, Storage, StorageError};
+use redb::{ReadableTable, TableHandle, WriteTransaction};
+
+/// Index and term from which a new group's log starts. Not 0: a member that joins later has an empty log and must be
+/// told of the founders, which only a snapshot does.
+const FIRST: (u64, u64) = (1, 1);
+
+pub(crate) struct LogStore {
+    pub(crate) store: Store,
+    hard_state: HardState,
+    conf_state: ConfState,
+    /// Index and term of the last deleted entry.
+    truncated: (u64, u64),
+    /// Index and term of the last entry.
+    last: (u64, u64),
+}
+
+impl LogStore {
+    /// Reads what is there, or founds the group that `config` describes. Returns the applied index too.
+    pub(crate) fn open(store: Store, config: &RaftStoreConfig) -> Result<(Self, u64), RaftStoreError> {
+        found(&store, config)?;
+        let txn = store.read()?;
+        let table = txn.open_table(META)?;
+        let value = |key: &str| -> Result<Vec<u8>, RaftStoreError> {
+            let value = table.get(key)?.map(|value| value.value().to_vec());
+            value.ok_or_else(|| store.corrupt(format!("`{key}` is missing")))
+        };
+        let parse = |key: &str| -> Result<u64, RaftStoreError> {
+            number(&value(key)?).ok_or_else(|| store.corrupt(format!("`{key}` is not a number")))
+        };
+        let format = parse(meta::FORMAT)?;
+        if format != FORMAT {
+            return Err(RaftStoreError::Format {
+                path: store.path().into(),
+                found: format,
+                expected: FORMAT,
+            });
+        }
+        let node_id = parse(meta::NODE_ID)?;
+        if node_id != config.node_id {
+            return Err(RaftStoreError::OtherMember {
+                path: store.path().into(),
+                found: node_id,
+                expected: config.node_id,
+            });
+        }
+        let hard_state = HardState::parse_from_bytes(&value(meta::HARD_STATE)?)
+            .map_err(|error| store.corrupt(format!("hard state: {error}")))?;
+        let conf_state = ConfState::parse_from_bytes(&value(meta::CONF_STATE)?)
+            .map_err(|error| store.corrupt(format!("configuration: {error}")))?;
+        let truncated = value(meta::TRUNCATED)?;
+        let truncated = pair(&truncated).ok_or_else(|| store.corrupt("`truncated` is not two numbers"))?;
+        let applied = parse(meta::APPLIED)?;
+        let last = match txn.open_table(LOG)?.range::<u64>(..)?.next_back() {
+            None => truncated,
+            Some(entry) => {
+                let entry = decode(&store, entry?.1.value())?;
+                (entry.index, entry.term)
+            }
+        };
+        // raft-rs would panic on these; only damage or a lost fsync can bring them about.
+        let ordered = truncated.0 <= applied && applied <= hard_state.commit && hard_state.commit <= last.0;
+        if !ordered {
+            return Err(store.corrupt(format!(
+                "log from {} to {}, committed to {}, applied to {applied} do not fit together",
+                truncated.0, last.0, hard_state.commit
+            )));
+        }
+        let log = Self {
+            store: store.clone(),
+            hard_state,
+            conf_state,
+            truncated,
+            last,
+        };
+        Ok((log, applied))
+    }
+
+    pub(crate) fn hard_state(&self) -> &HardState {
+        &self.hard_state
+    }
+
+    pub(crate) fn first_index_kept(&self) -> u64 {
+        self.truncated.0 + 1
+    }
+
+    /// Writes entries and hard state with one fsync. Entries replace any of the same or a higher index.
+    pub(crate) fn append(&mut self, entries: &[Entry], hard_state: Option<&HardState>) -> Result<(), RaftStoreError> {
+        let txn = self.store.write_durable()?;
+        if let Some(first) = entries.first() {
+            let mut log = txn.open_table(LOG)?;
+            if first.index <= self.last.0 {
+                log.retain_in(first.index.., |_, _| false)?;
+            }
+            for entry in entries {
+                log.insert(entry.index, encode(entry)?.as_slice())?;
+            }
+        }
+        if let Some(hard_state) = hard_state {
+            put_hard_state(&txn, hard_state)?;
+        }
+        txn.commit()?;
+        if let Some(last) = entries.last() {
+            self.last = (last.index, last.term);
+        }
+        if let Some(hard_state) = hard_state {
+            self.hard_state = hard_state.clone();
+        }
+        Ok(())
+    }
+
+    /// Writes the hard state within `txn`; call [`committed`](Self::committed) once that is through.
+    pub(crate) fn put_hard_state(&self, txn: &WriteTransaction, hard_state: &HardState) -> Result<(), RaftStoreError> {
+        put_hard_state(txn, hard_state)
+    }
+
+    pub(crate) fn committed(&mut self, hard_state: HardState) {
+        self.hard_state = hard_state;
+    }
+
+    /// Writes a new configuration.
+    pub(crate) fn set_conf_state(&mut self, conf_state: ConfState) -> Result<(), RaftStoreError> {
+        let txn = self.store.write_durable()?;
+        put(&txn, meta::CONF_STATE, &bytes(&conf_state)?)?;
+        txn.commit()?;
+        self.conf_state = conf_state;
+        Ok(())
+    }
+
+    /// Deletes entries up to `index`, which must be applied.
+    pub(crate) fn compact(&mut self, index: u64) -> Result<(), RaftStoreError> {
+        if index <= self.truncated.0 {
+            return Ok(());
+        }
+        let term = Storage::term(self, index).map_err(|error| RaftStoreError::Disk(error.to_string()))?;
+        let txn = self.store.write_derived()?;
+        txn.open_table(LOG)?.retain_in(..=index, |_, _| false)?;
+        put(
+            &txn,
+            meta::TRUNCATED,
+            &[index.to_le_bytes(), term.to_le_bytes()].concat(),
+        )?;
+        txn.commit()?;
+        self.truncated = (index, term);
+        Ok(())
+    }
+
+    /// Replaces everything by a leader's snapshot, with one fsync.
+    pub(crate) fn install(&mut self, received: &Snapshot, hard_state: &HardState) -> Result<(), RaftStoreError> {
+        let at = received.get_metadata();
+        let txn = self.store.write_durable()?;
+        txn.open_table(LOG)?.retain(|_, _| false)?;
+        snapshot::import(&txn, received.get_data())?;
+        put(&txn, meta::APPLIED, &at.index.to_le_bytes())?;
+        put(
+            &txn,
+            meta::TRUNCATED,
+            &[at.index.to_le_bytes(), at.term.to_le_bytes()].concat(),
+        )?;
+        put(&txn, meta::CONF_STATE, &bytes(at.get_conf_state())?)?;
+        put_hard_state(&txn, hard_state)?;
+        txn.commit()?;
+        self.truncated = (at.index, at.term);
+        self.last = self.truncated;
+        self.conf_state = at.get_conf_state().clone();
+        self.hard_state = hard_state.clone();
+        Ok(())
+    }
+
+    fn read_entries(&self, low: u64, high: u64, bytes_max: Option<u64>) -> Result<Vec<Entry>, RaftStoreError> {
+        let txn = self.store.read()?;
+        let table = txn.open_table(LOG)?;
+        let mut entries = Vec::new();
+        let mut size = 0;
+        for item in table.range(low..high)? {
+            let (_, value) = item?;
+            size += value.value().len() as u64;
+            if !entries.is_empty() && bytes_max.is_some_and(|max| size > max) {
+                break;
+            }
+            entries.push(decode(&self.store, value.value())?);
+        }
+        Ok(entries)
+    }
+}
+
+impl Storage for LogStore {
+    fn initial_state(&self) -> raft::Result<RaftState> {
+        Ok(RaftState::new(self.hard_state.clone(), self.conf_state.clone()))
+    }
+
+    fn entries(
+        &self,
+        low: u64,
+        high: u64,
+        max_size: impl Into<Option<u64>>,
+        _context: GetEntriesContext,
+    ) -> raft::Result<Vec<Entry>> {
+        if low <= self.truncated.0 {
+            return Err(StorageError::Compacted.into());
+        }
+        if high > self.last.0 + 1 {
+            return Err(StorageError::Unavailable.into());
+        }
+        Ok(self.read_entries(low, high, max_size.into())?)
+    }
+
+    fn term(&self, index: u64) -> raft::Result<u64> {
+        if index == self.truncated.0 {
+            return Ok(self.truncated.1);
+        }
+        if index == self.last.0 {
+            return Ok(self.last.1);
+        }
+        if index < self.truncated.0 {
+            return Err(StorageError::Compacted.into());
+        }
+        match self.read_entries(index, index.saturating_add(1), None)?.first() {
+            Some(entry) => Ok(entry.term),
+            None => Err(StorageError::Unavailable.into()),
+        }
+    }
+
+    fn first_index(&self) -> raft::Result<u64> {
+        Ok(self.truncated.0 + 1)
+    }
+
+    fn last_index(&self) -> raft::Result<u64> {
+        Ok(self.last.0)
+    }
+
+    fn snapshot(&self, request_index: u64, _to: u64) -> raft::Result<Snapshot> {
+        let (applied, data) = snapshot::export(&self.store)?;
+        if applied < request_index {
+            return Err(StorageError::SnapshotTemporarilyUnavailable.into());
+        }
+        let mut made = Snapshot::default();
+        made.data = data.into();
+        let at = made.mut_metadata();
+        at.index = applied;
+        at.term = self.term(applied)?;
+        at.set_conf_state(self.conf_state.clone());
+        Ok(made)
+    }
+}
+
+/// Writes the first contents of an empty file.
+fn found(store: &Store, config: &RaftStoreConfig) -> Result<(), RaftStoreError> {
+    let txn = store.write_durable()?;
+    let empty = txn.open_table(META)?.get(meta::FORMAT)?.is_none();
+    if !empty {
+        return Ok(txn.abort()?);
+    }
+    if txn.list_tables()?.any(|table| table.name() != META.name()) {
+        return Err(store.corrupt("it holds another program's tables"));
+    }
+    txn.open_table(LOG)?;
+    txn.open_table(WORKERS)?;
+    txn.open_table(USAGE)?;
+    txn.open_table(USAGE_IDS)?;
+    let mut hard_state = HardState::default();
+    hard_state.commit = FIRST.0;
+    hard_state.term = FIRST.1;
+    put_hard_state(&txn, &hard_state)?;
+    let mut conf_state = ConfState::default();
+    conf_state.set_voters(config.voters.clone());
+    put(&txn, meta::CONF_STATE, &bytes(&conf_state)?)?;
+    put(
+        &txn,
+        meta::TRUNCATED,
+        &[FIRST.0.to_le_bytes(), FIRST.1.to_le_bytes()].concat(),
+    )?;
+    put(&txn, meta::APPLIED, &FIRST.0.to_le_bytes())?;
+    put(&txn, meta::NODE_ID, &config.node_id.to_le_bytes())?;
+    put(&txn, meta::FORMAT, &FORMAT.to_le_bytes())?;
+    Ok(txn.commit()?)
+}
+
+fn put_hard_state(txn: &WriteTransaction, hard_state: &HardState) -> Result<(), RaftStoreError> {
+    put(txn, meta::HARD_STATE, &bytes(hard_state)?)
+}
+
+pub(crate) fn put(txn: &WriteTransaction, key: &str, value: &[u8]) -> Result<(), RaftStoreError> {
+    txn.open_table(META)?.insert(key, value)?;
+    Ok(())
+}
+
+fn bytes(message: &impl protobuf::Message) -> Result<Vec<u8>, RaftStoreError> {
+    message
+        .write_to_bytes()
+        .map_err(|error| RaftStoreError::Stopped(format!("a Raft message cannot be encoded: {error}")))
+}
+
+fn encode(entry: &Entry) -> Result<Vec<u8>, RaftStoreError> {
+    bytes(entry)
+}
+
+fn decode(store: &Store, value: &[u8]) -> Result<Entry, RaftStoreError> {
+    Entry::parse_from_bytes(value).map_err(|error| store.corrupt(format!("a log entry: {error}")))
+}
+
+fn pair(bytes: &[u8]) -> Option<(u64, u64)> {
+    let (a, b) = bytes.split_at_checked(8)?;
+    Some((number(a)?, number(b)?))
+}
