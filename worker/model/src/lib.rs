@@ -1,7 +1,37 @@
-//! Model files and the config-driven decoder over the op seam.
+//! Model files and the config-driven decoder over the op seam: from a model's name or directory to the logits of a
+//! ragged batch over paged KV blocks.
 //!
-//! Does not schedule, sample or tokenise: `baton-engine` and `baton-gateway` do.
+//! Does not schedule, sample or tokenise: `baton-engine` and `baton-gateway` do. The arithmetic is in `baton-kernels`.
+#![deny(unsafe_code)]
 
-pub mod geometry;
+mod batch;
+mod config;
+mod cpu_ops;
+mod decoder;
+mod error;
+mod files;
+mod geometry;
+mod hub;
+mod json;
+mod kv_cache;
+mod mapped;
+mod memory;
+mod ops;
+mod progress;
+mod rope;
+mod weights;
 
+pub use batch::{ForwardBatch, Logits, SeqSpan};
+pub use config::{Architecture, ModelConfig};
+pub use cpu_ops::{CpuMatrix, CpuOps, CpuRows};
+pub use decoder::Decoder;
+pub use error::ModelError;
+pub use files::ModelFiles;
 pub use geometry::{KvDtype, KvGeometry, KvHalf};
+pub use hub::{Hub, resolve};
+pub use kv_cache::KvCache;
+pub use mapped::Tensor;
+pub use memory::{MemoryNeed, available_memory};
+pub use ops::{OpResult, Ops, StackedPart, Step, StepSpan};
+pub use progress::{Progress, Stage};
+pub use rope::{RopeConfig, RopeScaling};

@@ -1,0 +1,93 @@
+//! The op seam: what a device must be able to do for the decoder. Coarse, batched, in place; a device keeps weights
+//! and activations in its own types and may run asynchronously until [`Ops::kv_written`] or [`Ops::logits`].
+//!
+//! Contract for every op (promise P1): an output row depends only on its own inputs, bit for bit, whatever the other
+//! rows of the batch.
+
+use crate::error::ModelError;
+use crate::kv_cache::KvCache;
+use crate::mapped::Tensor;
+
+/// One stored tensor of a stacked matrix, `[columns, k]`, with its bias.
+#[derive(Debug, Clone)]
+pub struct StackedPart {
+    /// The weights as stored.
+    pub weights: Tensor,
+    /// One value per output column.
+    pub bias: Option<Vec<f32>>,
+}
+
+/// One sequence's rows in a step.
+#[derive(Debug, Clone, Copy)]
+pub struct StepSpan<'a> {
+    /// Its first row in the batch.
+    pub first_row: usize,
+    /// Its rows.
+    pub rows: usize,
+    /// Position of its first row.
+    pub start_position: usize,
+    /// Its block table, from position 0 on.
+    pub blocks: &'a [u32],
+}
+
+/// A checked batch, as the ops see it.
+#[derive(Debug)]
+pub struct Step<'a> {
+    /// Token of each row.
+    pub tokens: &'a [u32],
+    /// Spans in row order, covering all rows.
+    pub spans: Vec<StepSpan<'a>>,
+    /// The KV arena.
+    pub kv: &'a KvCache,
+}
+
+/// What ops return.
+pub type OpResult<T = ()> = Result<T, ModelError>;
+
+/// A device. `Rows` are activations, `[rows, width]` f32; an op sets its output's number of rows.
+pub trait Ops: Send {
+    /// A weight matrix on the device: parts stacked along the output columns.
+    type Matrix: Send;
+    /// A vector of f32 on the device.
+    type Vector: Send;
+    /// Activations on the device.
+    type Rows: Send;
+
+    /// Takes over a weight matrix (and may pack it).
+    fn matrix(&mut self, parts: Vec<StackedPart>) -> OpResult<Self::Matrix>;
+    /// Takes over a vector.
+    fn vector(&mut self, values: Vec<f32>) -> OpResult<Self::Vector>;
+    /// Empty activations, `width` wide.
+    fn rows(&mut self, width: usize) -> OpResult<Self::Rows>;
+
+    /// Begins a step: uploads tokens and block tables, computes the rotary table of its positions. `frequencies` are
+    /// angles per position of each pair of a head's elements, `scale` multiplies cosines and sines.
+    fn begin(&mut self, step: &Step<'_>, frequencies: &[f32], scale: f32) -> OpResult;
+    /// `out = table[tokens]`.
+    fn embed(&mut self, step: &Step<'_>, table: &Self::Matrix, out: &mut Self::Rows) -> OpResult;
+    /// `out = rms_norm(x) * weight`.
+    fn rms_norm(&mut self, x: &mut Self::Rows, weight: &Self::Vector, eps: f32, out: &mut Self::Rows) -> OpResult;
+    /// `x += delta; out = rms_norm(x) * weight`.
+    fn add_rms_norm(
+        &mut self,
+        x: &mut Self::Rows,
+        delta: &Self::Rows,
+        weight: &Self::Vector,
+        eps: f32,
+        out: &mut Self::Rows,
+    ) -> OpResult;
+    /// `out = x * W^T + bias`.
+    fn linear(&mut self, x: &Self::Rows, weights: &Self::Matrix, out: &mut Self::Rows) -> OpResult;
+    /// Rotates Q and K of `qkv` (rows `[q | k | v]`) and writes K and V to `layer` of the arena.
+    fn rope_kv_write(&mut self, step: &Step<'_>, layer: usize, qkv: &mut Self::Rows) -> OpResult;
+    /// Returns when `layer`'s K and V are in the arena's memory, where a transport may read them.
+    fn kv_written(&mut self, layer: usize) -> OpResult;
+    /// Causal attention of the Q in `qkv` over the arena.
+    fn attention(&mut self, step: &Step<'_>, layer: usize, qkv: &Self::Rows, out: &mut Self::Rows) -> OpResult;
+    /// `out = silu(gate) * up` of rows `[gate | up]`.
+    fn silu_mul(&mut self, gate_up: &Self::Rows, out: &mut Self::Rows) -> OpResult;
+    /// `out[i] = x[rows[i]]`.
+    fn gather(&mut self, x: &Self::Rows, rows: &[usize], out: &mut Self::Rows) -> OpResult;
+    /// `x * head^T` to host memory, row by row.
+    fn logits(&mut self, x: &Self::Rows, head: &Self::Matrix, out: &mut Vec<f32>) -> OpResult;
+}
