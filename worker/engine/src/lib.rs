@@ -4,6 +4,8 @@
 //! - [`scheduler`]: which sequence computes what, when, in which blocks; a state machine without IO, clocks or threads.
 //! - [`blocks`]: who owns which KV block, and the prefix cache.
 //! - [`sampling`] over [`rng`]: from logits to a token, a pure function.
+//! - [`mock`]: an engine without a model, honest about KV bytes.
+//! - [`spans`]: which bytes a transfer moves for a run of positions.
 //! - [`request`], [`config`], [`stats`], [`error`]: the plain data at the edges.
 //!
 //! Not here: the network, KV transfers (the worker server drives them), model arithmetic (`baton-model`).
@@ -13,16 +15,19 @@ pub mod blocks;
 mod chunks;
 pub mod config;
 pub mod error;
+pub mod mock;
 pub mod request;
 pub mod rng;
 pub mod sampling;
 pub mod scheduler;
 mod sequence;
+pub mod spans;
 pub mod stats;
 pub mod step;
 
 pub use config::{SchedulerConfig, blocks_for_bytes};
 pub use error::{AdmitError, ConfigError, EngineError, SamplingError};
+pub use mock::{MockConfig, MockEngine, MockTiming};
 pub use request::{Cancelled, FillRequest, Finish, FinishReason, Output, Plan, PrefillRequest, Request, Reuse};
 pub use sampling::{Sampler, SamplingParams};
 pub use scheduler::{Scheduler, cache_root};

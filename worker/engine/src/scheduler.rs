@@ -199,7 +199,7 @@ impl Scheduler {
                 outputs.extend(output);
             }
         }
-        self.totals.steps += 1;
+        self.totals.steps += u64::from(!batch.is_empty());
         outputs
     }
 

@@ -9,6 +9,9 @@
 
 use std::fmt;
 
+use std::sync::Arc;
+
+use baton_kvtransfer::Region;
 use baton_model::KvGeometry;
 
 use crate::error::EngineError;
@@ -70,6 +73,8 @@ impl StepBatch {
 pub trait Engine: Send {
     /// Shape of a KV block.
     fn geometry(&self) -> KvGeometry;
+    /// The KV arena: `total_blocks` blocks of `geometry`.
+    fn region(&self) -> Arc<Region>;
     /// Blocks in the region.
     fn total_blocks(&self) -> u32;
     /// Most tokens a sequence may have, prompt and generated together.
