@@ -1,0 +1,99 @@
+//! [`baton_gateway::Backend`] over the live cluster.
+
+use crate::cluster::{Cluster, PlaceError};
+use crate::request::{Running, first_generate};
+use baton_gateway::{Backend, BackendError, ClusterSnapshot, Generation, Job, ModelInfo};
+use baton_proto::state::UsageRecord;
+use baton_raftstore::RaftStoreError;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
+
+/// Attempts to settle a record when the store says that trying again may help.
+const SETTLE_ATTEMPTS_MAX: u32 = 3;
+/// Pause between them.
+const SETTLE_PAUSE: Duration = Duration::from_millis(100);
+/// What a client is told to wait when the cluster is full: about a short request's time.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// The gateway's view of this coordinator's cluster.
+pub(crate) struct ClusterBackend(pub(crate) Arc<Cluster>);
+
+impl Backend for ClusterBackend {
+    fn models(&self) -> Vec<ModelInfo> {
+        let models = self.0.config.models.iter();
+        models
+            .map(|model| {
+                let served = self.0.served(&model.name);
+                ModelInfo {
+                    id: model.name.clone(),
+                    created_unix_s: self.0.started_unix_s,
+                    context_length: served.unwrap_or(0),
+                    served: served.is_some(),
+                }
+            })
+            .collect()
+    }
+
+    fn generate(&self, job: Job) -> Result<Generation, BackendError> {
+        let cluster = &self.0;
+        if cluster.shutdown.is_cancelled() {
+            return Err(BackendError::Unavailable {
+                reason: "it is shutting down".into(),
+            });
+        }
+        if !cluster.config.models.iter().any(|model| model.name == job.model) {
+            return Err(BackendError::UnknownModel { model: job.model });
+        }
+        let span = tracing::info_span!("request", request_id = %job.request_id, traceparent = %job.traceparent);
+        let placed = match span.in_scope(|| cluster.place(&job.model, first_generate(&job), &[])) {
+            Ok(placed) => placed,
+            Err(PlaceError::Nobody) => return Err(BackendError::NoWorker { model: job.model }),
+            Err(PlaceError::Full) => {
+                return Err(BackendError::Overloaded {
+                    reason: "every worker has as many requests as it takes".into(),
+                    retry_after: RETRY_AFTER,
+                });
+            }
+        };
+        let cancel = CancellationToken::new();
+        let (sender, generation) = Generation::channel({
+            let cancel = cancel.clone();
+            move || cancel.cancel()
+        });
+        // Known to the gateway from the first moment on, not only once the task has run.
+        sender.placed(placed.placement(1));
+        let running = Running::new(cluster.clone(), job, sender, cancel);
+        cluster.tasks.spawn(running.run(placed).instrument(span));
+        Ok(generation)
+    }
+
+    async fn settle(&self, record: UsageRecord) -> Result<(), BackendError> {
+        let unavailable = |error: RaftStoreError| BackendError::Unavailable {
+            reason: format!("the usage record could not be committed: {error}"),
+        };
+        let mut attempt = 1;
+        loop {
+            match self.0.store.settle(record.clone()).await {
+                Ok(_) => return Ok(()),
+                Err(
+                    error @ (RaftStoreError::NoLeader
+                    | RaftStoreError::LeaderChanged
+                    | RaftStoreError::Overloaded { .. }),
+                ) if attempt < SETTLE_ATTEMPTS_MAX => {
+                    tracing::warn!(request_id = %record.request_id, attempt, %error, "settling again");
+                }
+                Err(error) => return Err(unavailable(error)),
+            }
+            attempt += 1;
+            tokio::time::sleep(SETTLE_PAUSE).await;
+        }
+    }
+
+    fn snapshot(&self) -> ClusterSnapshot {
+        ClusterSnapshot {
+            workers: self.0.registry().statuses(self.0.now_ms()),
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! The coordinator's configuration file, one documented field per setting.
+
+use crate::CoordinatorError;
+use serde::Deserialize;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// `baton coordinator --config FILE`.
+#[derive(Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CoordinatorConfig {
+    /// Name of this process in logs, and of its certificate in `identity_dir`.
+    #[serde(default = "default_name")]
+    pub name: String,
+    /// Directory of the durable state: members and usage records. Belongs to one coordinator.
+    pub data_dir: PathBuf,
+    /// Address of the OpenAI API; port 0 takes a free one. Beyond loopback, `api_key` must be set.
+    #[serde(default = "default_http_addr")]
+    pub http_addr: SocketAddr,
+    /// gRPC address that workers join at; port 0 takes a free one.
+    #[serde(default = "default_cluster_addr")]
+    pub cluster_addr: SocketAddr,
+    /// Directory with `ca.pem`, `<name>.pem` and `<name>.key`.
+    pub identity_dir: PathBuf,
+    /// The models served; a worker that offers another is refused.
+    pub models: Vec<ModelConfig>,
+    /// Prompts longer than this, in tokens, are computed on a prefill worker when there is one: below it the transfer
+    /// costs more than it frees.
+    #[serde(default = "default_prefill_threshold_tokens")]
+    pub prefill_threshold_tokens: usize,
+    /// How often workers report, in milliseconds.
+    #[serde(default = "default_heartbeat_interval_ms")]
+    pub heartbeat_interval_ms: u32,
+    /// Silence after which a worker is declared lost, in milliseconds; at least twice the heartbeat interval. One
+    /// whose connections both broke is lost at once.
+    #[serde(default = "default_lost_after_ms")]
+    pub lost_after_ms: u32,
+    /// Requests placed on one worker at once, running and queued; one more is refused as overload.
+    #[serde(default = "default_requests_per_worker_max")]
+    pub requests_per_worker_max: u32,
+    /// Longest wait of a running request for a worker to appear after its own is gone and no other is left, in
+    /// milliseconds.
+    #[serde(default = "default_worker_wait_ms")]
+    pub worker_wait_ms: u64,
+    /// Applied Raft log entries kept.
+    #[serde(default = "default_log_entries_keep")]
+    pub log_entries_keep: u64,
+    /// The key clients send as `Authorization: Bearer …`. The same setting as `gateway.api_key`.
+    #[serde(default)]
+    pub api_key: Option<String>,
+    /// The HTTP front end's limits.
+    #[serde(default)]
+    pub gateway: baton_gateway::GatewayConfig,
+}
+
+/// A model that the API offers.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// The name clients send.
+    pub name: String,
+    /// Directory with `tokenizer.json` and the chat template. Weights are read by workers only.
+    pub path: PathBuf,
+}
+
+impl CoordinatorConfig {
+    /// A configuration with every default.
+    pub fn new(data_dir: PathBuf, identity_dir: PathBuf, models: Vec<ModelConfig>) -> Self {
+        Self {
+            name: default_name(),
+            data_dir,
+            http_addr: default_http_addr(),
+            cluster_addr: default_cluster_addr(),
+            identity_dir,
+            models,
+            prefill_threshold_tokens: default_prefill_threshold_tokens(),
+            heartbeat_interval_ms: default_heartbeat_interval_ms(),
+            lost_after_ms: default_lost_after_ms(),
+            requests_per_worker_max: default_requests_per_worker_max(),
+            worker_wait_ms: default_worker_wait_ms(),
+            log_entries_keep: default_log_entries_keep(),
+            api_key: None,
+            gateway: baton_gateway::GatewayConfig::default(),
+        }
+    }
+
+    /// Checks the settings against each other.
+    pub fn validate(&self) -> Result<(), CoordinatorError> {
+        let wrong = |message: String| Err(CoordinatorError::Config(message));
+        if self.models.is_empty() {
+            return wrong("models is empty; name at least one model and its directory".into());
+        }
+        for (i, model) in self.models.iter().enumerate() {
+            if model.name.is_empty() {
+                return wrong(format!("models[{i}] has an empty name"));
+            }
+            if self.models[..i].iter().any(|other| other.name == model.name) {
+                return wrong(format!("the model name {:?} is used twice", model.name));
+            }
+        }
+        if self.heartbeat_interval_ms < 50 {
+            return wrong("heartbeat_interval_ms must be at least 50".into());
+        }
+        if self.lost_after_ms < 2 * self.heartbeat_interval_ms {
+            return wrong("lost_after_ms must be at least twice heartbeat_interval_ms".into());
+        }
+        if self.api_key.is_some() && self.gateway.api_key.is_some() {
+            return wrong("api_key and gateway.api_key are both set; keep one".into());
+        }
+        let stream_max = baton_proto::limits::REQUESTS_PER_STREAM_MAX;
+        if self.requests_per_worker_max == 0 || self.requests_per_worker_max as usize > stream_max {
+            return wrong(format!("requests_per_worker_max must be from 1 to {stream_max}"));
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for CoordinatorConfig {
+    /// Everything but the key.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CoordinatorConfig")
+            .field("name", &self.name)
+            .field("data_dir", &self.data_dir)
+            .field("http_addr", &self.http_addr)
+            .field("cluster_addr", &self.cluster_addr)
+            .field("models", &self.models)
+            .finish_non_exhaustive()
+    }
+}
+
+fn default_name() -> String {
+    "coordinator-0".into()
+}
+fn default_http_addr() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 8080))
+}
+fn default_cluster_addr() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 7070))
+}
+fn default_prefill_threshold_tokens() -> usize {
+    256
+}
+fn default_heartbeat_interval_ms() -> u32 {
+    500
+}
+fn default_lost_after_ms() -> u32 {
+    2000
+}
+fn default_requests_per_worker_max() -> u32 {
+    1024
+}
+fn default_worker_wait_ms() -> u64 {
+    10_000
+}
+fn default_log_entries_keep() -> u64 {
+    4096
+}

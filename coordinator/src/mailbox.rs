@@ -1,0 +1,110 @@
+//! The place between a worker link and the task of one request: tokens pile up here while the task is busy, and are
+//! taken together. The link never waits for a slow reader, and what a reader can make pile up is bounded by its own
+//! `max_tokens`.
+
+use baton_proto::worker::Finish;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use tokio::sync::Notify;
+
+/// How an attempt ended.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum End {
+    /// The worker said so.
+    Finished(Finish),
+    /// The link broke, or the worker broke the contract. Another worker can go on.
+    Broken(String),
+}
+
+/// What came since the last look.
+#[derive(Debug, Default, PartialEq)]
+pub(crate) struct Delivery {
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) end: Option<End>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    tokens: Vec<u32>,
+    end: Option<End>,
+    /// Tokens that may still come.
+    budget: u32,
+}
+
+#[derive(Debug)]
+pub(crate) struct Mailbox {
+    inner: Mutex<Inner>,
+    arrived: Notify,
+}
+
+impl Mailbox {
+    pub(crate) fn new(max_tokens: u32) -> Self {
+        Self {
+            inner: Mutex::new(Inner {
+                tokens: Vec::new(),
+                end: None,
+                budget: max_tokens,
+            }),
+            arrived: Notify::new(),
+        }
+    }
+
+    /// Puts in what the worker sent. After the end nothing more is taken.
+    pub(crate) fn put(&self, tokens: &[u32], end: Option<End>) {
+        let mut inner = self.lock();
+        if inner.end.is_some() {
+            return;
+        }
+        let len = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
+        if len > inner.budget {
+            let taken = inner.budget as usize;
+            inner.tokens.extend_from_slice(&tokens[..taken]);
+            inner.budget = 0;
+            inner.end = Some(End::Broken("the worker sent more tokens than were asked for".into()));
+        } else {
+            inner.tokens.extend_from_slice(tokens);
+            inner.budget -= len;
+            inner.end = end;
+        }
+        drop(inner);
+        self.arrived.notify_one();
+    }
+
+    /// Waits for something to arrive and takes all of it. The end, once there, is told at every call. Cancel-safe.
+    pub(crate) async fn take(&self) -> Delivery {
+        loop {
+            {
+                let mut inner = self.lock();
+                if !inner.tokens.is_empty() || inner.end.is_some() {
+                    let end = inner.end.clone();
+                    let tokens = std::mem::take(&mut inner.tokens);
+                    return Delivery { tokens, end };
+                }
+            }
+            self.arrived.notified().await;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_slow_reader_gets_everything_at_once_and_no_more_than_asked() {
+        let mailbox = Mailbox::new(4);
+        mailbox.put(&[1], None);
+        mailbox.put(&[2, 3], None);
+        assert_eq!(mailbox.take().await.tokens, [1, 2, 3]);
+        mailbox.put(&[4, 5], None);
+        let last = mailbox.take().await;
+        assert_eq!(last.tokens, [4]);
+        assert!(matches!(last.end, Some(End::Broken(_))));
+        mailbox.put(&[6], Some(End::Finished(Finish::default())));
+        let again = mailbox.take().await;
+        assert!(again.tokens.is_empty() && matches!(again.end, Some(End::Broken(_))));
+    }
+}

@@ -1,0 +1,282 @@
+//! The life of one request: on a worker, and if that one is lost, on the next, from where the last one stopped. What
+//! the gateway sees is one stream without gap or repetition, because a token depends only on the tokens before it, the
+//! parameters, the seed and its position (promise P1).
+//!
+//! Deliberately not here: which worker (router), and what a client sees of it (gateway).
+
+use crate::cluster::{Cluster, PlaceError, Placed};
+use crate::link::Submission;
+use crate::mailbox::{Delivery, End};
+use baton_gateway::{GenerationEvent, GenerationSender, Job};
+use baton_proto::worker::{Finish, FinishReason, Generate};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// Failed attempts in a row, without a single new token, before the request fails. Attempts that bring tokens do not
+/// count: they are bounded by `max_tokens`.
+const ATTEMPTS_MAX: u32 = 5;
+/// First pause after a worker refused (a full queue, say); doubles with each attempt. After a broken link there is
+/// none: another worker is as good at once.
+const REFUSED_PAUSE: Duration = Duration::from_millis(50);
+/// How often a request that waits for room looks by itself. Changes of the cluster wake it earlier.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
+/// Longest wait for the worker's word on a cancelled request. It only makes the counts exact, and the gateway waits a
+/// little longer for it (500 ms).
+const CANCELLED_WAIT: Duration = Duration::from_millis(400);
+
+/// The request as it is for the worker, without tokens emitted so far.
+pub(crate) fn first_generate(job: &Job) -> Generate {
+    Generate {
+        id: 0,
+        request_id: job.request_id.clone(),
+        traceparent: job.traceparent.clone(),
+        prompt: job.prompt.to_vec(),
+        max_tokens: job.max_tokens,
+        sampling: Some(job.sampling),
+        stop_token_ids: job.stop_token_ids.clone(),
+        cache_salt: job.cache_salt.clone().into(),
+        prefill_peer: None,
+    }
+}
+
+pub(crate) struct Running {
+    cluster: Arc<Cluster>,
+    job: Job,
+    sender: GenerationSender,
+    cancel: CancellationToken,
+    /// Tokens of all attempts, in order.
+    emitted: Vec<u32>,
+    /// Times it was placed.
+    attempts: u32,
+    /// Prompt tokens from the prefix cache, as the first attempt that ended by itself told.
+    cached_tokens: Option<u32>,
+    /// Lives of workers that failed it.
+    avoid: Vec<(String, u64)>,
+}
+
+/// How an attempt ended, if the request did not end with it.
+enum Retry {
+    /// Go on elsewhere at once.
+    Broken(String),
+    /// The worker could not take it now.
+    Refused(String),
+}
+
+impl Running {
+    pub(crate) fn new(cluster: Arc<Cluster>, job: Job, sender: GenerationSender, cancel: CancellationToken) -> Self {
+        Self {
+            cluster,
+            job,
+            sender,
+            cancel,
+            emitted: Vec::new(),
+            attempts: 0,
+            cached_tokens: None,
+            avoid: Vec::new(),
+        }
+    }
+
+    /// Runs the request to its end, beginning with a placement already made.
+    pub(crate) async fn run(mut self, first: Placed) {
+        let mut placed = first;
+        let mut failures = 0;
+        loop {
+            self.attempts += 1;
+            self.sender.placed(placed.placement(self.attempts));
+            let worker = placed.decode.worker.clone();
+            let before = self.emitted.len();
+            let Some(retry) = self.attempt(placed).await else {
+                return;
+            };
+            if let Some(finish) = self.already_over() {
+                return self.end(Vec::new(), finish).await;
+            }
+            failures = if self.emitted.len() > before { 1 } else { failures + 1 };
+            let (reason, pause) = match retry {
+                Retry::Broken(reason) => (reason, Duration::ZERO),
+                Retry::Refused(reason) => (reason, REFUSED_PAUSE * 2u32.pow(failures.min(6) - 1)),
+            };
+            tracing::warn!(worker_id = %worker.0, %reason, emitted = self.emitted.len(), "going on elsewhere");
+            self.cluster.metrics.replays.inc();
+            if failures >= ATTEMPTS_MAX {
+                return self.end(Vec::new(), failed(reason)).await;
+            }
+            self.avoid.push(worker);
+            match self.place_again(pause, &reason).await {
+                Ok(next) => placed = next,
+                Err(finish) => return self.end(Vec::new(), finish).await,
+            }
+        }
+    }
+
+    /// One attempt; `None` if the request is over.
+    async fn attempt(&mut self, mut placed: Placed) -> Option<Retry> {
+        loop {
+            let delivery = tokio::select! {
+                biased;
+                () = self.cancel.cancelled() => {
+                    self.cancelled(&mut placed.submission).await;
+                    return None;
+                }
+                delivery = placed.submission.next() => delivery,
+            };
+            let Delivery { tokens, end } = delivery;
+            self.emitted.extend_from_slice(&tokens);
+            if !tokens.is_empty() {
+                placed.prefill = None;
+            }
+            let (retry, finish) = match end {
+                None => (None, None),
+                Some(End::Broken(reason)) => (Some(Retry::Broken(reason)), None),
+                Some(End::Finished(finish)) => self.judge(finish),
+            };
+            if let Some(finish) = finish {
+                self.end(tokens, finish).await;
+                return None;
+            }
+            if !tokens.is_empty() {
+                let event = GenerationEvent { tokens, finish: None };
+                tokio::select! {
+                    biased;
+                    () = self.cancel.cancelled() => {
+                        self.cancelled(&mut placed.submission).await;
+                        return None;
+                    }
+                    sent = self.sender.send(event) => {
+                        if sent.is_err() {
+                            return None;
+                        }
+                    }
+                }
+            }
+            if retry.is_some() {
+                return retry;
+            }
+        }
+    }
+
+    /// What a worker's finish means for the request.
+    fn judge(&mut self, finish: Finish) -> (Option<Retry>, Option<Finish>) {
+        match finish.reason() {
+            FinishReason::Error if finish.retryable => (Some(Retry::Refused(finish.error)), None),
+            // Nobody here asked for that: the worker is going away.
+            FinishReason::Cancelled => (Some(Retry::Broken("the worker cancelled it".into())), None),
+            _ => {
+                self.cached_tokens.get_or_insert(finish.cached_tokens);
+                (None, Some(finish))
+            }
+        }
+    }
+
+    /// A worker can die after its last token and before it says so: then nothing is left to do.
+    fn already_over(&self) -> Option<Finish> {
+        let last = *self.emitted.last()?;
+        let reason = if self.job.stop_token_ids.contains(&last) {
+            FinishReason::Stop
+        } else if self.emitted.len() >= self.job.max_tokens as usize {
+            FinishReason::Length
+        } else {
+            return None;
+        };
+        Some(Finish {
+            reason: reason.into(),
+            ..Finish::default()
+        })
+    }
+
+    /// Finds a worker for the rest of the request; waits a while if there is none.
+    async fn place_again(&mut self, pause: Duration, reason: &str) -> Result<Placed, Finish> {
+        let cancelled = Finish {
+            reason: FinishReason::Cancelled.into(),
+            ..Finish::default()
+        };
+        let deadline = Instant::now() + pause + Duration::from_millis(self.cluster.config.worker_wait_ms);
+        tokio::select! {
+            () = self.cancel.cancelled() => return Err(cancelled),
+            () = tokio::time::sleep(pause) => {}
+        }
+        let mut changes = self.cluster.changes();
+        loop {
+            changes.mark_unchanged();
+            let error = match self.cluster.place(&self.job.model, self.rest(), &self.avoid) {
+                Ok(placed) => return Ok(placed),
+                Err(error) => error,
+            };
+            if Instant::now() >= deadline {
+                let missing = match error {
+                    PlaceError::Full => "every other worker is full",
+                    PlaceError::Nobody => "no other worker appeared",
+                };
+                return Err(failed(format!("{missing} in {} ms after: {reason}", self.cluster.config.worker_wait_ms)));
+            }
+            tokio::select! {
+                () = self.cancel.cancelled() => return Err(cancelled),
+                _ = changes.changed() => {}
+                () = tokio::time::sleep(LOOK_AGAIN) => {}
+            }
+        }
+    }
+
+    /// The request from where it stands: sampling depends on positions, so the rest comes out as it would have.
+    fn rest(&self) -> Generate {
+        let mut generate = first_generate(&self.job);
+        generate.prompt.extend_from_slice(&self.emitted);
+        let emitted = u32::try_from(self.emitted.len()).unwrap_or(u32::MAX);
+        generate.max_tokens = self.job.max_tokens.saturating_sub(emitted);
+        generate
+    }
+
+    /// The gateway hung up: the worker is told before anything else, and then asked what it had done.
+    async fn cancelled(&mut self, submission: &mut Submission) {
+        submission.cancel();
+        let end = async {
+            loop {
+                let delivery = submission.next().await;
+                self.emitted.extend_from_slice(&delivery.tokens);
+                if let Some(end) = delivery.end {
+                    return end;
+                }
+            }
+        };
+        let told = tokio::time::timeout(CANCELLED_WAIT, end).await;
+        let mut finish = match told {
+            Ok(End::Finished(finish)) if finish.reason() != FinishReason::Error => finish,
+            _ => Finish::default(),
+        };
+        self.cached_tokens.get_or_insert(finish.cached_tokens);
+        finish.reason = FinishReason::Cancelled.into();
+        self.end(Vec::new(), finish).await;
+    }
+
+    /// Hands up the last event, with counts as if nothing had happened in between.
+    async fn end(&mut self, tokens: Vec<u32>, mut finish: Finish) {
+        let prompt_tokens = u32::try_from(self.job.prompt.len()).unwrap_or(u32::MAX);
+        finish.prompt_tokens = prompt_tokens;
+        finish.completion_tokens = u32::try_from(self.emitted.len()).unwrap_or(u32::MAX);
+        finish.cached_tokens = self.cached_tokens.unwrap_or(finish.cached_tokens).min(prompt_tokens);
+        let event = GenerationEvent {
+            tokens,
+            finish: Some(finish),
+        };
+        // After a cancellation nobody may listen any more; that is not a failure.
+        if self.cancel.is_cancelled() {
+            let _ = self.sender.try_send(event);
+            return;
+        }
+        tokio::select! {
+            () = self.cancel.cancelled() => {}
+            _ = self.sender.send(event) => {}
+        }
+    }
+}
+
+fn failed(error: String) -> Finish {
+    Finish {
+        reason: FinishReason::Error.into(),
+        error,
+        retryable: true,
+        ..Finish::default()
+    }
+}
