@@ -165,24 +165,26 @@ impl Generation {
         event
     }
 
-    /// Cancels the work at once, then waits at most `wait_max` for the finish, which tells the exact counts. Tokens
-    /// that still arrive are discarded. `None` if the finish was received before, or does not arrive in time.
-    pub async fn stop(mut self, wait_max: Duration) -> Option<worker::Finish> {
-        if self.finished {
-            return None;
-        }
-        if let Some(cancel) = self.cancel.take() {
+    /// Cancels the work at once, before the future is first polled; the future then waits at most `wait_max` for the
+    /// finish, which tells the exact counts. Tokens that still arrive are discarded. `None` if the finish was received
+    /// before, or does not arrive in time.
+    pub fn stop(mut self, wait_max: Duration) -> impl Future<Output = Option<worker::Finish>> + Send + use<> {
+        if !self.finished
+            && let Some(cancel) = self.cancel.take()
+        {
             cancel();
         }
-        let finish = async {
-            while let Some(event) = self.events.recv().await {
-                if event.finish.is_some() {
-                    return event.finish;
+        async move {
+            let finish = async {
+                while let Some(event) = self.next().await {
+                    if event.finish.is_some() {
+                        return event.finish;
+                    }
                 }
-            }
-            None
-        };
-        tokio::time::timeout(wait_max, finish).await.ok().flatten()
+                None
+            };
+            tokio::time::timeout(wait_max, finish).await.ok().flatten()
+        }
     }
 
     /// Where the request runs, as last told by the backend.
@@ -212,6 +214,7 @@ impl GenerationSender {
     /// Hands over an event without waiting. `Full` means that the client reads slower than the model writes: keep the
     /// tokens and send them with the next event ([`reserve`](Self::reserve) tells when there is room). `Closed` means
     /// that nobody listens any more: cancel.
+    #[expect(clippy::result_large_err, reason = "the error gives the event back, so that no token is lost")]
     pub fn try_send(&self, event: GenerationEvent) -> Result<(), mpsc::error::TrySendError<GenerationEvent>> {
         self.events.try_send(event)
     }

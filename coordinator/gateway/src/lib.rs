@@ -2,9 +2,39 @@
 //! metrics. It sees the cluster through one trait, [`Backend`], and holds no cluster state of its own.
 #![forbid(unsafe_code)]
 
+mod api_error;
+mod auth;
 pub mod backend;
+mod chat;
+mod config;
+mod detokenizer;
+mod error;
+mod fields;
+mod gateway;
+mod messages;
+mod metrics;
+mod model;
+mod prompt;
+mod reader;
+mod request;
+mod response;
+mod routes;
+mod run;
+mod server;
+mod sse;
+mod stall;
+mod stop;
+mod template;
+#[cfg(test)]
+mod test_support;
+mod trace;
 
 pub use backend::{
     Backend, BackendError, ClusterSnapshot, Generation, GenerationEvent, GenerationSender, Job, ModelInfo, Placement,
     WorkerRole, WorkerState, WorkerStatus,
 };
+pub use config::{API_KEY_CHARS_MIN, GatewayConfig};
+pub use error::GatewayError;
+pub use fields::{FIELDS, Field, FieldSupport};
+pub use model::ServedModel;
+pub use server::serve;

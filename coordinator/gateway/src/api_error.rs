@@ -1,0 +1,203 @@
+//! A refused or failed request in OpenAI's nested shape: `{"error":{"message","type","param","code"}}`. Messages say
+//! what to change; nothing internal is told.
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use crate::backend::BackendError;
+
+/// Seconds to wait before a retry, where the cluster has no better guess.
+const RETRY_AFTER_S: u64 = 1;
+
+/// An error as its client sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ApiError {
+    pub status: StatusCode,
+    /// OpenAI's `type`.
+    pub kind: &'static str,
+    /// OpenAI's `code`.
+    pub code: Option<&'static str>,
+    /// The field at fault.
+    pub param: Option<String>,
+    pub message: String,
+    pub retry_after_s: Option<u64>,
+}
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: impl Into<String>) -> Self {
+        Self {
+            status,
+            kind,
+            code,
+            param: None,
+            message: message.into(),
+            retry_after_s: None,
+        }
+    }
+
+    /// 400, about the whole request.
+    pub fn bad_request(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request_error", None, message)
+    }
+
+    /// 400, about one field.
+    pub fn field(param: impl Into<String>, message: impl Into<String>) -> Self {
+        Self {
+            param: Some(param.into()),
+            ..Self::bad_request(message)
+        }
+    }
+
+    /// 400 for a field of OpenAI's that this server does not implement, or an unknown one.
+    pub fn unsupported(param: &str, message: impl Into<String>) -> Self {
+        Self {
+            code: Some("unsupported_parameter"),
+            ..Self::field(param, message)
+        }
+    }
+
+    pub fn context_length(message: impl Into<String>) -> Self {
+        Self {
+            code: Some("context_length_exceeded"),
+            ..Self::field("messages", message)
+        }
+    }
+
+    pub fn model_not_found(model: &str) -> Self {
+        let shown: String = model.chars().take(128).collect();
+        let message = format!("The model `{shown}` does not exist. GET /v1/models lists what is served.");
+        let code = Some("model_not_found");
+        Self {
+            param: Some("model".into()),
+            ..Self::new(StatusCode::NOT_FOUND, "invalid_request_error", code, message)
+        }
+    }
+
+    pub fn unauthorized() -> Self {
+        let message = "Missing or wrong API key. Send it as `Authorization: Bearer KEY`.";
+        Self::new(
+            StatusCode::UNAUTHORIZED,
+            "invalid_request_error",
+            Some("invalid_api_key"),
+            message,
+        )
+    }
+
+    pub fn not_found(method: &str, path: &str) -> Self {
+        let shown: String = path.chars().take(256).collect();
+        let message = format!("Unknown request URL: {method} {shown}. The API is described at GET /.");
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "invalid_request_error",
+            Some("unknown_url"),
+            message,
+        )
+    }
+
+    pub fn method_not_allowed(method: &str, path: &str) -> Self {
+        let shown: String = path.chars().take(256).collect();
+        let message = format!("{method} is not allowed for {shown}; the Allow header lists what is.");
+        Self::new(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "invalid_request_error",
+            Some("method_not_allowed"),
+            message,
+        )
+    }
+
+    pub fn media_type() -> Self {
+        let message = "The body must be JSON: send the header `Content-Type: application/json`.";
+        Self::new(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "invalid_request_error",
+            Some("unsupported_media_type"),
+            message,
+        )
+    }
+
+    pub fn body_too_large(bytes_max: usize) -> Self {
+        let message = format!("The body is larger than {bytes_max} bytes.");
+        Self::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "invalid_request_error",
+            Some("request_too_large"),
+            message,
+        )
+    }
+
+    pub fn body_timeout() -> Self {
+        let message = "The body did not arrive in time.";
+        Self::new(
+            StatusCode::REQUEST_TIMEOUT,
+            "invalid_request_error",
+            Some("request_timeout"),
+            message,
+        )
+    }
+
+    /// 429: too much at once.
+    pub fn overloaded(message: impl Into<String>, retry_after_s: u64) -> Self {
+        let code = Some("rate_limit_exceeded");
+        let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", code, message);
+        Self {
+            retry_after_s: Some(retry_after_s.max(1)),
+            ..error
+        }
+    }
+
+    /// 503: nothing wrong with the request.
+    pub fn unavailable(message: impl Into<String>) -> Self {
+        let error = Self::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "server_error",
+            Some("service_unavailable"),
+            message,
+        );
+        Self {
+            retry_after_s: Some(RETRY_AFTER_S),
+            ..error
+        }
+    }
+
+    /// 500: our fault. The reason goes to the log, not to the client.
+    pub fn internal() -> Self {
+        let message = "The server failed to process the request. The log has the details under the x-request-id.";
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "server_error",
+            Some("internal_error"),
+            message,
+        )
+    }
+
+    /// The JSON body, also the data of an error event.
+    pub fn body(&self) -> Value {
+        json!({"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}})
+    }
+}
+
+impl From<BackendError> for ApiError {
+    fn from(error: BackendError) -> Self {
+        match &error {
+            BackendError::Overloaded { retry_after, .. } => Self::overloaded(error.to_string(), retry_after.as_secs()),
+            BackendError::UnknownModel { model } => Self::model_not_found(model),
+            BackendError::NoWorker { .. } | BackendError::Unavailable { .. } => Self::unavailable(error.to_string()),
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, Json(self.body())).into_response();
+        let headers = response.headers_mut();
+        if let Some(seconds) = self.retry_after_s {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}

@@ -1,0 +1,163 @@
+//! The gateway's settings, with the limits that keep every queue, body and wait bounded (promise P5), and the check
+//! that nothing is served to a network without a key (promise P6). Paths and models are the coordinator's business.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::error::GatewayError;
+
+/// Shortest API key taken: 16 characters, so that nobody guards a cluster with a word.
+pub const API_KEY_CHARS_MIN: usize = 16;
+
+/// Settings of the HTTP front end. Every field has a default.
+#[derive(Clone, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GatewayConfig {
+    /// The key clients send as `Authorization: Bearer …`. Needed to bind beyond loopback.
+    pub api_key: Option<String>,
+    /// Largest request body in bytes. 4 MiB is a prompt of about a million tokens.
+    pub body_bytes_max: usize,
+    /// Open connections. Each costs a task and a few KiB; one more is answered 503 and closed.
+    pub connections_max: usize,
+    /// Chat requests in work at once, from tokenising to the settled record. One more is answered 429.
+    pub in_flight_max: usize,
+    /// Messages in one request.
+    pub messages_max: usize,
+    /// Time for a request's headers, and for an idle connection to send its next request, in milliseconds.
+    pub header_timeout_ms: u64,
+    /// Time for a whole request body, in milliseconds.
+    pub body_timeout_ms: u64,
+    /// A connection that takes no byte of a response for this long, in milliseconds, is cut.
+    pub write_stall_ms_max: u64,
+    /// Silence on a stream after which a comment is sent to keep proxies from closing it, in milliseconds.
+    pub keep_alive_ms: u64,
+    /// How long a stream's status line waits for the first token, so that an early failure is an HTTP error and not
+    /// an error event, in milliseconds.
+    pub first_token_wait_ms: u64,
+    /// At shutdown, how long running requests may go on, in milliseconds; and then, again, how long their usage
+    /// records may take to be settled.
+    pub drain_ms_max: u64,
+}
+
+impl Default for GatewayConfig {
+    fn default() -> Self {
+        Self {
+            api_key: None,
+            body_bytes_max: 4 << 20,
+            connections_max: 4096,
+            in_flight_max: 1024,
+            messages_max: 2048,
+            header_timeout_ms: 30_000,
+            body_timeout_ms: 30_000,
+            write_stall_ms_max: 30_000,
+            keep_alive_ms: 10_000,
+            first_token_wait_ms: 1_000,
+            drain_ms_max: 5_000,
+        }
+    }
+}
+
+impl GatewayConfig {
+    /// Checks the settings against each other and against the address they are to serve on.
+    pub fn validate(&self, addr: SocketAddr) -> Result<(), GatewayError> {
+        match &self.api_key {
+            None if !addr.ip().to_canonical().is_loopback() => return Err(GatewayError::OpenToAll { addr }),
+            Some(key) if key.len() < API_KEY_CHARS_MIN || !key.bytes().all(|byte| byte.is_ascii_graphic()) => {
+                return Err(GatewayError::Setting {
+                    name: "api_key",
+                    problem: format!("must be at least {API_KEY_CHARS_MIN} visible ASCII characters"),
+                });
+            }
+            _ => {}
+        }
+        let positive: [(&'static str, u64); 10] = [
+            ("body_bytes_max", self.body_bytes_max as u64),
+            ("connections_max", self.connections_max as u64),
+            ("in_flight_max", self.in_flight_max as u64),
+            ("messages_max", self.messages_max as u64),
+            ("header_timeout_ms", self.header_timeout_ms),
+            ("body_timeout_ms", self.body_timeout_ms),
+            ("write_stall_ms_max", self.write_stall_ms_max),
+            ("keep_alive_ms", self.keep_alive_ms),
+            ("first_token_wait_ms", self.first_token_wait_ms),
+            ("drain_ms_max", self.drain_ms_max),
+        ];
+        for (name, value) in positive {
+            // The upper end keeps semaphores and timers in range.
+            if value == 0 || value > u64::from(u32::MAX) {
+                return Err(GatewayError::Setting {
+                    name,
+                    problem: format!("must be from 1 to {}", u32::MAX),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn header_timeout(&self) -> Duration {
+        Duration::from_millis(self.header_timeout_ms)
+    }
+
+    pub(crate) fn body_timeout(&self) -> Duration {
+        Duration::from_millis(self.body_timeout_ms)
+    }
+
+    pub(crate) fn keep_alive(&self) -> Duration {
+        Duration::from_millis(self.keep_alive_ms)
+    }
+
+    pub(crate) fn drain(&self) -> Duration {
+        Duration::from_millis(self.drain_ms_max)
+    }
+}
+
+impl fmt::Debug for GatewayConfig {
+    /// Everything but the key.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GatewayConfig")
+            .field("api_key", &self.api_key.as_ref().map(|_| "…"))
+            .field("body_bytes_max", &self.body_bytes_max)
+            .field("connections_max", &self.connections_max)
+            .field("in_flight_max", &self.in_flight_max)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_network_address_needs_a_key() {
+        let open = GatewayConfig::default();
+        for loopback in ["127.0.0.1:80", "[::1]:80", "[::ffff:127.0.0.1]:80"] {
+            open.validate(loopback.parse().unwrap()).unwrap();
+        }
+        for network in ["0.0.0.0:80", "[::]:80", "10.0.0.1:80"] {
+            let error = open.validate(network.parse().unwrap()).unwrap_err();
+            assert!(matches!(error, GatewayError::OpenToAll { .. }), "{error}");
+        }
+        let keyed = GatewayConfig {
+            api_key: Some("sk-0123456789abcdef".into()),
+            ..GatewayConfig::default()
+        };
+        keyed.validate("0.0.0.0:80".parse().unwrap()).unwrap();
+        let weak = GatewayConfig {
+            api_key: Some("secret".into()),
+            ..GatewayConfig::default()
+        };
+        assert!(weak.validate("127.0.0.1:80".parse().unwrap()).is_err());
+    }
+
+    #[test]
+    fn the_key_is_not_printed() {
+        let keyed = GatewayConfig {
+            api_key: Some("sk-0123456789abcdef".into()),
+            ..GatewayConfig::default()
+        };
+        assert!(!format!("{keyed:?}").contains("0123"));
+    }
+}

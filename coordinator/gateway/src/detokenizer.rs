@@ -1,0 +1,214 @@
+//! Token ids to text, one token at a time. A delta never splits a character, and the deltas joined are what decoding
+//! the whole sequence gives. Special tokens have no text. Stop strings are not looked for here.
+//!
+//! Byte-level vocabularies (GPT-2's scheme: Llama 3, Qwen, the demo model) map each token to bytes, which are exact and
+//! take constant time. Every other decoder is asked for the text of a short window of tokens, twice: what the window
+//! gains by the new token is the delta (as vLLM and text-generation-inference do).
+
+use std::collections::HashMap;
+use std::sync::{Arc, LazyLock};
+
+use tokenizers::{DecoderWrapper, Tokenizer};
+
+/// Tokens of a window that may wait for a character to become complete. A character has at most four bytes, so a window
+/// that still ends in a replacement character after this many holds bytes that are no UTF-8, and is shown as it is.
+const WINDOW_PENDING_MAX: usize = 8;
+
+/// Turns one sequence's tokens into text.
+pub(crate) struct Detokenizer {
+    tokenizer: Arc<Tokenizer>,
+    mode: Mode,
+}
+
+enum Mode {
+    /// Bytes at the end of the text that begin a character.
+    Bytes(Vec<u8>),
+    /// `ids[..read]` have been shown; they stay as the context that decoders (spaces!) depend on.
+    Window { ids: Vec<u32>, read: usize },
+}
+
+impl Detokenizer {
+    pub fn new(tokenizer: Arc<Tokenizer>) -> Self {
+        let mode = match tokenizer.get_decoder() {
+            Some(DecoderWrapper::ByteLevel(_)) => Mode::Bytes(Vec::new()),
+            _ => Mode::Window {
+                ids: Vec::new(),
+                read: 0,
+            },
+        };
+        Self { tokenizer, mode }
+    }
+
+    /// The text that `id` adds; may be empty.
+    pub fn push(&mut self, id: u32) -> String {
+        match &mut self.mode {
+            Mode::Bytes(pending) => {
+                append_bytes(&self.tokenizer, id, pending);
+                take_characters(pending, false)
+            }
+            Mode::Window { ids, read } => {
+                ids.push(id);
+                let force = ids.len() - *read > WINDOW_PENDING_MAX;
+                window_delta(&self.tokenizer, ids, read, force)
+            }
+        }
+    }
+
+    /// The sequence is over: the text of what is still pending.
+    pub fn finish(&mut self) -> String {
+        match &mut self.mode {
+            Mode::Bytes(pending) => take_characters(pending, true),
+            Mode::Window { ids, read } => window_delta(&self.tokenizer, ids, read, true),
+        }
+    }
+}
+
+fn append_bytes(tokenizer: &Tokenizer, id: u32, out: &mut Vec<u8>) {
+    let added = tokenizer.get_added_vocabulary();
+    let token = match added.simple_id_to_token(id) {
+        Some(token) if added.is_special_token(&token) => return,
+        Some(token) => token,
+        None => match tokenizer.id_to_token(id) {
+            Some(token) => token,
+            // A model may have more rows than its tokenizer has tokens; such an id has no text.
+            None => return,
+        },
+    };
+    let start = out.len();
+    for character in token.chars() {
+        match BYTE_OF_CHAR.get(&character) {
+            Some(&byte) => out.push(byte),
+            None => {
+                // Not a byte-level spelling (an added token): the text stands for itself.
+                out.truncate(start);
+                out.extend_from_slice(token.as_bytes());
+                return;
+            }
+        }
+    }
+}
+
+/// Takes all complete characters off `pending`, with U+FFFD for bytes that can be none, as a lossy decode of the whole.
+fn take_characters(pending: &mut Vec<u8>, last: bool) -> String {
+    let mut text = String::new();
+    let mut taken = 0;
+    loop {
+        match std::str::from_utf8(&pending[taken..]) {
+            Ok(valid) => {
+                text.push_str(valid);
+                taken = pending.len();
+                break;
+            }
+            Err(error) => {
+                let valid_end = taken + error.valid_up_to();
+                text.push_str(&String::from_utf8_lossy(&pending[taken..valid_end]));
+                taken = valid_end;
+                match error.error_len() {
+                    Some(len) => {
+                        text.push(char::REPLACEMENT_CHARACTER);
+                        taken += len;
+                    }
+                    None if last => {
+                        text.push(char::REPLACEMENT_CHARACTER);
+                        taken = pending.len();
+                        break;
+                    }
+                    None => break,
+                }
+            }
+        }
+    }
+    pending.drain(..taken);
+    text
+}
+
+fn window_delta(tokenizer: &Tokenizer, ids: &mut Vec<u32>, read: &mut usize, force: bool) -> String {
+    // Decoders fail on nothing that a vocabulary holds; if one does, its tokens have no text.
+    let before = tokenizer.decode(&ids[..*read], true).unwrap_or_default();
+    let after = tokenizer.decode(ids, true).unwrap_or_default();
+    if after.ends_with(char::REPLACEMENT_CHARACTER) && !force {
+        return String::new();
+    }
+    let delta = match after.strip_prefix(&before) {
+        Some("") if !force => return String::new(),
+        Some(delta) => delta.to_owned(),
+        // The new token changed how the shown ones read (bytes that turn out to be no UTF-8), and they cannot be taken
+        // back: the pending tokens stand alone.
+        None => tokenizer.decode(&ids[*read..], true).unwrap_or_default(),
+    };
+    ids.drain(..*read);
+    *read = ids.len();
+    delta
+}
+
+/// GPT-2's byte alphabet: each byte as a visible character.
+static BYTE_OF_CHAR: LazyLock<HashMap<char, u8>> = LazyLock::new(|| {
+    let visible = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    let mut next = 0x100;
+    (0..=u8::MAX)
+        .filter_map(|byte| {
+            let code = if visible(byte) {
+                u32::from(byte)
+            } else {
+                next += 1;
+                next - 1
+            };
+            char::from_u32(code).map(|character| (character, byte))
+        })
+        .collect()
+});
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_support::{byte_level_tokenizer, sentencepiece_tokenizer};
+    use proptest::prelude::*;
+
+    fn streamed(tokenizer: &Arc<Tokenizer>, ids: &[u32]) -> String {
+        let mut detokenizer = Detokenizer::new(tokenizer.clone());
+        let mut text: String = ids.iter().map(|&id| detokenizer.push(id)).collect();
+        text += &detokenizer.finish();
+        text
+    }
+
+    static BYTE_LEVEL: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| Arc::new(byte_level_tokenizer()));
+    static SENTENCEPIECE: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| Arc::new(sentencepiece_tokenizer()));
+
+    proptest! {
+        #[test]
+        fn any_byte_level_tokens_stream_as_they_decode_whole(ids in prop::collection::vec(0u32..270, 0..60)) {
+            prop_assert_eq!(streamed(&BYTE_LEVEL, &ids), BYTE_LEVEL.decode(&ids, true).unwrap());
+        }
+
+        #[test]
+        fn any_text_survives_byte_fallback(text in "[ a-eé😀漢]{0,30}") {
+            let ids = SENTENCEPIECE.encode(text.as_str(), false).unwrap().get_ids().to_vec();
+            prop_assert_eq!(streamed(&SENTENCEPIECE, &ids), SENTENCEPIECE.decode(&ids, true).unwrap());
+            prop_assert_eq!(streamed(&SENTENCEPIECE, &ids), text);
+        }
+    }
+
+    #[test]
+    fn a_character_is_shown_whole_and_bad_bytes_do_not_block() {
+        for tokenizer in [&*BYTE_LEVEL, &*SENTENCEPIECE] {
+            let ids = tokenizer.encode("😀", false).unwrap().get_ids().to_vec();
+            assert!(ids.len() >= 4, "the emoji is to be spelled in bytes");
+            let mut detokenizer = Detokenizer::new(tokenizer.clone());
+            let deltas: Vec<String> = ids.iter().map(|&id| detokenizer.push(id)).collect();
+            assert_eq!(deltas.last().map(String::as_str), Some("😀"));
+            assert!(deltas[..deltas.len() - 1].iter().all(String::is_empty), "{deltas:?}");
+
+            // A lone lead byte, over and over: shown as replacement characters, not held for ever.
+            let mut detokenizer = Detokenizer::new(tokenizer.clone());
+            let lead = ids[ids.len() - 4];
+            let shown: String = (0..64).map(|_| detokenizer.push(lead)).collect();
+            assert!(shown.chars().count() > 32, "{shown:?}");
+        }
+    }
+
+    #[test]
+    fn special_tokens_have_no_text() {
+        let eos = BYTE_LEVEL.token_to_id("<|im_end|>").unwrap();
+        assert_eq!(streamed(&BYTE_LEVEL, &[eos, eos]), "");
+    }
+}

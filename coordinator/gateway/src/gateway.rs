@@ -1,0 +1,247 @@
+//! What all connections share, and a request's preparation: from body bytes to a job that fits the model. No HTTP.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use baton_proto::limits::PROMPT_TOKENS_MAX;
+use baton_proto::worker::Sampling;
+use serde_json::Value as Json;
+use tokio::sync::Semaphore;
+use tokio_util::task::TaskTracker;
+
+use crate::api_error::ApiError;
+use crate::auth::KeyCheck;
+use crate::backend::{Backend, Job};
+use crate::config::GatewayConfig;
+use crate::error::GatewayError;
+use crate::metrics::Metrics;
+use crate::model::{ConversationError, ServedModel};
+use crate::prompt::PromptError;
+use crate::reader::TokenReader;
+use crate::request::ChatRequest;
+use crate::response::{ModelCard, ModelList};
+use crate::run::{Ledger, unix_ms};
+use crate::template::RenderError;
+use crate::trace::{RequestNames, random_seed};
+
+/// The state behind every route.
+pub(crate) struct Gateway<B> {
+    pub config: GatewayConfig,
+    pub key: Option<KeyCheck>,
+    pub ledger: Arc<Ledger<B>>,
+    /// One permit per chat request in work.
+    pub in_flight: Arc<Semaphore>,
+    /// One permit per long prompt being tokenised: as many as there are cores, so that they cannot crowd out the rest.
+    pub preparing: Arc<Semaphore>,
+    models: BTreeMap<String, ServedModel>,
+    started_unix_s: u64,
+}
+
+/// A request that fits its model.
+pub(crate) struct Prepared {
+    pub job: Job,
+    pub reader: TokenReader,
+    pub stream: bool,
+    pub include_usage: bool,
+}
+
+impl<B: Backend> Gateway<B> {
+    /// Checks the models against each other. Must be called inside a tokio runtime.
+    pub fn new(config: GatewayConfig, backend: Arc<B>, models: Vec<ServedModel>) -> Result<Self, GatewayError> {
+        let mut by_name = BTreeMap::new();
+        for model in models {
+            let name = model.name().to_owned();
+            if name.is_empty() || name.len() > 128 {
+                return Err(GatewayError::Models {
+                    problem: format!("the name `{name}` is not of 1 to 128 bytes"),
+                });
+            }
+            if by_name.insert(name.clone(), model).is_some() {
+                return Err(GatewayError::Models {
+                    problem: format!("`{name}` is there twice"),
+                });
+            }
+        }
+        if by_name.is_empty() {
+            return Err(GatewayError::Models {
+                problem: "it is empty; configure at least one model".into(),
+            });
+        }
+        let ledger = Ledger {
+            backend,
+            metrics: Metrics::new(),
+            settling: TaskTracker::new(),
+            runtime: tokio::runtime::Handle::current(),
+        };
+        let cores = std::thread::available_parallelism().map_or(2, usize::from);
+        Ok(Self {
+            key: config.api_key.as_deref().map(KeyCheck::new),
+            ledger: Arc::new(ledger),
+            in_flight: Arc::new(Semaphore::new(config.in_flight_max)),
+            preparing: Arc::new(Semaphore::new(cores)),
+            models: by_name,
+            started_unix_s: unix_ms() / 1000,
+            config,
+        })
+    }
+
+    /// Parses, checks, renders and tokenises. Time in proportion to the body.
+    pub fn prepare(&self, body: &[u8], names: &RequestNames) -> Result<Prepared, ApiError> {
+        let request = ChatRequest::parse(body, self.config.messages_max)?;
+        let model = self
+            .models
+            .get(&request.model)
+            .ok_or_else(|| ApiError::model_not_found(&request.model))?;
+        check_tools(model, &request.messages)?;
+        let context = self.context_length(model);
+        let prompt = model
+            .prompt(request.messages)
+            .map_err(|error| conversation_error(error, names))?;
+        let prompt_tokens = prompt.len();
+        let room = u32::try_from(prompt_tokens)
+            .ok()
+            .and_then(|tokens| context.checked_sub(tokens))
+            .unwrap_or(0);
+        if room == 0 || prompt_tokens > PROMPT_TOKENS_MAX {
+            return Err(ApiError::context_length(format!(
+                "The model's context is {context} tokens and the messages are {prompt_tokens} tokens, which leaves no room \
+                 for an answer. Shorten the messages."
+            )));
+        }
+        if prompt.is_empty() {
+            return Err(ApiError::field("messages", "The messages render to nothing."));
+        }
+        // An explicit wish that cannot be met is refused, as OpenAI and vLLM do, rather than cut short in silence.
+        let max_tokens = match request.max_tokens {
+            None => room,
+            Some((_, wanted)) if wanted <= room => wanted,
+            Some((name, wanted)) => {
+                let total = prompt_tokens as u64 + u64::from(wanted);
+                let message = format!(
+                    "The model's context is {context} tokens, but {total} were asked for: {prompt_tokens} in the messages \
+                     and {wanted} in `{name}`. Shorten one of them."
+                );
+                return Err(ApiError {
+                    param: Some(name.into()),
+                    ..ApiError::context_length(message)
+                });
+            }
+        };
+        let defaults = model.defaults();
+        let job = Job {
+            request_id: names.request_id.clone(),
+            traceparent: names.traceparent.clone(),
+            model: request.model,
+            prompt: prompt.into(),
+            max_tokens,
+            sampling: Sampling {
+                temperature: request.temperature.unwrap_or(defaults.temperature),
+                top_p: request.top_p.unwrap_or(defaults.top_p),
+                top_k: request.top_k.unwrap_or(defaults.top_k),
+                seed: request.seed.unwrap_or_else(random_seed),
+            },
+            stop_token_ids: if request.ignore_eos {
+                Vec::new()
+            } else {
+                model.eos_ids().to_vec()
+            },
+            // One key, one tenant.
+            cache_salt: Vec::new(),
+        };
+        let reader = TokenReader::new(model.detokenizer(), request.stop);
+        Ok(Prepared {
+            job,
+            reader,
+            stream: request.stream,
+            include_usage: request.include_usage,
+        })
+    }
+
+    /// `GET /v1/models`: what is configured here, whether a worker serves it at the moment or not.
+    pub fn models(&self) -> ModelList {
+        ModelList {
+            object: "list",
+            data: self.models.values().map(|model| self.card(model)).collect(),
+        }
+    }
+
+    /// `GET /v1/models/{id}`.
+    pub fn model(&self, id: &str) -> Option<ModelCard> {
+        self.models.get(id).map(|model| self.card(model))
+    }
+
+    /// True if a live worker serves one of the models.
+    pub fn ready(&self) -> bool {
+        self.ledger
+            .backend
+            .models()
+            .iter()
+            .any(|model| model.served && self.models.contains_key(&model.id))
+    }
+
+    fn card(&self, model: &ServedModel) -> ModelCard {
+        let known = self
+            .ledger
+            .backend
+            .models()
+            .into_iter()
+            .find(|info| info.id == model.name());
+        ModelCard {
+            id: model.name().to_owned(),
+            object: "model",
+            created: known.map_or(self.started_unix_s, |info| info.created_unix_s),
+            owned_by: "baton",
+            max_model_len: self.context_length(model),
+        }
+    }
+
+    /// The smaller of what the model's files and its workers allow.
+    fn context_length(&self, model: &ServedModel) -> u32 {
+        let known = self
+            .ledger
+            .backend
+            .models()
+            .into_iter()
+            .find(|info| info.id == model.name());
+        match known.map(|info| info.context_length) {
+            Some(length) if length > 0 => length.min(model.context_length()),
+            _ => model.context_length(),
+        }
+    }
+}
+
+/// Earlier tool calls are for templates that can show them; another would drop them in silence.
+fn check_tools(model: &ServedModel, messages: &[Json]) -> Result<(), ApiError> {
+    let at = messages.iter().position(|message| message.get("tool_calls").is_some());
+    match at {
+        Some(at) if !model.template().mentions("tool_calls") => {
+            let param = format!("messages[{at}].tool_calls");
+            Err(ApiError::unsupported(
+                &param,
+                format!("`{param}`: this model's chat template has no tool calls."),
+            ))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn conversation_error(error: ConversationError, names: &RequestNames) -> ApiError {
+    let message = match error {
+        ConversationError::Render(RenderError::Refused(reason)) => {
+            let reason: String = reason.chars().take(512).collect();
+            format!("The model's chat template refuses these messages: {reason}")
+        }
+        ConversationError::Render(RenderError::Failed(cause)) => {
+            tracing::warn!(request_id = %names.request_id, cause, "a chat template failed");
+            "The model's chat template cannot render these messages.".into()
+        }
+        ConversationError::Prompt(PromptError::Ambiguous) => {
+            "The messages hold text that this model can only read as a control token. Leave it out.".into()
+        }
+        ConversationError::Prompt(PromptError::Tokenizer(cause)) => {
+            tracing::warn!(request_id = %names.request_id, cause, "a tokenizer failed");
+            "The messages cannot be tokenised.".into()
+        }
+    };
+    ApiError::field("messages", message)
+}

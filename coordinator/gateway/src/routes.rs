@@ -1,0 +1,128 @@
+//! The routes, and what every request passes on its way: names, the key check, counting. Handlers of more than a few
+//! lines live elsewhere.
+
+use std::sync::Arc;
+
+use axum::extract::{MatchedPath, Path, Request, State};
+use axum::http::{HeaderValue, Method, Uri, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+
+use crate::api_error::ApiError;
+use crate::backend::{Backend, WorkerStatus};
+use crate::chat;
+use crate::gateway::Gateway;
+use crate::response::{ModelCard, ModelList};
+use crate::trace::RequestNames;
+
+/// Open without a key: load balancers and orchestrators ask them, and they tell nothing but yes or no.
+const OPEN_ROUTES: [&str; 2] = ["/health", "/ready"];
+
+const INDEX: &str = "baton: an OpenAI-compatible API.\n\n\
+    POST /v1/chat/completions   chat, whole or streamed (\"stream\": true)\n\
+    GET  /v1/models             the models served here\n\
+    GET  /health                is this process alive?\n\
+    GET  /ready                 does a worker serve a model?\n\
+    GET  /metrics               Prometheus metrics\n\
+    GET  /cluster/workers       the workers, as JSON\n";
+
+/// The whole application.
+pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>) -> Router {
+    Router::new()
+        .route("/", get(index))
+        .route("/v1/chat/completions", post(chat::completions::<B>))
+        .route("/v1/models", get(models::<B>))
+        .route("/v1/models/{*id}", get(model::<B>))
+        .route("/health", get(health))
+        .route("/ready", get(ready::<B>))
+        .route("/metrics", get(metrics::<B>))
+        .route("/cluster/workers", get(workers::<B>))
+        .fallback(unknown)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(middleware::from_fn_with_state(gateway.clone(), envelope::<B>))
+        .with_state(gateway)
+}
+
+/// Around every request, the unknown ones too.
+async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut request: Request, next: Next) -> Response {
+    let names = RequestNames::from_headers(request.headers());
+    let route = request
+        .extensions()
+        .get::<MatchedPath>()
+        .map_or("other", MatchedPath::as_str)
+        .to_owned();
+    let allowed = match &gateway.key {
+        Some(key) => OPEN_ROUTES.contains(&route.as_str()) || key.allows(request.headers()),
+        None => true,
+    };
+    request.extensions_mut().insert(names.clone());
+    let mut response = if allowed {
+        next.run(request).await
+    } else {
+        ApiError::unauthorized().into_response()
+    };
+    gateway.ledger.metrics.responded(&route, response.status().as_u16());
+    let headers = response.headers_mut();
+    for (name, value) in [("x-request-id", &names.shown_id), ("traceparent", &names.traceparent)] {
+        if let Ok(value) = HeaderValue::from_str(value) {
+            headers.insert(name, value);
+        }
+    }
+    // Answers are JSON, text or events; a browser must not guess otherwise.
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response
+}
+
+async fn index() -> &'static str {
+    INDEX
+}
+
+async fn health() -> &'static str {
+    "ok\n"
+}
+
+async fn ready<B: Backend>(State(gateway): State<Arc<Gateway<B>>>) -> Response {
+    if gateway.ready() {
+        return "ready\n".into_response();
+    }
+    ApiError::unavailable("No worker serves a model yet.").into_response()
+}
+
+async fn models<B: Backend>(State(gateway): State<Arc<Gateway<B>>>) -> Json<ModelList> {
+    Json(gateway.models())
+}
+
+/// The id may have slashes ("org/model").
+async fn model<B: Backend>(
+    State(gateway): State<Arc<Gateway<B>>>,
+    Path(id): Path<String>,
+) -> Result<Json<ModelCard>, ApiError> {
+    gateway
+        .model(&id)
+        .map(Json)
+        .ok_or_else(|| ApiError::model_not_found(&id))
+}
+
+async fn metrics<B: Backend>(State(gateway): State<Arc<Gateway<B>>>) -> Result<Response, ApiError> {
+    let text = gateway
+        .ledger
+        .metrics
+        .render(&gateway.ledger.backend.snapshot())
+        .map_err(|_| ApiError::internal())?;
+    let kind = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
+    Ok(([(header::CONTENT_TYPE, kind)], text).into_response())
+}
+
+async fn workers<B: Backend>(State(gateway): State<Arc<Gateway<B>>>) -> Json<Vec<WorkerStatus>> {
+    Json(gateway.ledger.backend.snapshot().workers)
+}
+
+async fn unknown(method: Method, uri: Uri) -> ApiError {
+    ApiError::not_found(method.as_str(), uri.path())
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> ApiError {
+    ApiError::method_not_allowed(method.as_str(), uri.path())
+}
