@@ -94,6 +94,10 @@ impl Cluster {
         Ok(Arc::new(cluster))
     }
 
+    pub(crate) fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
     pub(crate) fn now_ms(&self) -> u64 {
         u64::try_from(self.clock.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
@@ -127,7 +131,11 @@ impl Cluster {
         });
         let epoch = match self.store.propose(Command { kind: Some(kind) }).await? {
             Applied::Registered { epoch } => epoch,
-            other => return Err(RaftStoreError::Stopped(format!("a registration was answered with {other:?}"))),
+            other => {
+                return Err(RaftStoreError::Stopped(format!(
+                    "a registration was answered with {other:?}"
+                )));
+            }
         };
         let worker_id = register.worker_id.clone();
         let (taken, effects) = self.registry().registered(register, epoch, self.now_ms());
@@ -171,7 +179,11 @@ impl Cluster {
         for effect in effects {
             match effect {
                 Effect::Connect { worker_id, epoch, addr } => {
-                    let over = self.lives().get(&worker_id).filter(|life| life.epoch == epoch).map(|life| life.over.clone());
+                    let over = self
+                        .lives()
+                        .get(&worker_id)
+                        .filter(|life| life.epoch == epoch)
+                        .map(|life| life.over.clone());
                     if let Some(over) = over {
                         self.tasks.spawn(self.clone().keep_link(worker_id, epoch, addr, over));
                     }
@@ -180,7 +192,11 @@ impl Cluster {
                     tracing::info!(%worker_id, epoch, "a newer registration took this worker's place");
                     self.end_life(&worker_id, epoch, "the worker registered anew");
                 }
-                Effect::Remove { worker_id, epoch, reason } => {
+                Effect::Remove {
+                    worker_id,
+                    epoch,
+                    reason,
+                } => {
                     tracing::warn!(%worker_id, epoch, %reason, "worker lost");
                     self.metrics.workers_lost.inc();
                     self.end_life(&worker_id, epoch, "the worker is lost");
@@ -378,9 +394,7 @@ impl Cluster {
         let registry = self.registry();
         let lengths = registry
             .workers(self.now_ms())
-            .filter(|(worker, state)| {
-                matches!(state, State::Ready | State::Suspect) && worker.register.model == model
-            })
+            .filter(|(worker, state)| matches!(state, State::Ready | State::Suspect) && worker.register.model == model)
             .map(|(worker, _)| worker.register.context_length);
         lengths.min()
     }
@@ -424,7 +438,9 @@ impl Assignment {
 
 impl Drop for Assignment {
     fn drop(&mut self) {
-        self.cluster.registry().released(&self.worker.0, self.worker.1, self.prefill);
+        self.cluster
+            .registry()
+            .released(&self.worker.0, self.worker.1, self.prefill);
         self.cluster.changed();
     }
 }

@@ -132,7 +132,9 @@ fn check(cluster: &Cluster, register: &Register) -> Result<(), String> {
         return Err("the worker names no role this coordinator knows".into());
     }
     for addr in [&register.addr, &register.transfer_addr] {
-        let usable = addr.parse::<SocketAddr>().is_ok_and(|addr| !addr.ip().is_unspecified() && addr.port() != 0);
+        let usable = addr
+            .parse::<SocketAddr>()
+            .is_ok_and(|addr| !addr.ip().is_unspecified() && addr.port() != 0);
         if !usable {
             return Err("the worker's addresses must be an ip:port that others can reach".into());
         }
@@ -141,10 +143,15 @@ fn check(cluster: &Cluster, register: &Register) -> Result<(), String> {
         return Err("the worker's KV digest or block counts are missing".into());
     }
     if register.device.len() > TEXT_BYTES_MAX {
-        return Err(format!("the worker's device description is longer than {TEXT_BYTES_MAX} bytes"));
+        return Err(format!(
+            "the worker's device description is longer than {TEXT_BYTES_MAX} bytes"
+        ));
     }
     if !cluster.registry().has_room_for(&register.worker_id) {
-        return Err(format!("the cluster has {} workers already", crate::registry::WORKERS_MAX));
+        return Err(format!(
+            "the cluster has {} workers already",
+            crate::registry::WORKERS_MAX
+        ));
     }
     Ok(())
 }
@@ -160,7 +167,9 @@ fn order(kind: coordinator_order::Kind) -> Result<CoordinatorOrder, Status> {
 }
 
 async fn refuse(orders: &Orders, reason: String) {
-    let _ = orders.send(order(coordinator_order::Kind::Refused(Refused { reason }))).await;
+    let _ = orders
+        .send(order(coordinator_order::Kind::Refused(Refused { reason })))
+        .await;
 }
 
 async fn fail(orders: &Orders, status: Status) {

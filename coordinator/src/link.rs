@@ -88,11 +88,7 @@ impl Link {
             .unwrap_or_else(|_| Err(LinkError::Connect(format!("no greeting within {CONNECT_TIMEOUT:?}"))))
     }
 
-    async fn attach(
-        target: &Target<'_>,
-        identity: &Identity,
-        caller: &str,
-    ) -> Result<(Self, LinkReader), LinkError> {
+    async fn attach(target: &Target<'_>, identity: &Identity, caller: &str) -> Result<(Self, LinkReader), LinkError> {
         let connect = |error: &dyn std::fmt::Display| LinkError::Connect(error.to_string());
         let channel = Endpoint::from_shared(format!("https://{}", target.addr))
             .and_then(|endpoint| endpoint.tls_config(identity.tonic_client(Role::Worker)))

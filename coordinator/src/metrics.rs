@@ -50,7 +50,11 @@ impl Metrics {
             "Times a running request had to go on on another worker",
             self.replays.clone(),
         );
-        registry.register("baton:workers_lost", "Workers that left or were declared lost", self.workers_lost.clone());
+        registry.register(
+            "baton:workers_lost",
+            "Workers that left or were declared lost",
+            self.workers_lost.clone(),
+        );
         registry.register_collector(Box::new(self.store.clone()));
     }
 }
@@ -70,17 +74,37 @@ impl Collector for StoreMetrics {
         let status = self.0.status();
         let counters = [
             ("baton:raft_proposals", "Commands answered", status.proposals_total),
-            ("baton:raft_batches", "Batches of commands, each with one fsync", status.batches_total),
-            ("baton:raft_batch_milliseconds", "Time spent in batches", status.batch_ms_total),
+            (
+                "baton:raft_batches",
+                "Batches of commands, each with one fsync",
+                status.batches_total,
+            ),
+            (
+                "baton:raft_batch_milliseconds",
+                "Time spent in batches",
+                status.batch_ms_total,
+            ),
         ];
         for (name, help, value) in counters {
             let counter = ConstCounter::new(value);
             counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;
         }
         let gauges = [
-            ("baton:raft_leader", "1 if this coordinator leads", i64::from(status.leads)),
-            ("baton:raft_applied_index", "Last applied log index", signed(status.applied_index)),
-            ("baton:raft_first_index", "Oldest log entry kept", signed(status.first_index)),
+            (
+                "baton:raft_leader",
+                "1 if this coordinator leads",
+                i64::from(status.leads),
+            ),
+            (
+                "baton:raft_applied_index",
+                "Last applied log index",
+                signed(status.applied_index),
+            ),
+            (
+                "baton:raft_first_index",
+                "Oldest log entry kept",
+                signed(status.first_index),
+            ),
         ];
         for (name, help, value) in gauges {
             let gauge = ConstGauge::new(value);

@@ -250,8 +250,11 @@ impl Registry {
                 worker.last_heartbeat_ms = (worker.last_heartbeat_ms + gap).min(now_ms);
             }
         }
-        self.workers
-            .retain(|_, worker| worker.lost_at_ms.is_none_or(|at| now_ms.saturating_sub(at) < LOST_KEPT_MS));
+        self.workers.retain(|_, worker| {
+            worker
+                .lost_at_ms
+                .is_none_or(|at| now_ms.saturating_sub(at) < LOST_KEPT_MS)
+        });
         let lost_after_ms = self.config.lost_after_ms;
         let silent: Vec<String> = self
             .workers
@@ -329,7 +332,11 @@ impl Registry {
 
 impl Worker {
     fn count(&mut self, prefill: bool) -> &mut u32 {
-        if prefill { &mut self.prefilling } else { &mut self.assigned }
+        if prefill {
+            &mut self.prefilling
+        } else {
+            &mut self.assigned
+        }
     }
 }
 

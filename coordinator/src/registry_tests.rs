@@ -19,7 +19,9 @@ fn register(id: &str) -> Register {
 }
 
 fn state(registry: &Registry, id: &str, now_ms: u64) -> Option<State> {
-    let found = registry.workers(now_ms).find(|(worker, _)| worker.register.worker_id == id);
+    let found = registry
+        .workers(now_ms)
+        .find(|(worker, _)| worker.register.worker_id == id);
     found.map(|(_, state)| state)
 }
 

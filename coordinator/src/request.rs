@@ -209,7 +209,10 @@ impl Running {
                     PlaceError::Full => "every other worker is full",
                     PlaceError::Nobody => "no other worker appeared",
                 };
-                return Err(failed(format!("{missing} in {} ms after: {reason}", self.cluster.config.worker_wait_ms)));
+                return Err(failed(format!(
+                    "{missing} in {} ms after: {reason}",
+                    self.cluster.config.worker_wait_ms
+                )));
             }
             tokio::select! {
                 () = self.cancel.cancelled() => return Err(cancelled),

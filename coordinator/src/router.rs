@@ -162,12 +162,18 @@ mod tests {
     fn another_model_or_geometry_does_not_help() {
         let mut other = candidate("p", WorkerRole::Prefill, 0);
         other.kv_digest = b"other";
-        assert_eq!(choose(&[candidate("d", WorkerRole::Decode, 0), other], ask(1000)), place(0, None));
+        assert_eq!(
+            choose(&[candidate("d", WorkerRole::Decode, 0), other], ask(1000)),
+            place(0, None)
+        );
     }
 
     #[test]
     fn ties_go_to_free_blocks_and_then_the_id() {
-        let mut workers = [candidate("b", WorkerRole::Decode, 1), candidate("a", WorkerRole::Decode, 1)];
+        let mut workers = [
+            candidate("b", WorkerRole::Decode, 1),
+            candidate("a", WorkerRole::Decode, 1),
+        ];
         assert_eq!(choose(&workers, ask(1)), place(1, None));
         workers[0].free_blocks = 11;
         assert_eq!(choose(&workers, ask(1)), place(0, None));
@@ -180,7 +186,15 @@ mod tests {
     }
 
     fn any_candidate() -> impl Strategy<Value = (u8, u8, u32, u32, u32, bool, bool)> {
-        (0u8..3, 0u8..2, 0u32..5, 0u32..3, 0u32..20, prop::bool::weighted(0.2), prop::bool::weighted(0.2))
+        (
+            0u8..3,
+            0u8..2,
+            0u32..5,
+            0u32..3,
+            0u32..20,
+            prop::bool::weighted(0.2),
+            prop::bool::weighted(0.2),
+        )
     }
 
     proptest! {

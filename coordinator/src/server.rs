@@ -1,9 +1,35 @@
-//! Puts a coordinator together and takes it apart: store, cluster gRPC, HTTP gateway, ticks.
+//! Puts a coordinator together and takes it apart again: store, cluster gRPC, HTTP gateway, ticks.
+//!
+//! At the end the gateway goes first, so that running requests finish and are settled while workers and store are
+//! still there. Workers are ordered nothing: they look for a coordinator again, as after a crash.
 
-use std::net::SocketAddr;
-use tokio::sync::oneshot;
-use tokio_util::sync::CancellationToken;
+use crate::backend::ClusterBackend;
+use crate::cluster::Cluster;
+use crate::cluster_service::Service;
 use crate::{CoordinatorConfig, CoordinatorError};
+use baton_gateway::{GatewayConfig, ServedModel};
+use baton_identity::Identity;
+use baton_proto::cluster::cluster_server::ClusterServer;
+use baton_raftstore::{RaftStore, RaftStoreConfig};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::sync::CancellationToken;
+
+/// How often the registry is told the time: a tenth of the shortest sensible heartbeat interval would be waste, and
+/// this delays a loss by no more than a twentieth of the usual limit.
+const TICK: Duration = Duration::from_millis(100);
+/// A worker's connection is probed this often. Heartbeats tell more; this closes half-open connections.
+const KEEP_ALIVE: Duration = Duration::from_secs(2);
+/// Largest message from a worker on the cluster service: a registration is a few hundred bytes.
+const REPORT_BYTES_MAX: usize = 64 << 10;
+/// Streams on one worker's connection. A worker opens one, and another while the first is breaking.
+const STREAMS_PER_CONNECTION_MAX: u32 = 8;
+/// At the end, how long tasks may take to notice.
+const TASKS_WAIT: Duration = Duration::from_secs(2);
 
 /// Where a coordinator serves, once it does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,5 +40,125 @@ pub struct Ready {
     pub cluster_addr: SocketAddr,
 }
 
-/// x
-pub async fn run(_config: CoordinatorConfig, _ready: oneshot::Sender<Ready>, _shutdown: CancellationToken) -> Result<(), CoordinatorError> { Ok(()) }
+/// Runs a coordinator until `shutdown`, or until something it cannot do without fails. Tells `ready` once it serves.
+pub async fn run(
+    config: CoordinatorConfig,
+    ready: oneshot::Sender<Ready>,
+    shutdown: CancellationToken,
+) -> Result<(), CoordinatorError> {
+    config.validate()?;
+    let identity = Identity::load(&config.identity_dir, &config.name)?;
+    let http = bind(config.http_addr, "API").await?;
+    let joining = bind(config.cluster_addr, "cluster").await?;
+    let bound = Ready {
+        http_addr: local_addr(&http, config.http_addr, "API")?,
+        cluster_addr: local_addr(&joining, config.cluster_addr, "cluster")?,
+    };
+    let gateway_config = GatewayConfig {
+        api_key: config.api_key.clone().or_else(|| config.gateway.api_key.clone()),
+        ..config.gateway.clone()
+    };
+    gateway_config.validate(bound.http_addr)?;
+    let (models, store) = load(&config).await?;
+    let over = CancellationToken::new();
+    let cluster = Cluster::new(config, store, identity, over.clone())?;
+    let mut grpc = tokio::spawn(serve_cluster(cluster.clone(), joining));
+    let backend = Arc::new(ClusterBackend(cluster.clone()));
+    // Ends the gateway on our own failure too.
+    let stop_gateway = shutdown.child_token();
+    let mut gateway = tokio::spawn(baton_gateway::serve(
+        http,
+        gateway_config,
+        backend,
+        models,
+        stop_gateway.clone(),
+    ));
+    tracing::info!(http = %bound.http_addr, cluster = %bound.cluster_addr, "serving");
+    let _ = ready.send(bound);
+
+    let failed = |error: tokio::task::JoinError| CoordinatorError::Cluster(error.to_string());
+    let mut result = tokio::select! {
+        ended = &mut gateway => ended.map_err(failed)?.map_err(CoordinatorError::from),
+        ended = &mut grpc => ended.map_err(failed)?,
+        error = watch(&cluster) => Err(error),
+    };
+    stop_gateway.cancel();
+    if !gateway.is_finished() {
+        let ended = gateway.await.map_err(failed)?;
+        result = result.and(ended.map_err(CoordinatorError::from));
+    }
+    over.cancel();
+    cluster.tasks.close();
+    if tokio::time::timeout(TASKS_WAIT, cluster.tasks.wait()).await.is_err() {
+        tracing::warn!(tasks = cluster.tasks.len(), "tasks were still running at the end");
+    }
+    if !grpc.is_finished() {
+        let _ = grpc.await;
+    }
+    // The last clone of the store waits for its thread.
+    let _ = tokio::task::spawn_blocking(move || drop(cluster)).await;
+    result
+}
+
+/// Serves the workers' side until the cluster's shutdown.
+pub(crate) async fn serve_cluster(cluster: Arc<Cluster>, listener: TcpListener) -> Result<(), CoordinatorError> {
+    let shutdown = cluster.shutdown.clone();
+    let failed = |error: tonic::transport::Error| CoordinatorError::Cluster(error.to_string());
+    let server = tonic::transport::Server::builder()
+        .tls_config(cluster.identity().tonic_server())
+        .map_err(failed)?
+        .tcp_nodelay(true)
+        .http2_keepalive_interval(Some(KEEP_ALIVE))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE))
+        .max_concurrent_streams(Some(STREAMS_PER_CONNECTION_MAX))
+        .add_service(ClusterServer::new(Service(cluster)).max_decoding_message_size(REPORT_BYTES_MAX))
+        .serve_with_incoming(TcpListenerStream::new(listener));
+    // Not a graceful end: a worker's stream has none by itself.
+    tokio::select! {
+        ended = server => ended.map_err(failed),
+        () = shutdown.cancelled() => Ok(()),
+    }
+}
+
+/// Tells the registry the time; returns when the store has failed, without which nothing can be settled.
+async fn watch(cluster: &Arc<Cluster>) -> CoordinatorError {
+    let mut ticks = tokio::time::interval(TICK);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        cluster.tick();
+        if let Some(error) = cluster.store.failure() {
+            return error.into();
+        }
+    }
+}
+
+async fn load(config: &CoordinatorConfig) -> Result<(Vec<ServedModel>, RaftStore), CoordinatorError> {
+    let config = config.clone();
+    let loading = tokio::task::spawn_blocking(move || {
+        let models = config
+            .models
+            .iter()
+            .map(|model| ServedModel::load(&model.name, &model.path));
+        let models = models.collect::<Result<Vec<_>, _>>()?;
+        let raft = RaftStoreConfig {
+            log_entries_keep: config.log_entries_keep,
+            ..RaftStoreConfig::single()
+        };
+        let store = RaftStore::open(&config.data_dir, &raft)?;
+        Ok((models, store))
+    });
+    loading
+        .await
+        .map_err(|error| CoordinatorError::Cluster(error.to_string()))?
+}
+
+async fn bind(addr: SocketAddr, purpose: &'static str) -> Result<TcpListener, CoordinatorError> {
+    let bound = TcpListener::bind(addr).await;
+    bound.map_err(|source| CoordinatorError::Bind { addr, purpose, source })
+}
+
+fn local_addr(listener: &TcpListener, addr: SocketAddr, purpose: &'static str) -> Result<SocketAddr, CoordinatorError> {
+    let local = listener.local_addr();
+    local.map_err(|source| CoordinatorError::Bind { addr, purpose, source })
+}
