@@ -1,0 +1,171 @@
+//! Connections to peers: one each, made when first needed, shared by all pushes to that peer.
+//!
+//! Concurrent pushes share one attempt and its outcome, so a dead peer costs each of them one timeout, not a queue of
+//! them. A failed or lost connection is replaced by the next push; nothing is retried behind the caller's back.
+
+use super::{CLOSE_INCOMPATIBLE, connect_error};
+use crate::hello::{HELLO_HEADER_BYTES, Hello};
+use crate::window_table::lock;
+use crate::{PushError, TransferLimits};
+use baton_identity::Role;
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Shared};
+use quinn::{ClientConfig, Connection, Endpoint, ReadExactError, RecvStream, WriteError};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use tokio::runtime::Handle;
+
+/// A connection being made, or the outcome.
+type Attempt = Shared<BoxFuture<'static, Result<Connection, PushError>>>;
+
+/// The connections this agent has dialled.
+pub(super) struct Pool {
+    endpoint: Endpoint,
+    client: ClientConfig,
+    hello: Arc<Hello>,
+    limits: Arc<TransferLimits>,
+    runtime: Handle,
+    attempts: Mutex<HashMap<SocketAddr, Attempt>>,
+}
+
+impl Pool {
+    pub(super) fn new(
+        endpoint: Endpoint,
+        client: ClientConfig,
+        hello: Arc<Hello>,
+        limits: Arc<TransferLimits>,
+        runtime: Handle,
+    ) -> Self {
+        Self {
+            endpoint,
+            client,
+            hello,
+            limits,
+            runtime,
+            attempts: Mutex::default(),
+        }
+    }
+
+    pub(super) fn limits(&self) -> &TransferLimits {
+        &self.limits
+    }
+
+    /// The connection to `peer`, made if there is none.
+    pub(super) async fn connection(&self, peer: SocketAddr) -> Result<Connection, PushError> {
+        self.attempt(peer)?.await
+    }
+
+    /// Forgets all connections.
+    pub(super) fn clear(&self) {
+        lock(&self.attempts).clear();
+    }
+
+    fn attempt(&self, peer: SocketAddr) -> Result<Attempt, PushError> {
+        let mut attempts = lock(&self.attempts);
+        if let Some(attempt) = attempts.get(&peer).filter(|attempt| usable(attempt)) {
+            return Ok(attempt.clone());
+        }
+        attempts.retain(|_, attempt| usable(attempt));
+        if attempts.len() >= self.limits.connections_max {
+            return Err(PushError::Unreachable {
+                peer,
+                detail: format!(
+                    "this agent holds {} connections, the most it may",
+                    self.limits.connections_max
+                ),
+            });
+        }
+        let attempt = dial(
+            self.endpoint.clone(),
+            self.client.clone(),
+            peer,
+            self.hello.clone(),
+            self.limits.clone(),
+        )
+        .boxed()
+        .shared();
+        // Driven on its own, so that it goes on when the push that asked first is dropped.
+        self.runtime.spawn(attempt.clone());
+        attempts.insert(peer, attempt.clone());
+        Ok(attempt)
+    }
+}
+
+/// Under way, or standing.
+fn usable(attempt: &Attempt) -> bool {
+    match attempt.peek() {
+        None => true,
+        Some(Ok(connection)) => connection.close_reason().is_none(),
+        Some(Err(_)) => false,
+    }
+}
+
+async fn dial(
+    endpoint: Endpoint,
+    client: ClientConfig,
+    peer: SocketAddr,
+    hello: Arc<Hello>,
+    limits: Arc<TransferLimits>,
+) -> Result<Connection, PushError> {
+    let attempt = async {
+        let connection = endpoint
+            .connect_with(client, peer, Role::Worker.dns_name())
+            .map_err(|error| PushError::Unreachable {
+                peer,
+                detail: error.to_string(),
+            })?
+            .await
+            .map_err(|error| connect_error(peer, &error))?;
+        let theirs = greet(&connection, &hello).await.map_err(|failure| match failure {
+            Failure::Lost(error) => connect_error(peer, &error),
+            Failure::Foreign(mismatch) => PushError::Incompatible { peer, mismatch },
+        })?;
+        if let Some(mismatch) = hello.mismatch(&theirs) {
+            connection.close(CLOSE_INCOMPATIBLE, mismatch.as_bytes());
+            return Err(PushError::Incompatible { peer, mismatch });
+        }
+        tracing::debug!(%peer, name = theirs.name, "kv transfer connection established");
+        Ok(connection)
+    };
+    match tokio::time::timeout(limits.handshake_timeout, attempt).await {
+        Ok(result) => result,
+        Err(_) => Err(PushError::Unreachable {
+            peer,
+            detail: format!("no handshake within {:?}", limits.handshake_timeout),
+        }),
+    }
+}
+
+/// Why no hello came.
+pub(super) enum Failure {
+    /// The connection is gone.
+    Lost(quinn::ConnectionError),
+    /// What came is no hello.
+    Foreign(String),
+}
+
+/// Says hello first and reads the answer.
+async fn greet(connection: &Connection, hello: &Hello) -> Result<Hello, Failure> {
+    let (mut send, mut recv) = connection.open_bi().await.map_err(Failure::Lost)?;
+    send.write_all(&hello.encode()).await.map_err(|error| match error {
+        WriteError::ConnectionLost(error) => Failure::Lost(error),
+        other => Failure::Foreign(format!("it does not take a hello: {other}")),
+    })?;
+    // The peer may have closed the stream by now; reading its hello tells.
+    let _ = send.finish();
+    read_hello(&mut recv).await
+}
+
+/// Reads the peer's hello.
+pub(super) async fn read_hello(recv: &mut RecvStream) -> Result<Hello, Failure> {
+    let failure = |error: ReadExactError| match error {
+        ReadExactError::ReadError(quinn::ReadError::ConnectionLost(error)) => Failure::Lost(error),
+        other => Failure::Foreign(format!("it sends no whole hello: {other}")),
+    };
+    let mut header = [0; HELLO_HEADER_BYTES];
+    recv.read_exact(&mut header).await.map_err(failure)?;
+    let mut name = vec![0; Hello::name_bytes(&header).map_err(Failure::Foreign)?];
+    recv.read_exact(&mut name).await.map_err(failure)?;
+    Ok(Hello::decode(&header, &name))
+}
