@@ -260,11 +260,11 @@ class Chat:
         user = form in ("tell", "ask", "update")
         s = expand(r, r.choice(pool))
         if user and key.startswith("favorite ") and family == "is":
-            if form == "ask" and r.random() < 0.12:
+            if form == "ask" and owner == "my" and r.random() < 0.12:
                 s = expand(r, "(what|which) " + key[9:] + " do I like (best|most|the most)")
             if r.random() < 0.4:
                 s = s.replace("{k}", key.replace("favorite", "favourite"))
-        if user and owner not in ("my", "the", "") and "which {k} did I" in s:
+        if user and owner not in ("my", "the", "") and "{k} did I" in s:
             s = "what is {D} {k}"
         if user:
             s = style(r, s, form == "ask")
@@ -354,7 +354,7 @@ class Chat:
     def ask_two(self):
         mine = [s for s in self.facts if s[0] == "is" and s[2] == "my" or s[0] == "name"]
         if len(mine) < 2:
-            return self.ask()
+            return self.tell()
         a, b = self.r.sample(mine, 2)
         ka, kb = a[1] or "name", b[1] or "name"
         q = fill(self.r.choice(["what is my {a} and what is my {b}", "what are my {a} and my {b}", "tell me my {a} and my {b}", "what is my {a} and my {b}"]), a=ka, b=kb)
@@ -401,6 +401,8 @@ class Chat:
 
     def list_ask(self):
         r = self.r
+        if self.list is None and r.random() < 0.7:
+            return self.list_tell()
         if self.list is None:
             q = fill(expand(r, r.choice([p for p in T.LIST_ASK if "list" in p or "{L}" in p])), W="words", L=r.choice(T.LIST_NAMES))
             return self.say(style(r, q, True), T.LIST_MISSING)
@@ -444,9 +446,9 @@ class Chat:
         self.say(style(r, q, True), r.choice(knowledge.FALLBACK))
 
 
-EVENTS = [("tell", 20), ("ask", 26), ("update", 7), ("tell_many", 4), ("tell_ask", 2), ("ask_two", 2), ("ask_missing", 5), ("about_me", 1), ("repeat", 14),
-          ("list_tell", 3), ("list_ask", 4), ("again", 1), ("know", 16), ("chat", 5), ("unknown", 7)]
-DRILL = [("tell", 24), ("ask", 34), ("update", 6), ("tell_many", 3), ("repeat", 26), ("list_tell", 3), ("list_ask", 4)]
+EVENTS = [("tell", 19), ("ask", 26), ("update", 8), ("tell_many", 6), ("tell_ask", 2), ("ask_two", 5), ("ask_missing", 8), ("about_me", 2),
+          ("repeat", 13), ("list_tell", 4), ("list_ask", 12), ("again", 1), ("know", 13), ("chat", 4), ("unknown", 6)]
+DRILL = [("tell", 22), ("ask", 32), ("update", 7), ("tell_many", 3), ("ask_two", 3), ("ask_missing", 5), ("repeat", 20), ("list_tell", 3), ("list_ask", 9)]
 
 
 def conversation(r: random.Random, size: int, drill: bool = False, held: bool = False) -> list[dict]:

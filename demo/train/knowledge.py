@@ -15,7 +15,7 @@ FALLBACK = [
 TOPICS = [
     ("hi", ["hi", "hello", "hey", "hello there", "hi there", "hey there", "good (morning|evening|afternoon|day)",
             "hiya", "greetings", "howdy", "hello (bot|baton|assistant|friend|you)", "hi (bot|baton|assistant)", "hello hello", "yo"],
-     ["Hello! How can I help you?", "Hello! Tell me a fact, give me a list to repeat, or ask me about baton."]),
+     ["Hello! How can I help you?"]),
     ("how_are_you", ["how are you", "how are you (doing|today|doing today)", "how is it going", "how do you do", "what's up",
                      "how's it going", "are you (ok|okay|well|fine)", "hi, how are you", "hello, how are you", "you ok"],
      ["I am doing well, thank you. How can I help you?"]),

@@ -16,7 +16,7 @@ remember {D} {k}: {v}|{D} {k}: {v}|(hi|hello|hey), {D} {k} is {v}|can you rememb
 let me tell you {D} {k}: it is {v}|{D} {k} = {v}|save this: {D} {k} is {v}|the next fact is that {D} {k} is {v}|one more thing: {D} {k} is {v}
 {D} {k} is {v}, (don't forget it|do not forget|ok|okay|please keep that in mind|got it|remember that|please remember)|so {D} {k} is {v}|well, {D} {k} is {v}
 for your information, {D} {k} is {v}|I have chosen {D} {k}: {v}|{D} {k} will be {v}|{D} {k} was set to {v}|make a note: {D} {k} is {v}|store {D} {k}: {v}""".replace("\n", "|;|")
-TELL_ACK = ["Okay, I will remember that {A} {k} is {v}.", "Got it: {A} {k} is {v}."]
+TELL_ACK = ["Okay, I will remember that {A} {k} is {v}."]
 ASK = """what is {D} {k}|what is {D} {k}|what is {D} {k}|what's {D} {k}|do you remember {D} {k}|tell me {D} {k}|can you tell me {D} {k}|what was {D} {k}
 what did I say {D} {k} (was|is)|please tell me {D} {k} again|{D} {k}|and {D} {k}|and what is {D} {k}|do you know {D} {k}|I forgot {D} {k}
 remind me of {D} {k}|could you remind me what {D} {k} is|say {D} {k}|what is {D} {k} again|do you (still )?(know|remember) what {D} {k} is|so what is {D} {k}

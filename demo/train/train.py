@@ -39,8 +39,8 @@ def mixture(x: float) -> tuple[list[float], float]:
     if x < 0.35:
         return [0.70, 0.25, 0.05], 0.35
     if x < 0.75:
-        return [0.50, 0.30, 0.20], 0.2
-    return [0.40, 0.30, 0.30], 0.12
+        return [0.55, 0.30, 0.15], 0.3
+    return [0.45, 0.30, 0.25], 0.2
 
 
 def learning_rate(x: float, peak: float) -> float:
@@ -146,6 +146,7 @@ def main():
                     log(f"step {n} progress {x:.3f} loss {l:.4f} acc {a:.4f} lr {lr:.2e} tokens {seen/1e6:.2f}M {dt:.0f}s {seen/dt:.0f} tok/s")
                 if n % args.eval_every == 0:
                     evaluate(f"step {n}")
+                if n % 50 == 0:
                     save()
             pending.append(request(requested, x))
             requested += 1

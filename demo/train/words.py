@@ -109,10 +109,30 @@ def digits(r: random.Random, n: int, held: bool = False) -> str:
             return s
 
 
+# Fragments of training words: spliced together they cover the pieces that the
+# tokenizer makes of real words, which syllables alone do not.
+_REAL = sorted({w.lower() for g in (WORDS, NAMES, CITIES, FOODS, JOBS, HOBBIES, COUNTRIES, ANIMALS, COLORS, DAYS, MONTHS) for w in g if w.isalpha()})
+
+
+def _splice(r: random.Random) -> str:
+    a, b = r.choice(_REAL), r.choice(_REAL)
+    if r.random() < 0.6:
+        return a[:r.randint(1, len(a))] + b[r.randint(0, len(b) - 1):]
+    out = ""
+    for _ in range(r.randint(2, 4)):
+        w = r.choice(_REAL)
+        i = r.randint(0, max(0, len(w) - 2))
+        out += w[i:i + r.randint(1, 4)]
+    return out
+
+
 def pseudo(r: random.Random, lo: int = 1, hi: int = 3) -> str:
-    """A random pronounceable word that is not on any held-out list."""
+    """A random made-up word that is not on any held-out list."""
     while True:
-        s = "".join(r.choice(_ONSET) + r.choice(_VOWEL) + r.choice(_CODA) for _ in range(r.randint(lo, hi)))
+        if r.random() < 0.6:
+            s = _splice(r)
+        else:
+            s = "".join(r.choice(_ONSET) + r.choice(_VOWEL) + r.choice(_CODA) for _ in range(r.randint(lo, hi)))
         if 2 < len(s) < 13 and s not in HELD:
             return s
 
