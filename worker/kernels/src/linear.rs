@@ -41,7 +41,8 @@ pub(crate) struct LinearScratch {
     partial: Vec<f32>,
 }
 
-/// One call's operands. Parts lie side by side in the output's columns.
+/// See [`crate::Kernels::linear`]. Parts lie side by side in the output's columns.
+#[allow(clippy::too_many_arguments)]
 pub(crate) fn linear(
     pool: &Pool,
     isa: Isa,

@@ -66,8 +66,8 @@ unsafe fn row_body<S: Simd>(x: *mut f32, delta: *const f32, weight: &[f32], eps:
             let v = S::load(x.add(i)).mul(scale_lanes).mul(S::load(weight.as_ptr().add(i)));
             v.store(out.add(i));
         }
-        for i in whole..width {
-            *out.add(i) = *x.add(i) * scale * weight[i];
+        for (i, w) in weight.iter().enumerate().skip(whole) {
+            *out.add(i) = *x.add(i) * scale * w;
         }
     }
 }

@@ -36,7 +36,10 @@ impl ForwardBatch {
         let mut tokens = 0usize;
         let mut written: Vec<u32> = Vec::new();
         for span in &self.seqs {
-            let end = span.start_pos.checked_add(span.len).filter(|end| *end <= config.context_length);
+            let end = span
+                .start_pos
+                .checked_add(span.len)
+                .filter(|end| *end <= config.context_length);
             let Some(end) = end.filter(|_| span.len > 0) else {
                 return Err(ModelError::batch(format!(
                     "a span of {} tokens at position {} is empty or exceeds the context of {}",
@@ -51,17 +54,26 @@ impl ForwardBatch {
                 )));
             }
             if let Some(block) = span.blocks.iter().find(|b| **b >= kv.blocks()) {
-                return Err(ModelError::batch(format!("block {block} is outside a cache of {}", kv.blocks())));
+                return Err(ModelError::batch(format!(
+                    "block {block} is outside a cache of {}",
+                    kv.blocks()
+                )));
             }
             written.extend(&span.blocks[span.start_pos / geometry.block_size..needed]);
             // Cannot overflow: every span is bounded by the context and there are fewer spans than addresses.
             tokens = tokens.saturating_add(span.len);
         }
         if tokens != self.tokens.len() {
-            return Err(ModelError::batch(format!("spans of {tokens} tokens for {} tokens", self.tokens.len())));
+            return Err(ModelError::batch(format!(
+                "spans of {tokens} tokens for {} tokens",
+                self.tokens.len()
+            )));
         }
         if let Some(token) = self.tokens.iter().find(|t| **t as usize >= config.vocab_size) {
-            return Err(ModelError::batch(format!("token {token} is outside a vocabulary of {}", config.vocab_size)));
+            return Err(ModelError::batch(format!(
+                "token {token} is outside a vocabulary of {}",
+                config.vocab_size
+            )));
         }
         written.sort_unstable();
         if let Some(pair) = written.windows(2).find(|pair| pair[0] == pair[1]) {

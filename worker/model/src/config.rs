@@ -133,7 +133,9 @@ impl ModelConfig {
             }
         };
         if !head_dim.is_multiple_of(2) || head_dim > HEAD_DIM_MAX {
-            return Err(object.error(format!("the head size ({head_dim}) must be even and at most {HEAD_DIM_MAX}")));
+            return Err(object.error(format!(
+                "the head size ({head_dim}) must be even and at most {HEAD_DIM_MAX}"
+            )));
         }
         let context_length = object.count("max_position_embeddings", CONTEXT_MAX)?.unwrap_or(2048);
         let vocab_size = object.need_count("vocab_size", VOCAB_MAX)?;
@@ -156,7 +158,9 @@ impl ModelConfig {
             output_bias: !qwen && attention_bias,
             mlp_bias: !qwen && object.flag("mlp_bias")?.unwrap_or(false),
             tied_embeddings: object.flag("tie_word_embeddings")?.unwrap_or(false),
-            eos_token_ids: object.token_ids("eos_token_id", EOS_IDS_MAX, vocab_size)?.unwrap_or_default(),
+            eos_token_ids: object
+                .token_ids("eos_token_id", EOS_IDS_MAX, vocab_size)?
+                .unwrap_or_default(),
             bos_token_id: bos.first().copied(),
         })
     }
@@ -212,12 +216,17 @@ fn parse_object(path: &Path, bytes: &[u8]) -> Result<Value, ModelError> {
 }
 
 fn as_object<'a>(path: &'a Path, value: &'a Value) -> Result<Object<'a>, ModelError> {
-    let map = value.as_object().ok_or_else(|| config_error(path, "it must be a JSON object"))?;
+    let map = value
+        .as_object()
+        .ok_or_else(|| config_error(path, "it must be a JSON object"))?;
     Ok(Object { path, map })
 }
 
 fn architecture(object: &Object<'_>) -> Result<Architecture, ModelError> {
-    let listed = object.get("architectures").and_then(|v| v.get(0)).and_then(Value::as_str);
+    let listed = object
+        .get("architectures")
+        .and_then(|v| v.get(0))
+        .and_then(Value::as_str);
     let name = match (listed, object.text("model_type")?) {
         (Some(name), _) => name,
         (None, Some("llama")) => "LlamaForCausalLM",
@@ -230,7 +239,9 @@ fn architecture(object: &Object<'_>) -> Result<Architecture, ModelError> {
         "Qwen2ForCausalLM" => Ok(Architecture::Qwen2),
         other => {
             let shown: String = other.chars().take(80).collect();
-            Err(ModelError::unsupported(format!("its architecture is {shown}; {SUPPORTED}")))
+            Err(ModelError::unsupported(format!(
+                "its architecture is {shown}; {SUPPORTED}"
+            )))
         }
     }
 }
@@ -239,19 +250,34 @@ fn architecture(object: &Object<'_>) -> Result<Architecture, ModelError> {
 fn refuse_unsupported(object: &Object<'_>, architecture: Architecture) -> Result<(), ModelError> {
     let refuse = |what: String| Err(ModelError::unsupported(format!("{what}; {SUPPORTED}")));
     if let Some(quantization) = object.get("quantization_config") {
-        let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("an unnamed method");
+        let method = quantization
+            .get("quant_method")
+            .and_then(Value::as_str)
+            .unwrap_or("an unnamed method");
         let shown: String = method.chars().take(40).collect();
         return refuse(format!("its weights are quantized ({shown})"));
     }
-    for key in ["num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"] {
+    for key in [
+        "num_experts",
+        "num_local_experts",
+        "n_routed_experts",
+        "num_experts_per_tok",
+    ] {
         if object.get(key).and_then(Value::as_u64).is_some_and(|n| n > 0) {
             return refuse(format!("it is a mixture of experts (`{key}`)"));
         }
     }
     // Qwen2 configurations carry a window that is switched off; others have it in use when it is there.
-    let windowed = object.flag("use_sliding_window")?.unwrap_or(architecture == Architecture::Llama);
+    let windowed = object
+        .flag("use_sliding_window")?
+        .unwrap_or(architecture == Architecture::Llama);
     let context = object.count("max_position_embeddings", CONTEXT_MAX)?.unwrap_or(0);
-    if windowed && object.get("sliding_window").and_then(Value::as_u64).is_some_and(|w| w < context as u64) {
+    if windowed
+        && object
+            .get("sliding_window")
+            .and_then(Value::as_u64)
+            .is_some_and(|w| w < context as u64)
+    {
         return refuse("it uses sliding-window attention (`sliding_window`)".into());
     }
     if let Some(Value::Array(kinds)) = object.get("layer_types")
@@ -265,7 +291,12 @@ fn refuse_unsupported(object: &Object<'_>, architecture: Architecture) -> Result
         let shown: String = act.chars().take(40).collect();
         return refuse(format!("its activation is `{shown}` where only silu is computed"));
     }
-    for key in ["partial_rotary_factor", "attention_multiplier", "embedding_multiplier", "residual_multiplier"] {
+    for key in [
+        "partial_rotary_factor",
+        "attention_multiplier",
+        "embedding_multiplier",
+        "residual_multiplier",
+    ] {
         if object.get(key).and_then(Value::as_f64).is_some_and(|f| f != 1.0) {
             return refuse(format!("it uses `{key}`"));
         }

@@ -20,7 +20,12 @@ impl CpuOps {
 
     /// On these kernels.
     pub fn with_kernels(kernels: Kernels, heads: usize) -> Self {
-        CpuOps { kernels, heads, cos: Vec::new(), sin: Vec::new() }
+        CpuOps {
+            kernels,
+            heads,
+            cos: Vec::new(),
+            sin: Vec::new(),
+        }
     }
 
     /// The kernels in use.
@@ -58,7 +63,11 @@ impl CpuMatrix {
     fn parts(&self) -> Vec<MatrixPart<'_>> {
         fn view(part: &StackedPart) -> MatrixPart<'_> {
             let columns = part.weights.shape().first().copied().unwrap_or(0);
-            MatrixPart { weights: part.weights.elements(), bias: part.bias.as_deref(), columns }
+            MatrixPart {
+                weights: part.weights.elements(),
+                bias: part.bias.as_deref(),
+                columns,
+            }
         }
         self.parts.iter().map(view).collect()
     }
@@ -80,7 +89,10 @@ impl Ops for CpuOps {
     type Rows = CpuRows;
 
     fn matrix(&mut self, parts: Vec<StackedPart>) -> OpResult<CpuMatrix> {
-        let k = parts.first().and_then(|p| p.weights.shape().get(1).copied()).unwrap_or(0);
+        let k = parts
+            .first()
+            .and_then(|p| p.weights.shape().get(1).copied())
+            .unwrap_or(0);
         Ok(CpuMatrix { k, parts })
     }
 
@@ -89,7 +101,10 @@ impl Ops for CpuOps {
     }
 
     fn rows(&mut self, width: usize) -> OpResult<CpuRows> {
-        Ok(CpuRows { width, data: Vec::new() })
+        Ok(CpuRows {
+            width,
+            data: Vec::new(),
+        })
     }
 
     fn begin(&mut self, step: &Step<'_>, frequencies: &[f32], scale: f32) -> OpResult {
@@ -110,7 +125,8 @@ impl Ops for CpuOps {
 
     fn embed(&mut self, step: &Step<'_>, table: &CpuMatrix, out: &mut CpuRows) -> OpResult {
         let out = out.resize(step.tokens.len());
-        self.kernels.embed(table.parts[0].weights.elements(), table.k, step.tokens, out);
+        self.kernels
+            .embed(table.parts[0].weights.elements(), table.k, step.tokens, out);
         Ok(())
     }
 
@@ -135,13 +151,15 @@ impl Ops for CpuOps {
 
     fn linear(&mut self, x: &CpuRows, weights: &CpuMatrix, out: &mut CpuRows) -> OpResult {
         let rows = x.rows();
-        self.kernels.linear(&x.data, rows, weights.k, &weights.parts(), out.resize(rows));
+        self.kernels
+            .linear(&x.data, rows, weights.k, &weights.parts(), out.resize(rows));
         Ok(())
     }
 
     fn rope_kv_write(&mut self, step: &Step<'_>, layer: usize, qkv: &mut CpuRows) -> OpResult {
         let (spans, arena) = (attention_spans(step), step.kv.arena());
-        self.kernels.rope_kv_write(&mut qkv.data, self.heads, &self.cos, &self.sin, &spans, layer, &arena);
+        self.kernels
+            .rope_kv_write(&mut qkv.data, self.heads, &self.cos, &self.sin, &spans, layer, &arena);
         Ok(())
     }
 
@@ -152,7 +170,8 @@ impl Ops for CpuOps {
     fn attention(&mut self, step: &Step<'_>, layer: usize, qkv: &CpuRows, out: &mut CpuRows) -> OpResult {
         let (spans, arena) = (attention_spans(step), step.kv.arena());
         let out = out.resize(qkv.rows());
-        self.kernels.attention(&qkv.data, qkv.width, self.heads, &spans, layer, &arena, out);
+        self.kernels
+            .attention(&qkv.data, qkv.width, self.heads, &spans, layer, &arena, out);
         Ok(())
     }
 

@@ -80,7 +80,14 @@ impl<O: Ops> Decoder<O> {
             last_attended: ops.rows(heads_width)?,
             logits: Vec::new(),
         };
-        Ok(Decoder { ops, config, weights, frequencies, rope_scale, scratch })
+        Ok(Decoder {
+            ops,
+            config,
+            weights,
+            frequencies,
+            rope_scale,
+            scratch,
+        })
     }
 
     /// The model's configuration.
@@ -116,13 +123,22 @@ impl<O: Ops> Decoder<O> {
         let mut row = 0;
         for seq in &batch.seqs {
             let (start_position, blocks) = (seq.start_pos, &seq.blocks[..]);
-            spans.push(StepSpan { first_row: row, rows: seq.len, start_position, blocks });
+            spans.push(StepSpan {
+                first_row: row,
+                rows: seq.len,
+                start_position,
+                blocks,
+            });
             row += seq.len;
             if seq.logits {
                 wanted.push(row - 1);
             }
         }
-        let step = Step { tokens: &batch.tokens, spans, kv };
+        let step = Step {
+            tokens: &batch.tokens,
+            spans,
+            kv,
+        };
         if step.tokens.is_empty() {
             (0..self.config.layers).for_each(layer_done);
             return Ok(Logits::new(self.config.vocab_size, &mut []));
@@ -132,7 +148,14 @@ impl<O: Ops> Decoder<O> {
     }
 
     fn run(&mut self, step: &Step<'_>, wanted: &[usize], layer_done: &mut dyn FnMut(usize)) -> Result<(), ModelError> {
-        let Decoder { ops, config, weights, frequencies, rope_scale, scratch: s } = self;
+        let Decoder {
+            ops,
+            config,
+            weights,
+            frequencies,
+            rope_scale,
+            scratch: s,
+        } = self;
         let eps = config.rms_norm_eps;
         s.logits.clear();
         ops.begin(step, frequencies, *rope_scale)?;

@@ -74,11 +74,17 @@ pub enum ModelError {
 
 impl ModelError {
     pub(crate) fn io(path: &Path, source: std::io::Error) -> Self {
-        ModelError::Io { path: path.to_owned(), source }
+        ModelError::Io {
+            path: path.to_owned(),
+            source,
+        }
     }
 
     pub(crate) fn weights(path: &Path, reason: impl Into<String>) -> Self {
-        ModelError::Weights { path: path.to_owned(), reason: reason.into() }
+        ModelError::Weights {
+            path: path.to_owned(),
+            reason: reason.into(),
+        }
     }
 
     pub(crate) fn unsupported(reason: impl Into<String>) -> Self {

@@ -47,7 +47,10 @@ impl ModelFiles {
         if tensors.is_empty() || tensors.len() > TENSORS_MAX {
             return Err(ModelError::weights(dir, format!("it has {} tensors", tensors.len())));
         }
-        Ok(ModelFiles { dir: dir.to_owned(), tensors })
+        Ok(ModelFiles {
+            dir: dir.to_owned(),
+            tensors,
+        })
     }
 
     /// The directory.
@@ -66,10 +69,16 @@ impl ModelFiles {
     /// [`ModelError::Weights`] naming the tensor.
     pub fn need(&self, name: &str, shape: &[usize]) -> Result<Tensor, ModelError> {
         let tensor = self.tensor(name).ok_or_else(|| {
-            ModelError::weights(&self.dir, format!("the tensor `{name}` is missing; the download may be incomplete"))
+            ModelError::weights(
+                &self.dir,
+                format!("the tensor `{name}` is missing; the download may be incomplete"),
+            )
         })?;
         if tensor.shape() != shape {
-            let reason = format!("the tensor `{name}` has shape {:?} where {shape:?} is needed", tensor.shape());
+            let reason = format!(
+                "the tensor `{name}` has shape {:?} where {shape:?} is needed",
+                tensor.shape()
+            );
             return Err(ModelError::weights(&self.dir, reason));
         }
         Ok(tensor.clone())
@@ -140,7 +149,12 @@ fn single_file(dir: &Path) -> Result<PathBuf, ModelError> {
     }
     let entries = std::fs::read_dir(dir).map_err(|e| ModelError::io(dir, e))?;
     let names: Vec<PathBuf> = entries.filter_map(|e| e.ok().map(|e| e.path())).take(10_000).collect();
-    let with = |wanted: &str| names.iter().filter(|p| p.extension().is_some_and(|e| e == wanted)).collect::<Vec<_>>();
+    let with = |wanted: &str| {
+        names
+            .iter()
+            .filter(|p| p.extension().is_some_and(|e| e == wanted))
+            .collect::<Vec<_>>()
+    };
     match with("safetensors")[..] {
         [only] => return Ok(only.clone()),
         [] => {}
@@ -150,7 +164,10 @@ fn single_file(dir: &Path) -> Result<PathBuf, ModelError> {
             return Err(ModelError::weights(dir, reason));
         }
     }
-    for (extension, what) in [("gguf", "GGUF, which is not supported yet"), ("bin", "PyTorch pickles, which can run code")] {
+    for (extension, what) in [
+        ("gguf", "GGUF, which is not supported yet"),
+        ("bin", "PyTorch pickles, which can run code"),
+    ] {
         if let Some(file) = with(extension).first() {
             return Err(ModelError::UnsupportedFormat {
                 path: (*file).clone(),
@@ -158,7 +175,10 @@ fn single_file(dir: &Path) -> Result<PathBuf, ModelError> {
             });
         }
     }
-    Err(ModelError::weights(dir, "it has no safetensors file; the download may be incomplete"))
+    Err(ModelError::weights(
+        dir,
+        "it has no safetensors file; the download may be incomplete",
+    ))
 }
 
 /// Opens the shards that the index names and takes from each the tensors it is said to hold.
@@ -172,12 +192,18 @@ fn open_sharded(dir: &Path, index: &Path, bytes: &[u8]) -> Result<BTreeMap<Strin
     let mut shards: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     for (tensor, file) in map {
         let file = file.as_str().filter(|f| is_plain_name(f)).ok_or_else(|| {
-            ModelError::weights(index, format!("the shard of tensor `{tensor}` must be a plain file name"))
+            ModelError::weights(
+                index,
+                format!("the shard of tensor `{tensor}` must be a plain file name"),
+            )
         })?;
         shards.entry(file).or_default().insert(tensor);
     }
     if shards.len() > SHARDS_MAX {
-        return Err(ModelError::weights(index, format!("it names {} shards, more than {SHARDS_MAX}", shards.len())));
+        return Err(ModelError::weights(
+            index,
+            format!("it names {} shards, more than {SHARDS_MAX}", shards.len()),
+        ));
     }
     let mut tensors = BTreeMap::new();
     for (file, wanted) in shards {
@@ -204,7 +230,10 @@ fn open_file(path: &Path) -> Result<BTreeMap<String, Tensor>, ModelError> {
     let bytes = file.bytes();
     // Checks that the header is sane and that tensors fill the file without gap or overlap.
     let parsed = SafeTensors::deserialize(bytes).map_err(|e| {
-        ModelError::weights(path, format!("it is not a valid safetensors file ({e}); the download may be incomplete"))
+        ModelError::weights(
+            path,
+            format!("it is not a valid safetensors file ({e}); the download may be incomplete"),
+        )
     })?;
     let mut tensors = BTreeMap::new();
     for (name, view) in parsed.iter() {
@@ -215,7 +244,9 @@ fn open_file(path: &Path) -> Result<BTreeMap<String, Tensor>, ModelError> {
             // Integer tensors (position ids of old checkpoints) are not weights.
             Dtype::I64 | Dtype::I32 | Dtype::BOOL => continue,
             other => {
-                return Err(ModelError::unsupported(format!("its tensor `{name}` is stored as {other:?}; {SUPPORTED}")));
+                return Err(ModelError::unsupported(format!(
+                    "its tensor `{name}` is stored as {other:?}; {SUPPORTED}"
+                )));
             }
         };
         let start = view.data().as_ptr() as usize - bytes.as_ptr() as usize;

@@ -56,7 +56,10 @@ pub fn resolve(spec: &str, progress: &dyn Progress) -> Result<PathBuf, ModelErro
 fn local(spec: &str) -> Result<Option<PathBuf>, ModelError> {
     let path = Path::new(spec);
     let refuse = |reason: &str| {
-        Err(ModelError::UnsupportedFormat { path: path.to_owned(), reason: reason.to_owned() })
+        Err(ModelError::UnsupportedFormat {
+            path: path.to_owned(),
+            reason: reason.to_owned(),
+        })
     };
     if path.is_dir() {
         return Ok(Some(path.to_owned()));
@@ -66,13 +69,17 @@ fn local(spec: &str) -> Result<Option<PathBuf>, ModelError> {
             return refuse("is a GGUF file, which is not supported yet; give a directory or hub id with safetensors");
         }
         Some("safetensors") if path.is_file() => {
-            return refuse("is one file of a model; give the directory that also holds its config.json and tokenizer.json");
+            return refuse(
+                "is one file of a model; give the directory that also holds its config.json and tokenizer.json",
+            );
         }
         _ if path.is_file() => return refuse("is a file; a model is a directory with config.json and safetensors"),
         _ => {}
     }
     if parse_id(spec).is_none() {
-        return Err(ModelError::NotFound { spec: spec.chars().take(SPEC_CHARS_MAX).collect() });
+        return Err(ModelError::NotFound {
+            spec: spec.chars().take(SPEC_CHARS_MAX).collect(),
+        });
     }
     Ok(None)
 }
@@ -82,7 +89,8 @@ fn parse_id(spec: &str) -> Option<(&str, &str)> {
     let (id, revision) = spec.split_once('@').unwrap_or((spec, "main"));
     let plain = |s: &str| {
         s.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
-            && s.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+            && s.chars()
+                .all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
             && !s.contains("..")
     };
     let (org, name) = id.split_once('/')?;
@@ -103,7 +111,12 @@ impl Hub {
     /// A hub at `endpoint` (such as `https://huggingface.co`), cached in `cache` in the usual layout.
     pub fn new(endpoint: impl Into<String>, cache: impl Into<PathBuf>) -> Self {
         let endpoint = endpoint.into().trim_end_matches('/').to_owned();
-        Hub { endpoint, cache: cache.into(), token: None, offline: false }
+        Hub {
+            endpoint,
+            cache: cache.into(),
+            token: None,
+            offline: false,
+        }
     }
 
     /// The hub that the environment names: `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE`.
@@ -121,7 +134,10 @@ impl Hub {
         })?;
         let cache = cache.join("hub");
         Ok(Hub {
-            endpoint: var("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into()).trim_end_matches('/').into(),
+            endpoint: var("HF_ENDPOINT")
+                .unwrap_or_else(|| "https://huggingface.co".into())
+                .trim_end_matches('/')
+                .into(),
             token: var("HF_TOKEN").or_else(|| Cache::new(cache.clone()).token()),
             cache,
             offline: var("HF_HUB_OFFLINE").is_some_and(|v| v != "0"),
@@ -134,7 +150,9 @@ impl Hub {
     /// As [`resolve`].
     pub fn resolve(&self, spec: &str, progress: &dyn Progress) -> Result<PathBuf, ModelError> {
         let Some((id, revision)) = parse_id(spec) else {
-            return Err(ModelError::NotFound { spec: spec.chars().take(SPEC_CHARS_MAX).collect() });
+            return Err(ModelError::NotFound {
+                spec: spec.chars().take(SPEC_CHARS_MAX).collect(),
+            });
         };
         let (events, inbox) = mpsc::sync_channel(EVENTS_MAX);
         let job = Download {
@@ -155,14 +173,22 @@ impl Hub {
                     return Err(self.error(spec, "files", reason));
                 }
                 Err(mpsc::RecvTimeoutError::Disconnected) => {
-                    return Err(self.error(spec, "files", "the hub sent an answer that could not be understood".into()));
+                    return Err(self.error(
+                        spec,
+                        "files",
+                        "the hub sent an answer that could not be understood".into(),
+                    ));
                 }
             }
         }
     }
 
     fn error(&self, repo: &str, what: &str, reason: String) -> ModelError {
-        ModelError::Hub { repo: repo.into(), what: what.into(), reason }
+        ModelError::Hub {
+            repo: repo.into(),
+            what: what.into(),
+            reason,
+        }
     }
 
     fn api(&self) -> Result<Api, ApiError> {
@@ -218,7 +244,11 @@ impl Download {
     /// The earlier download of this revision, if it is complete.
     fn cached(&self) -> Option<PathBuf> {
         let repo = Repo::with_revision(self.id.clone(), RepoType::Model, self.revision.clone());
-        let dir = Cache::new(self.hub.cache.clone()).repo(repo).get("config.json")?.parent()?.to_owned();
+        let dir = Cache::new(self.hub.cache.clone())
+            .repo(repo)
+            .get("config.json")?
+            .parent()?
+            .to_owned();
         let weights = match dir.join(INDEX).is_file() {
             true => shards(&dir.join(INDEX)).ok()?,
             false => BTreeSet::from(["model.safetensors".to_owned()]),
@@ -229,18 +259,28 @@ impl Download {
 
     fn download(&self) -> Result<PathBuf, ModelError> {
         if self.hub.offline {
-            return Err(self.error("files", "HF_HUB_OFFLINE is set and no complete earlier download was found".into()));
+            return Err(self.error(
+                "files",
+                "HF_HUB_OFFLINE is set and no complete earlier download was found".into(),
+            ));
         }
         let api = self.hub.api().map_err(|e| self.explain("files", &e))?;
         let named = Repo::with_revision(self.id.clone(), RepoType::Model, self.revision.clone());
-        let info = api.repo(named.clone()).info().map_err(|e| self.explain("the list of files", &e))?;
+        let info = api
+            .repo(named.clone())
+            .info()
+            .map_err(|e| self.explain("the list of files", &e))?;
         if !is_plain_name(&info.sha) {
             return Err(self.error("the list of files", "the hub named no proper commit".into()));
         }
         let listed: BTreeSet<&str> = info.siblings.iter().map(|s| s.rfilename.as_str()).collect();
         // Everything from the one commit, even if the branch moves meanwhile.
         let repo = Repo::with_revision(self.id.clone(), RepoType::Model, info.sha.clone());
-        let at = Commit { api: &api, repo, listed: &listed };
+        let at = Commit {
+            api: &api,
+            repo,
+            listed: &listed,
+        };
         let config = self.get(&at, "config.json")?;
         let dir = config.parent().map(Path::to_owned).unwrap_or_default();
         for file in OPTIONAL_FILES.iter().filter(|f| listed.contains(**f)) {
@@ -254,7 +294,9 @@ impl Download {
         }
         // So that the branch's name finds this commit without a connection.
         let cache = Cache::new(self.hub.cache.clone()).repo(named);
-        cache.create_ref(&info.sha).map_err(|e| ModelError::io(&self.hub.cache, e))?;
+        cache
+            .create_ref(&info.sha)
+            .map_err(|e| ModelError::io(&self.hub.cache, e))?;
         Ok(dir)
     }
 
@@ -263,12 +305,18 @@ impl Download {
         if listed.contains(INDEX) {
             return shards(&self.get(at, INDEX)?);
         }
-        let single: Vec<&str> =
-            listed.iter().copied().filter(|f| is_plain_name(f) && f.ends_with(".safetensors")).collect();
+        let single: Vec<&str> = listed
+            .iter()
+            .copied()
+            .filter(|f| is_plain_name(f) && f.ends_with(".safetensors"))
+            .collect();
         match single[..] {
             _ if listed.contains("model.safetensors") => Ok(BTreeSet::from(["model.safetensors".to_owned()])),
             [only] => Ok(BTreeSet::from([only.to_owned()])),
-            _ => Err(self.error("weights", "the hub has no safetensors of this model; choose another version of it".into())),
+            _ => Err(self.error(
+                "weights",
+                "the hub has no safetensors of this model; choose another version of it".into(),
+            )),
         }
     }
 
@@ -280,8 +328,17 @@ impl Download {
         if let Some(path) = Cache::new(self.hub.cache.clone()).repo(at.repo.clone()).get(file) {
             return Ok(path);
         }
-        let progress = FileProgress { file: file.to_owned(), done: 0, reported: 0, total: 0, events: self.events.clone() };
-        at.api.repo(at.repo.clone()).download_with_progress(file, progress).map_err(|e| self.explain(&format!("`{file}`"), &e))
+        let progress = FileProgress {
+            file: file.to_owned(),
+            done: 0,
+            reported: 0,
+            total: 0,
+            events: self.events.clone(),
+        };
+        at.api
+            .repo(at.repo.clone())
+            .download_with_progress(file, progress)
+            .map_err(|e| self.explain(&format!("`{file}`"), &e))
     }
 
     /// An error of the client library as a cause and a way out.
@@ -289,7 +346,9 @@ impl Download {
         let text = error.to_string();
         let status = text.split("status code ").nth(1).and_then(|t| t.get(..3)).unwrap_or("");
         let reason = match status {
-            "401" | "403" => "access was denied; check the id, accept the model's licence on the hub and set HF_TOKEN".into(),
+            "401" | "403" => {
+                "access was denied; check the id, accept the model's licence on the hub and set HF_TOKEN".into()
+            }
             "404" => "the hub has no such model or revision, and there is no such directory here; check the id".into(),
             "429" => "the hub asks to slow down; try again later or set HF_TOKEN".into(),
             _ => format!("{text}; check the connection (or HF_ENDPOINT), or give a directory"),
@@ -303,7 +362,10 @@ fn shards(index: &Path) -> Result<BTreeSet<String>, ModelError> {
     let damaged = || ModelError::weights(index, "it is not a valid index of shards");
     let bytes = read_bounded(index, INDEX_BYTES_MAX)?.ok_or_else(damaged)?;
     let value: serde_json::Value = serde_json::from_slice(&bytes).map_err(|_| damaged())?;
-    let map = value.get("weight_map").and_then(|m| m.as_object()).ok_or_else(damaged)?;
+    let map = value
+        .get("weight_map")
+        .and_then(|m| m.as_object())
+        .ok_or_else(damaged)?;
     let plain = |v: &serde_json::Value| v.as_str().filter(|f| is_plain_name(f)).map(str::to_owned);
     map.values().map(|v| plain(v).ok_or_else(damaged)).collect()
 }
@@ -321,7 +383,11 @@ impl FileProgress {
     fn report(&mut self) {
         self.reported = self.done;
         let (done, total) = (self.done as u64, self.total as u64);
-        let _ = self.events.send(Event::Progress { file: self.file.clone(), done, total });
+        let _ = self.events.send(Event::Progress {
+            file: self.file.clone(),
+            done,
+            total,
+        });
     }
 }
 

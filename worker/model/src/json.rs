@@ -15,7 +15,9 @@ pub(crate) fn read_bounded(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>
     };
     let mut bytes = Vec::new();
     // One byte more than allowed tells a file at the limit from one beyond it, and bounds pipes and devices too.
-    file.take(bytes_max + 1).read_to_end(&mut bytes).map_err(|e| ModelError::io(path, e))?;
+    file.take(bytes_max + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|e| ModelError::io(path, e))?;
     if bytes.len() as u64 > bytes_max {
         return Err(config_error(path, format!("it is larger than {bytes_max} bytes")));
     }
@@ -23,7 +25,10 @@ pub(crate) fn read_bounded(path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>
 }
 
 pub(crate) fn config_error(path: &Path, reason: impl Into<String>) -> ModelError {
-    ModelError::Config { path: path.to_owned(), reason: reason.into() }
+    ModelError::Config {
+        path: path.to_owned(),
+        reason: reason.into(),
+    }
 }
 
 /// A JSON object and the file it came from. A `null` field counts as absent, as in the files of the field.
@@ -60,7 +65,8 @@ impl<'a> Object<'a> {
     }
 
     pub fn need_count(&self, key: &str, max: usize) -> Result<usize, ModelError> {
-        self.count(key, max)?.ok_or_else(|| self.error(format!("`{key}` is missing")))
+        self.count(key, max)?
+            .ok_or_else(|| self.error(format!("`{key}` is missing")))
     }
 
     /// A finite number in `min..=max`.
@@ -74,12 +80,18 @@ impl<'a> Object<'a> {
 
     pub fn flag(&self, key: &str) -> Result<Option<bool>, ModelError> {
         let Some(value) = self.get(key) else { return Ok(None) };
-        value.as_bool().map(Some).ok_or_else(|| self.wrong(key, value, "true or false"))
+        value
+            .as_bool()
+            .map(Some)
+            .ok_or_else(|| self.wrong(key, value, "true or false"))
     }
 
     pub fn text(&self, key: &str) -> Result<Option<&'a str>, ModelError> {
         let Some(value) = self.get(key) else { return Ok(None) };
-        value.as_str().map(Some).ok_or_else(|| self.wrong(key, value, "a string"))
+        value
+            .as_str()
+            .map(Some)
+            .ok_or_else(|| self.wrong(key, value, "a string"))
     }
 
     pub fn object(&self, key: &str) -> Result<Option<Object<'a>>, ModelError> {
@@ -96,8 +108,15 @@ impl<'a> Object<'a> {
             Value::Array(_) => return Err(self.wrong(key, value, &format!("a list of at most {max} token ids"))),
             one => std::slice::from_ref(one),
         };
-        let id = |v: &Value| v.as_u64().filter(|n| *n < vocab_size as u64).and_then(|n| u32::try_from(n).ok());
+        let id = |v: &Value| {
+            v.as_u64()
+                .filter(|n| *n < vocab_size as u64)
+                .and_then(|n| u32::try_from(n).ok())
+        };
         let wrong = || self.wrong(key, value, &format!("a token id below {vocab_size} or a list of them"));
-        list.iter().map(|v| id(v).ok_or_else(wrong)).collect::<Result<Vec<_>, _>>().map(Some)
+        list.iter()
+            .map(|v| id(v).ok_or_else(wrong))
+            .collect::<Result<Vec<_>, _>>()
+            .map(Some)
     }
 }

@@ -21,14 +21,20 @@ impl KvCache {
     /// [`ModelError::DoesNotFit`] if the system refuses.
     pub fn allocate(geometry: KvGeometry, blocks: u32) -> Result<Self, ModelError> {
         let does_not_fit = |reason: String| {
-            ModelError::DoesNotFit(format!("cannot reserve memory for {blocks} KV blocks: {reason}; ask for fewer"))
+            ModelError::DoesNotFit(format!(
+                "cannot reserve memory for {blocks} KV blocks: {reason}; ask for fewer"
+            ))
         };
         let bytes = Some(geometry)
             .filter(KvGeometry::is_sane)
             .and_then(|g| g.arena_bytes(blocks))
             .ok_or_else(|| does_not_fit("more than the address space".into()))?;
         let region = Region::new(bytes).map_err(|e| does_not_fit(e.to_string()))?;
-        Ok(KvCache { region, geometry, blocks })
+        Ok(KvCache {
+            region,
+            geometry,
+            blocks,
+        })
     }
 
     /// The memory.

@@ -32,7 +32,11 @@ impl MemoryNeed {
             + config.head_dim;
         let floats = (per_token as u64).saturating_mul(batch_tokens as u64)
             + ((config.vocab_size + config.hidden_size) as u64).saturating_mul(logit_rows as u64);
-        MemoryNeed { weights: weight_bytes, kv: kv_bytes, scratch: floats.saturating_mul(4) }
+        MemoryNeed {
+            weights: weight_bytes,
+            kv: kv_bytes,
+            scratch: floats.saturating_mul(4),
+        }
     }
 
     /// All of it.
@@ -72,16 +76,27 @@ fn show(bytes: u64) -> String {
 pub fn available_memory() -> Option<u64> {
     let system = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
         let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
-        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+        line.trim()
+            .strip_suffix("kB")?
+            .trim()
+            .parse::<u64>()
+            .ok()?
+            .checked_mul(1024)
     });
     let number = |path: &Path| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
     let group = Path::new("/sys/fs/cgroup");
     let limit = number(&group.join("memory.max")).map(|max| {
         let used = number(&group.join("memory.current")).unwrap_or(0);
         // The group's page cache counts as used but gives way.
-        let cache = std::fs::read_to_string(group.join("memory.stat")).ok().and_then(|text| {
-            text.lines().find_map(|l| l.strip_prefix("file "))?.trim().parse::<u64>().ok()
-        });
+        let cache = std::fs::read_to_string(group.join("memory.stat"))
+            .ok()
+            .and_then(|text| {
+                text.lines()
+                    .find_map(|l| l.strip_prefix("file "))?
+                    .trim()
+                    .parse::<u64>()
+                    .ok()
+            });
         max.saturating_sub(used.saturating_sub(cache.unwrap_or(0)))
     });
     match (system, limit) {
@@ -96,10 +111,21 @@ mod tests {
 
     #[test]
     fn the_message_names_the_parts_and_the_way_out() {
-        let need = MemoryNeed { weights: 3 << 30, kv: 512 << 20, scratch: 10 << 20 };
+        let need = MemoryNeed {
+            weights: 3 << 30,
+            kv: 512 << 20,
+            scratch: 10 << 20,
+        };
         assert!(need.check(4 << 30).is_ok());
         let message = need.check(2 << 30).unwrap_err().to_string();
-        for part in ["does not fit memory", "3.5 GiB", "weights 3.0 GiB", "512 MiB", "2.0 GiB", "smaller model"] {
+        for part in [
+            "does not fit memory",
+            "3.5 GiB",
+            "weights 3.0 GiB",
+            "512 MiB",
+            "2.0 GiB",
+            "smaller model",
+        ] {
             assert!(message.contains(part), "{message}");
         }
     }

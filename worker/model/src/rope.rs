@@ -63,14 +63,21 @@ impl RopeConfig {
             Some(theta) => theta,
             None => theta_of(object)?.unwrap_or(10_000.0),
         };
-        let Some(scaling) = scaling else { return Ok(RopeConfig { theta, scaling: RopeScaling::Plain }) };
+        let Some(scaling) = scaling else {
+            return Ok(RopeConfig {
+                theta,
+                scaling: RopeScaling::Plain,
+            });
+        };
         let kind = match scaling.text("rope_type")? {
             Some(kind) => kind,
             None => scaling.text("type")?.unwrap_or("default"),
         };
         let factor = scaling.number("factor", 1.0, 1e6)?;
         let need_factor = || factor.ok_or_else(|| scaling.error(format!("`factor` of {kind} rope scaling is missing")));
-        let context = scaling.number("original_max_position_embeddings", 1.0, 1e9)?.unwrap_or(context_length as f64);
+        let context = scaling
+            .number("original_max_position_embeddings", 1.0, 1e9)?
+            .unwrap_or(context_length as f64);
         let scaling = match kind {
             "default" => RopeScaling::Plain,
             "linear" => RopeScaling::Linear { factor: need_factor()? },
@@ -123,15 +130,28 @@ impl RopeConfig {
         let scaled = |i: usize| match self.scaling {
             RopeScaling::Plain => plain(i),
             RopeScaling::Linear { factor } => plain(i) / factor,
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_context,
+            } => {
                 let frequency = plain(i);
                 let turns = original_context * frequency / (2.0 * PI);
                 let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
                 kept * frequency + (1.0 - kept) * frequency / factor
             }
-            RopeScaling::Yarn { factor, beta_fast, beta_slow, original_context, truncate, .. } => {
+            RopeScaling::Yarn {
+                factor,
+                beta_fast,
+                beta_slow,
+                original_context,
+                truncate,
+                ..
+            } => {
                 // The (fractional) dimension that turns `turns` times within the original context.
-                let dimension = |turns: f64| dim * (original_context / (turns * 2.0 * PI)).ln() / (2.0 * self.theta.ln());
+                let dimension =
+                    |turns: f64| dim * (original_context / (turns * 2.0 * PI)).ln() / (2.0 * self.theta.ln());
                 let (mut low, mut high) = (dimension(beta_fast), dimension(beta_slow));
                 if truncate {
                     (low, high) = (low.floor(), high.ceil());
@@ -156,12 +176,20 @@ mod tests {
     use super::*;
 
     fn frequencies(scaling: RopeScaling) -> Vec<f32> {
-        RopeConfig { theta: 10_000.0, scaling }.frequencies(64).0
+        RopeConfig {
+            theta: 10_000.0,
+            scaling,
+        }
+        .frequencies(64)
+        .0
     }
 
     #[test]
     fn linear_divides_everything() {
-        let (plain, linear) = (frequencies(RopeScaling::Plain), frequencies(RopeScaling::Linear { factor: 4.0 }));
+        let (plain, linear) = (
+            frequencies(RopeScaling::Plain),
+            frequencies(RopeScaling::Linear { factor: 4.0 }),
+        );
         assert_eq!(plain[0], 1.0);
         assert!(plain.iter().zip(&linear).all(|(p, l)| (p / l - 4.0).abs() < 1e-5));
     }
@@ -191,7 +219,11 @@ mod tests {
             attention_factor: 0.1 * 4f64.ln() + 1.0,
             truncate: true,
         };
-        let (scaled, scale) = RopeConfig { theta: 10_000.0, scaling: yarn }.frequencies(64);
+        let (scaled, scale) = RopeConfig {
+            theta: 10_000.0,
+            scaling: yarn,
+        }
+        .frequencies(64);
         // 64 ln(32768 / (32 * 2 pi)) / (2 ln 10000) = 17.69, and with one rotation 29.73: from 17 to 30.
         assert_eq!(scaled[..18], plain[..18]);
         assert!((30..32).all(|i| (plain[i] / scaled[i] - 4.0).abs() < 1e-4));

@@ -51,7 +51,12 @@ impl<O: Ops> Weights<O> {
             true => None,
             false => Some(loader.matrix(&[("lm_head", config.vocab_size)], hidden, false)?),
         };
-        Ok(Weights { embedding, layers, norm, head })
+        Ok(Weights {
+            embedding,
+            layers,
+            norm,
+            head,
+        })
     }
 
     /// The output head.
@@ -71,7 +76,12 @@ impl<O: Ops> Loader<'_, O> {
             let name = name.as_ref();
             let weights = self.files.need(&format!("{name}.weight"), &[*columns, k])?;
             let bias = match bias {
-                true => Some(self.files.need(&format!("{name}.bias"), &[*columns])?.elements().to_f32()),
+                true => Some(
+                    self.files
+                        .need(&format!("{name}.bias"), &[*columns])?
+                        .elements()
+                        .to_f32(),
+                ),
                 false => None,
             };
             Ok(StackedPart { weights, bias })

@@ -17,7 +17,11 @@ fn generate(runner: &mut Runner, prompt_tokens: &[u32], chunk: usize, mates: &[V
     for (index, part) in prompt_tokens.chunks(chunk).enumerate() {
         let mut parts = vec![(seq, part)];
         // The mates arrive in the first batch and decode in the others.
-        parts.extend(mates.iter().map(|(id, tokens)| (*id, if index == 0 { *tokens } else { &tokens[..1] })));
+        parts.extend(
+            mates
+                .iter()
+                .map(|(id, tokens)| (*id, if index == 0 { *tokens } else { &tokens[..1] })),
+        );
         parts.rotate_left(index % (mates.len() + 1));
         let at = parts.iter().position(|(id, _)| *id == seq).unwrap();
         row = runner.step(&parts).swap_remove(at);
@@ -45,10 +49,22 @@ fn a_request_has_the_same_bits_alone_batched_chunked_and_on_any_threads() {
         for threads in [1, 2, 3] {
             let mut runner = Runner::open(dir.path(), threads, 512);
             for chunk in [1, 5, 16, 53] {
-                assert_eq!(generate(&mut runner, &tokens, chunk, &[]), alone, "{dtype:?}, chunks of {chunk}");
+                assert_eq!(
+                    generate(&mut runner, &tokens, chunk, &[]),
+                    alone,
+                    "{dtype:?}, chunks of {chunk}"
+                );
             }
-            assert_eq!(generate(&mut runner, &tokens, 16, &mates), alone, "{dtype:?}, in a batch, chunks of 16");
-            assert_eq!(generate(&mut runner, &tokens, 53, &mates), alone, "{dtype:?}, in a batch");
+            assert_eq!(
+                generate(&mut runner, &tokens, 16, &mates),
+                alone,
+                "{dtype:?}, in a batch, chunks of 16"
+            );
+            assert_eq!(
+                generate(&mut runner, &tokens, 53, &mates),
+                alone,
+                "{dtype:?}, in a batch"
+            );
         }
     }
 }
@@ -75,7 +91,10 @@ fn blocks_computed_elsewhere_continue_with_the_same_bits() {
     }
     there.lengths[moved] = tokens.len();
     let token = [argmax(&first)];
-    assert_eq!(bits(&there.step(&[(moved, &token)])[0]), bits(&here.step(&[(seq, &token)])[0]));
+    assert_eq!(
+        bits(&there.step(&[(moved, &token)])[0]),
+        bits(&here.step(&[(seq, &token)])[0])
+    );
 }
 
 #[test]
@@ -86,8 +105,16 @@ fn layer_done_comes_in_order_and_finds_the_layer_complete() {
     let mut runner = Runner::open(dir.path(), 2, 8);
     let (kv, geometry) = (runner.kv.clone(), runner.kv.geometry());
     for logits in [true, false] {
-        let seqs = vec![SeqSpan { start_pos: 0, len: 20, blocks: vec![5, 2], logits }];
-        let batch = ForwardBatch { tokens: prompt(20, spec.vocab, 6), seqs };
+        let seqs = vec![SeqSpan {
+            start_pos: 0,
+            len: 20,
+            blocks: vec![5, 2],
+            logits,
+        }];
+        let batch = ForwardBatch {
+            tokens: prompt(20, spec.vocab, 6),
+            seqs,
+        };
         let mut seen = Vec::new();
         let read = |layer: usize| {
             let mut bytes = Vec::new();
@@ -101,7 +128,11 @@ fn layer_done_comes_in_order_and_finds_the_layer_complete() {
             }
             bytes
         };
-        let rows = runner.decoder.forward(&batch, &kv, &mut |layer| seen.push((layer, read(layer)))).unwrap().rows();
+        let rows = runner
+            .decoder
+            .forward(&batch, &kv, &mut |layer| seen.push((layer, read(layer))))
+            .unwrap()
+            .rows();
         assert_eq!(rows, usize::from(logits));
         assert_eq!(seen.len(), spec.layers);
         for (index, (layer, bytes)) in seen.into_iter().enumerate() {
@@ -124,7 +155,12 @@ fn batches_that_do_not_fit_are_refused() {
     spec.write(dir.path(), 24);
     let mut runner = Runner::open(dir.path(), 1, 4);
     let kv = runner.kv.clone();
-    let span = |start_pos, len, blocks: &[u32]| SeqSpan { start_pos, len, blocks: blocks.to_vec(), logits: true };
+    let span = |start_pos, len, blocks: &[u32]| SeqSpan {
+        start_pos,
+        len,
+        blocks: blocks.to_vec(),
+        logits: true,
+    };
     let cases: [(Vec<u32>, Vec<SeqSpan>, &str); 8] = [
         (vec![1, 2], vec![span(0, 1, &[0])], "spans of 1 tokens for 2"),
         (vec![199], vec![span(0, 1, &[0])], "outside a vocabulary"),
@@ -136,9 +172,17 @@ fn batches_that_do_not_fit_are_refused() {
         (vec![1, 2], vec![span(0, 1, &[3]), span(0, 1, &[3])], "written twice"),
     ];
     for (tokens, seqs, wanted) in cases {
-        let error = runner.decoder.forward(&ForwardBatch { tokens, seqs }, &kv, &mut |_| {}).unwrap_err().to_string();
+        let error = runner
+            .decoder
+            .forward(&ForwardBatch { tokens, seqs }, &kv, &mut |_| {})
+            .unwrap_err()
+            .to_string();
         assert!(error.contains(wanted), "{error}");
     }
-    let rows = runner.decoder.forward(&ForwardBatch::default(), &kv, &mut |_| {}).unwrap().rows();
+    let rows = runner
+        .decoder
+        .forward(&ForwardBatch::default(), &kv, &mut |_| {})
+        .unwrap()
+        .rows();
     assert_eq!(rows, 0);
 }

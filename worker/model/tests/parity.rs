@@ -34,7 +34,10 @@ impl Oracle {
     fn new(config: &Value, weights: &Values) -> Self {
         let mut tensors: HashMap<String, Tensor> = HashMap::new();
         for (name, (shape, values)) in weights {
-            tensors.insert(name.clone(), Tensor::from_vec(values.clone(), shape.clone(), &Device::Cpu).unwrap());
+            tensors.insert(
+                name.clone(),
+                Tensor::from_vec(values.clone(), shape.clone(), &Device::Cpu).unwrap(),
+            );
         }
         let mut config = config.clone();
         let own_head_dim = config["head_dim"].is_u64();
@@ -52,7 +55,9 @@ impl Oracle {
             let config: qwen2::Config = serde_json::from_value(config).unwrap();
             return Oracle::Qwen2(qwen2::ModelForCausalLM::new(&config, vb).unwrap());
         }
-        let config = serde_json::from_value::<llama::LlamaConfig>(config).unwrap().into_config(false);
+        let config = serde_json::from_value::<llama::LlamaConfig>(config)
+            .unwrap()
+            .into_config(false);
         let cache = llama::Cache::new(true, DType::F32, &config, &Device::Cpu).unwrap();
         Oracle::Llama(llama::Llama::load(vb, &config).unwrap(), config, cache)
     }
@@ -119,8 +124,11 @@ fn check(spec: &Spec, seed: u64) {
     let weights = spec.write(dir.path(), seed);
     let mut oracle = Oracle::new(&spec.config(), &weights);
     // One token, less than a block, exactly two blocks, several blocks and a bit.
-    let prompts: Vec<Vec<u32>> =
-        [1, 7, 32, 75].iter().enumerate().map(|(i, n)| prompt(*n, spec.vocab, seed + i as u64)).collect();
+    let prompts: Vec<Vec<u32>> = [1, 7, 32, 75]
+        .iter()
+        .enumerate()
+        .map(|(i, n)| prompt(*n, spec.vocab, seed + i as u64))
+        .collect();
     compare(dir.path(), &mut oracle, &prompts, STEPS);
 }
 
@@ -131,7 +139,15 @@ fn llama_untied_with_grouped_heads() {
 
 #[test]
 fn llama_tied_with_one_kv_head_per_head() {
-    check(&Spec { tied: true, heads: 4, kv_heads: 4, ..Spec::llama() }, 2);
+    check(
+        &Spec {
+            tied: true,
+            heads: 4,
+            kv_heads: 4,
+            ..Spec::llama()
+        },
+        2,
+    );
 }
 
 #[test]
@@ -140,17 +156,39 @@ fn llama_with_llama3_rope_scaling() {
         "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     });
-    check(&Spec { extra: json!({"rope_scaling": scaling}), ..Spec::llama() }, 3);
+    check(
+        &Spec {
+            extra: json!({"rope_scaling": scaling}),
+            ..Spec::llama()
+        },
+        3,
+    );
 }
 
 #[test]
 fn llama_with_its_own_head_size() {
-    check(&Spec { head_dim: Some(20), heads: 4, kv_heads: 2, tied: true, ..Spec::llama() }, 4);
+    check(
+        &Spec {
+            head_dim: Some(20),
+            heads: 4,
+            kv_heads: 2,
+            tied: true,
+            ..Spec::llama()
+        },
+        4,
+    );
 }
 
 #[test]
 fn llama_stored_in_bf16_in_three_shards() {
-    check(&Spec { dtype: Dtype::BF16, shards: 3, ..Spec::llama() }, 5);
+    check(
+        &Spec {
+            dtype: Dtype::BF16,
+            shards: 3,
+            ..Spec::llama()
+        },
+        5,
+    );
 }
 
 #[test]
@@ -160,12 +198,27 @@ fn qwen2_tied_with_biases() {
 
 #[test]
 fn qwen2_untied_stored_in_f16() {
-    check(&Spec { tied: false, dtype: Dtype::F16, ..Spec::qwen2() }, 7);
+    check(
+        &Spec {
+            tied: false,
+            dtype: Dtype::F16,
+            ..Spec::qwen2()
+        },
+        7,
+    );
 }
 
 #[test]
 fn qwen2_stored_in_bf16() {
-    check(&Spec { dtype: Dtype::BF16, heads: 9, kv_heads: 3, ..Spec::qwen2() }, 8);
+    check(
+        &Spec {
+            dtype: Dtype::BF16,
+            heads: 9,
+            kv_heads: 3,
+            ..Spec::qwen2()
+        },
+        8,
+    );
 }
 
 #[test]
@@ -210,12 +263,18 @@ fn the_demo_model_matches() {
         match view.dtype() {
             Dtype::BF16 => pairs().map(|b| half::bf16::from_bits(b).to_f32()).collect(),
             Dtype::F16 => pairs().map(|b| half::f16::from_bits(b).to_f32()).collect(),
-            Dtype::F32 => view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            Dtype::F32 => view
+                .data()
+                .chunks_exact(4)
+                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+                .collect(),
             other => panic!("demo model stored as {other:?}"),
         }
     };
-    let weights: Values =
-        parsed.iter().map(|(name, view)| (name.to_owned(), (view.shape().to_vec(), widen(view)))).collect();
+    let weights: Values = parsed
+        .iter()
+        .map(|(name, view)| (name.to_owned(), (view.shape().to_vec(), widen(view))))
+        .collect();
     let mut oracle = Oracle::new(&config, &weights);
     let vocab = config["vocab_size"].as_u64().unwrap() as usize;
     let mut prompts: Vec<Vec<u32>> = (0..3).map(|i| prompt([3, 21, 130][i], vocab, i as u64)).collect();

@@ -136,11 +136,17 @@ impl Spec {
             let (bytes, values): (Vec<u8>, Vec<f32>) = match self.dtype {
                 Dtype::BF16 => {
                     let v: Vec<bf16> = values.iter().map(|v| bf16::from_f32(*v)).collect();
-                    (bytemuck::cast_slice(&v).to_vec(), v.iter().map(|v| v.to_f32()).collect())
+                    (
+                        bytemuck::cast_slice(&v).to_vec(),
+                        v.iter().map(|v| v.to_f32()).collect(),
+                    )
                 }
                 Dtype::F16 => {
                     let v: Vec<f16> = values.iter().map(|v| f16::from_f32(*v)).collect();
-                    (bytemuck::cast_slice(&v).to_vec(), v.iter().map(|v| v.to_f32()).collect())
+                    (
+                        bytemuck::cast_slice(&v).to_vec(),
+                        v.iter().map(|v| v.to_f32()).collect(),
+                    )
                 }
                 _ => (bytemuck::cast_slice(&values).to_vec(), values),
             };
@@ -184,7 +190,13 @@ impl Runner {
         let files = ModelFiles::open(dir).unwrap();
         let kv = KvCache::allocate(config.kv_geometry(BLOCK), blocks).unwrap();
         let decoder = Decoder::load(&files, config, threads, &()).unwrap();
-        Runner { decoder, kv, tables: vec![], lengths: vec![], next_block: 0 }
+        Runner {
+            decoder,
+            kv,
+            tables: vec![],
+            lengths: vec![],
+            next_block: 0,
+        }
     }
 
     /// Starts a sequence.
@@ -207,7 +219,12 @@ impl Runner {
             }
             batch.tokens.extend_from_slice(tokens);
             let blocks = self.tables[*seq].clone();
-            batch.seqs.push(SeqSpan { start_pos, len: tokens.len(), blocks, logits: true });
+            batch.seqs.push(SeqSpan {
+                start_pos,
+                len: tokens.len(),
+                blocks,
+                logits: true,
+            });
         }
         let logits = self.decoder.forward(&batch, &self.kv, &mut |_| {}).unwrap();
         (0..logits.rows()).map(|row| logits.row(row).to_vec()).collect()
