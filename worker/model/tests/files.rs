@@ -158,7 +158,7 @@ fn unaligned_tensors_are_copied_not_refused() {
     let bytes = std::fs::read(&path).unwrap();
     let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     let mut text = String::from_utf8(bytes[8..8 + header].to_vec()).unwrap();
-    while text.len() % 2 == 0 {
+    while text.len().is_multiple_of(2) {
         text.push(' ');
     }
     let mut odd = (text.len() as u64).to_le_bytes().to_vec();
