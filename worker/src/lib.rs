@@ -1,1 +1,42 @@
-//! skeleton
+//! The worker process: one engine on its own thread, and the tokio shell that connects it to gateways, to peer workers
+//! and to the coordinators.
+//!
+//! ```text
+//!  gateway ──Attach──▶ service ──Command──▶ engine thread (scheduler + Engine::step) ──Delta──▶ outbox ──▶ gateway
+//!                                     │ fill wanted                      ▲ fill done / failed
+//!                                     ▼                                  │
+//!                                   fill ──Attach (peers)──▶ the prefill worker's service
+//!                                                              its engine pushes layer by layer (push, kvtransfer)
+//! ```
+//!
+//! Any worker does both jobs; its role is what it tells the coordinator. The state machine of a sequence is the
+//! scheduler's (crate `baton-engine`); the rules this crate adds:
+//!
+//! - A block that a transfer may touch stays held until that transfer has ended: the scheduler is told `release` only
+//!   after the window is closed (decode side) or the push is gone (prefill side).
+//! - A failed fill is not an error: the scheduler prefills the rest itself.
+//! - A caller that hangs up cancels everything it had submitted.
+//! - The engine thread never waits for a caller or a socket; what a slow caller has not taken is merged per sequence,
+//!   and so is bounded by the tokens it asked for.
+//!
+//! What this crate deliberately does not do: choose where requests go (the coordinator's router), text of any kind
+//! (the gateway's), restart itself (the supervisor's).
+#![forbid(unsafe_code)]
+
+mod caller;
+mod config;
+mod engine_loop;
+mod engine_thread;
+mod error;
+mod fill;
+mod load;
+mod membership;
+mod peers;
+mod push;
+mod server;
+mod service;
+
+pub use config::{WorkerConfig, WorkerRole};
+pub use error::WorkerError;
+pub use load::run;
+pub use server::{Startup, serve};

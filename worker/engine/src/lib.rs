@@ -4,6 +4,7 @@
 //! - [`scheduler`]: which sequence computes what, when, in which blocks; a state machine without IO, clocks or threads.
 //! - [`blocks`]: who owns which KV block, and the prefix cache.
 //! - [`sampling`] over [`rng`]: from logits to a token, a pure function.
+//! - [`model_engine`]: the engine with a real model.
 //! - [`mock`]: an engine without a model, honest about KV bytes.
 //! - [`spans`]: which bytes a transfer moves for a run of positions.
 //! - [`request`], [`config`], [`stats`], [`error`]: the plain data at the edges.
@@ -16,6 +17,7 @@ mod chunks;
 pub mod config;
 pub mod error;
 pub mod mock;
+pub mod model_engine;
 pub mod request;
 pub mod rng;
 pub mod sampling;
@@ -28,6 +30,7 @@ pub mod step;
 pub use config::{SchedulerConfig, blocks_for_bytes};
 pub use error::{AdmitError, ConfigError, EngineError, SamplingError};
 pub use mock::{MockConfig, MockEngine, MockTiming};
+pub use model_engine::ModelEngine;
 pub use request::{Cancelled, FillRequest, Finish, FinishReason, Output, Plan, PrefillRequest, Request, Reuse};
 pub use sampling::{Sampler, SamplingParams};
 pub use scheduler::{Scheduler, cache_root};

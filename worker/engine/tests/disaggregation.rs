@@ -7,23 +7,22 @@ mod common;
 use std::collections::HashMap;
 
 use baton_engine::spans::{Table, pieces, window};
-use baton_engine::{
-    Engine, FillRequest, FinishReason, MockEngine, Output, PrefillRequest, Scheduler, SchedulerConfig, SeqId,
-};
-use common::{Job, alone, copy, engine_for, sampled};
+use baton_engine::{Engine, FillRequest, FinishReason, Output, PrefillRequest, Scheduler, SchedulerConfig, SeqId};
+use common::tiny_model::TinyModel;
+use common::{Job, alone_on, copy, engine_for, sampled};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 struct Worker {
     scheduler: Scheduler,
-    engine: MockEngine,
+    engine: Box<dyn Engine>,
 }
 
 impl Worker {
-    fn new(config: &SchedulerConfig) -> Self {
+    fn new(config: &SchedulerConfig, engine: Box<dyn Engine>) -> Self {
         Worker {
             scheduler: Scheduler::new(config.clone()).expect("valid"),
-            engine: engine_for(config),
+            engine,
         }
     }
 }
@@ -76,8 +75,16 @@ fn prefill_step(prefill: &mut Worker, decode: &Worker, fills: &HashMap<SeqId, Fi
     prefill.scheduler.commit(&plan.batch, &tokens)
 }
 
-fn run(prefill_config: &SchedulerConfig, decode_config: &SchedulerConfig, jobs: &[Job]) {
-    let (mut prefill, mut decode) = (Worker::new(prefill_config), Worker::new(decode_config));
+/// Makes an engine of as many blocks as the configuration says.
+type Make<'a> = &'a dyn Fn(&SchedulerConfig) -> Box<dyn Engine>;
+
+fn mock(config: &SchedulerConfig) -> Box<dyn Engine> {
+    Box::new(engine_for(config))
+}
+
+fn run(make: Make, prefill_config: &SchedulerConfig, decode_config: &SchedulerConfig, jobs: &[Job]) {
+    let mut prefill = Worker::new(prefill_config, make(prefill_config));
+    let mut decode = Worker::new(decode_config, make(decode_config));
     let mut answers: HashMap<SeqId, (usize, Vec<u32>)> = HashMap::new();
     let mut fills: HashMap<SeqId, FillRequest> = HashMap::new();
     let mut finished = 0;
@@ -119,8 +126,14 @@ fn run(prefill_config: &SchedulerConfig, decode_config: &SchedulerConfig, jobs: 
         }
     }
     assert_eq!(finished, jobs.len(), "every request ends");
+    let mut reference = make(decode_config);
     for (index, answer) in answers.into_values() {
-        assert_eq!(answer, alone(decode_config, &jobs[index]).0, "{:?}", jobs[index]);
+        assert_eq!(
+            answer,
+            alone_on(&mut *reference, decode_config, &jobs[index]).0,
+            "{:?}",
+            jobs[index]
+        );
     }
     for worker in [&prefill, &decode] {
         assert!(worker.scheduler.is_idle());
@@ -157,7 +170,7 @@ fn equals_monolithic() {
         batch_tokens_max: 80,
         ..base.clone()
     };
-    run(&prefill, &base, &jobs(200, 150));
+    run(&mock, &prefill, &base, &jobs(200, 150));
 }
 
 /// Both pools too small for the load: preemption on the decode side, queueing on both.
@@ -170,6 +183,7 @@ fn equals_monolithic_on_small_pools() {
         ..SchedulerConfig::new(4, 30, 200, 64)
     };
     run(
+        &mock,
         &SchedulerConfig {
             total_blocks: 22,
             ..base.clone()
@@ -177,4 +191,22 @@ fn equals_monolithic_on_small_pools() {
         &base,
         &jobs(120, 80),
     );
+}
+
+/// With a real decoder: the same bits in the KV, so the same tokens, to the last one.
+#[test]
+fn equals_monolithic_with_a_real_model() {
+    let model = TinyModel::new(3);
+    let base = SchedulerConfig {
+        waiting_max: 1000,
+        seqs_max: 12,
+        remote_prefill_min_tokens: 10,
+        ..SchedulerConfig::new(16, 60, 400, 64)
+    };
+    let prefill = SchedulerConfig {
+        batch_tokens_max: 50,
+        total_blocks: 45,
+        ..base.clone()
+    };
+    run(&|config| model.engine(config, 2), &prefill, &base, &jobs(80, 150));
 }

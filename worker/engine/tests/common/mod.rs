@@ -1,6 +1,8 @@
 //! What the integration tests share: jobs, and the truth about what a job answers when it has a worker to itself.
 #![allow(dead_code)]
 
+pub mod tiny_model;
+
 use baton_engine::{
     Engine, FinishReason, MockConfig, MockEngine, Output, Request, SamplingParams, Scheduler, SchedulerConfig, SeqId,
     StepBatch, StepSeq,
@@ -57,7 +59,7 @@ pub fn engine_for(config: &SchedulerConfig) -> MockEngine {
 }
 
 /// One turn: plan, compute, commit.
-pub fn turn(scheduler: &mut Scheduler, engine: &mut MockEngine) -> (StepBatch, Vec<Output>) {
+pub fn turn(scheduler: &mut Scheduler, engine: &mut dyn Engine) -> (StepBatch, Vec<Output>) {
     let plan = scheduler.plan();
     let tokens = engine.step(&plan.batch, &mut |_| {}).expect("a valid batch");
     let outputs = if plan.batch.is_empty() {
@@ -70,7 +72,7 @@ pub fn turn(scheduler: &mut Scheduler, engine: &mut MockEngine) -> (StepBatch, V
 }
 
 /// Runs one job to its end; answers its tokens, the reason, and the cached tokens.
-pub fn finish(scheduler: &mut Scheduler, engine: &mut MockEngine, id: SeqId) -> (Vec<u32>, FinishReason, usize) {
+pub fn finish(scheduler: &mut Scheduler, engine: &mut dyn Engine, id: SeqId) -> (Vec<u32>, FinishReason, usize) {
     let mut tokens = Vec::new();
     loop {
         let (batch, outputs) = turn(scheduler, engine);
@@ -85,18 +87,22 @@ pub fn finish(scheduler: &mut Scheduler, engine: &mut MockEngine, id: SeqId) -> 
     }
 }
 
-/// What the job answers on a worker of its own, without cache, its prompt in one piece.
+/// What the job answers on a worker of its own, without cache, its prompt in one piece, from a mock engine.
 pub fn alone(config: &SchedulerConfig, job: &Job) -> (Vec<u32>, FinishReason) {
+    alone_on(&mut engine_for(config), config, job)
+}
+
+/// The same from `engine`, which has as many blocks as `config` says.
+pub fn alone_on(engine: &mut dyn Engine, config: &SchedulerConfig, job: &Job) -> (Vec<u32>, FinishReason) {
     let config = SchedulerConfig {
         prefix_cache: false,
         batch_tokens_max: config.context_length.max(config.seqs_max) + 1,
         prefill_chunk_tokens_max: config.context_length,
         ..config.clone()
     };
-    let mut scheduler = Scheduler::new(config.clone()).expect("valid");
-    let mut engine = engine_for(&config);
+    let mut scheduler = Scheduler::new(config).expect("valid");
     let id = scheduler.submit(job.request(false)).expect("admissible");
-    let (tokens, reason, cached) = finish(&mut scheduler, &mut engine, id);
+    let (tokens, reason, cached) = finish(&mut scheduler, engine, id);
     assert_eq!(cached, 0);
     assert_eq!(scheduler.stats().held_blocks, 0);
     (tokens, reason)

@@ -1,0 +1,122 @@
+//! The engine with a real model: a decoder, its KV arena, and the sampler. Adds nothing to either; it translates a step
+//! into a forward pass and logits into tokens.
+
+use std::sync::Arc;
+
+use baton_kvtransfer::Region;
+use baton_model::{
+    CpuOps, Decoder, ForwardBatch, KvCache, KvGeometry, ModelConfig, ModelError, ModelFiles, Ops, Progress, SeqSpan,
+};
+
+use crate::error::EngineError;
+use crate::sampling::Sampler;
+use crate::step::{Engine, StepBatch, StepSeq};
+
+/// See the module. CPU unless another device is named.
+pub struct ModelEngine<O: Ops = CpuOps> {
+    decoder: Decoder<O>,
+    kv: KvCache,
+    sampler: Sampler,
+}
+
+impl ModelEngine<CpuOps> {
+    /// Loads a model for the CPU and reserves a KV pool of `total_blocks` blocks of `block_size` tokens (how many a byte
+    /// budget holds: [`blocks_for_bytes`](crate::blocks_for_bytes)). `threads` includes the one that calls `step`.
+    ///
+    /// # Errors
+    /// Whatever the model's files or the machine's memory refuse, in a sentence for the operator.
+    pub fn load(
+        files: &ModelFiles,
+        config: ModelConfig,
+        block_size: usize,
+        total_blocks: u32,
+        threads: usize,
+        progress: &dyn Progress,
+    ) -> Result<Self, ModelError> {
+        // The pool first: it fails at once where memory is short, loading takes a while.
+        let kv = KvCache::allocate(config.kv_geometry(block_size), total_blocks)?;
+        Ok(Self::new(Decoder::load(files, config, threads, progress)?, kv))
+    }
+}
+
+impl<O: Ops> ModelEngine<O> {
+    /// An engine of a decoder and an arena of the same geometry.
+    pub fn new(decoder: Decoder<O>, kv: KvCache) -> Self {
+        ModelEngine {
+            decoder,
+            kv,
+            sampler: Sampler::new(),
+        }
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        self.decoder.config()
+    }
+}
+
+impl<O: Ops> Engine for ModelEngine<O>
+where
+    Decoder<O>: Send,
+{
+    fn geometry(&self) -> KvGeometry {
+        self.kv.geometry()
+    }
+
+    fn region(&self) -> Arc<Region> {
+        self.kv.region().clone()
+    }
+
+    fn total_blocks(&self) -> u32 {
+        self.kv.blocks()
+    }
+
+    fn context_length(&self) -> usize {
+        self.decoder.config().context_length
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.decoder.config().vocab_size
+    }
+
+    fn step(&mut self, batch: &StepBatch, layer_done: &mut dyn FnMut(usize)) -> Result<Vec<Option<u32>>, EngineError> {
+        let forward = ForwardBatch {
+            tokens: batch.seqs.iter().flat_map(|span| span.tokens.iter().copied()).collect(),
+            seqs: batch.seqs.iter().map(seq_span).collect(),
+        };
+        let logits = self
+            .decoder
+            .forward(&forward, &self.kv, layer_done)
+            .map_err(engine_error)?;
+        let wanted = batch.seqs.iter().filter(|span| span.sample.is_some()).count();
+        if logits.rows() != wanted {
+            return Err(EngineError::Model(format!(
+                "{} rows of logits for {wanted} spans",
+                logits.rows()
+            )));
+        }
+        let mut rows = 0..wanted;
+        let sampler = &mut self.sampler;
+        let sample = |span: &StepSeq| {
+            let (params, row) = (span.sample.as_ref()?, rows.next()?);
+            sampler.sample(logits.row(row), params, span.end_pos() as u64)
+        };
+        Ok(batch.seqs.iter().map(sample).collect())
+    }
+}
+
+fn seq_span(span: &StepSeq) -> SeqSpan {
+    SeqSpan {
+        start_pos: span.start_pos,
+        len: span.tokens.len(),
+        blocks: span.blocks.clone(),
+        logits: span.sample.is_some(),
+    }
+}
+
+fn engine_error(error: ModelError) -> EngineError {
+    match error {
+        ModelError::Batch(what) => EngineError::InvalidBatch(what),
+        other => EngineError::Model(other.to_string()),
+    }
+}

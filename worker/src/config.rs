@@ -1,0 +1,115 @@
+//! The worker's configuration file, one documented field per setting.
+
+use crate::WorkerError;
+use serde::{Deserialize, Serialize};
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+/// What a worker tells the router it is for. Policy only: every worker can do both jobs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WorkerRole {
+    /// Computes prompts for others and hands their KV blocks over.
+    Prefill,
+    /// Streams tokens; long prompts are computed for it elsewhere.
+    Decode,
+    /// Both.
+    Combined,
+}
+
+impl WorkerRole {
+    pub(crate) fn to_proto(self) -> baton_proto::cluster::Role {
+        match self {
+            Self::Prefill => baton_proto::cluster::Role::Prefill,
+            Self::Decode => baton_proto::cluster::Role::Decode,
+            Self::Combined => baton_proto::cluster::Role::Combined,
+        }
+    }
+}
+
+/// `baton worker --config FILE`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WorkerConfig {
+    /// Unique in the cluster, and the name of the certificate in `identity_dir`: letters, digits, `-`, `_`, `.`.
+    pub worker_id: String,
+    /// `prefill`, `decode` or `combined`.
+    #[serde(default = "default_role")]
+    pub role: WorkerRole,
+    /// Directory with `config.json`, `*.safetensors` and `tokenizer.json`.
+    pub model_path: PathBuf,
+    /// The name clients use for the model.
+    pub model_name: String,
+    /// Cluster addresses of the coordinators, tried in order.
+    pub coordinator_addrs: Vec<SocketAddr>,
+    /// gRPC address to serve requests on; port 0 takes a free one. Must be reachable from coordinators and workers.
+    #[serde(default = "loopback")]
+    pub listen_addr: SocketAddr,
+    /// UDP address of the KV transfer agent; port 0 takes a free one.
+    #[serde(default = "loopback")]
+    pub transfer_addr: SocketAddr,
+    /// The address other hosts reach this one by; needed when listening on `0.0.0.0` or `[::]`.
+    #[serde(default)]
+    pub advertise_ip: Option<IpAddr>,
+    /// Directory with `ca.pem`, `<worker_id>.pem` and `<worker_id>.key`.
+    pub identity_dir: PathBuf,
+    /// Compute threads; 0 takes every core. Workers that share a machine divide its cores between them.
+    #[serde(default)]
+    pub threads: usize,
+    /// Memory for KV blocks, in bytes.
+    #[serde(default = "default_kv_bytes")]
+    pub kv_bytes: u64,
+    /// Tokens per KV block. Workers that hand blocks over must agree.
+    #[serde(default = "default_block_size")]
+    pub block_size: usize,
+    /// Most tokens computed in one engine step: the prefill chunk, and so the longest wait of a running stream.
+    #[serde(default = "default_batch_tokens_max")]
+    pub batch_tokens_max: usize,
+    /// Most sequences in one engine step.
+    #[serde(default = "default_seqs_max")]
+    pub seqs_max: usize,
+    /// Most requests waiting for a place; one more is refused as overload.
+    #[serde(default = "default_waiting_max")]
+    pub waiting_max: usize,
+    /// Longest wait for a prefill worker before the prompt is computed here, in milliseconds.
+    #[serde(default = "default_fill_timeout_ms")]
+    pub fill_timeout_ms: u64,
+}
+
+impl WorkerConfig {
+    /// How others reach a socket bound to `bound`.
+    pub(crate) fn advertise(&self, bound: SocketAddr) -> Result<SocketAddr, WorkerError> {
+        match self.advertise_ip {
+            Some(ip) => Ok(SocketAddr::new(ip, bound.port())),
+            None if bound.ip().is_unspecified() => Err(WorkerError::Config(format!(
+                "listening on {bound}, but others cannot connect to that address; set advertise_ip to this host's own"
+            ))),
+            None => Ok(bound),
+        }
+    }
+}
+
+fn default_role() -> WorkerRole {
+    WorkerRole::Combined
+}
+fn loopback() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 0))
+}
+fn default_kv_bytes() -> u64 {
+    1 << 30
+}
+fn default_block_size() -> usize {
+    16
+}
+fn default_batch_tokens_max() -> usize {
+    512
+}
+fn default_seqs_max() -> usize {
+    64
+}
+fn default_waiting_max() -> usize {
+    1024
+}
+fn default_fill_timeout_ms() -> u64 {
+    60_000
+}

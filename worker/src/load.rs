@@ -1,0 +1,43 @@
+//! From a model directory to a worker that serves it.
+
+use crate::server::{Startup, serve};
+use crate::{WorkerConfig, WorkerError};
+use baton_engine::{ModelEngine, blocks_for_bytes};
+use baton_model::{ModelConfig, ModelFiles, Stage};
+use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
+
+/// Loads the model and serves until `shutdown`.
+pub async fn run(
+    config: WorkerConfig,
+    startup: Arc<dyn Fn(Startup) + Send + Sync>,
+    shutdown: CancellationToken,
+) -> Result<(), WorkerError> {
+    let loading = {
+        let (config, startup) = (config.clone(), startup.clone());
+        tokio::task::spawn_blocking(move || load(&config, &*startup))
+    };
+    let (engine, model_digest) = loading
+        .await
+        .map_err(|error| WorkerError::Engine(error.to_string()))??;
+    serve(config, Box::new(engine), model_digest, startup, shutdown).await
+}
+
+fn load(
+    config: &WorkerConfig,
+    startup: &(dyn Fn(Startup) + Send + Sync),
+) -> Result<(ModelEngine, [u8; 32]), WorkerError> {
+    let model = ModelConfig::from_dir(&config.model_path)?;
+    let files = ModelFiles::open(&config.model_path)?;
+    let progress = |_: Stage<'_>, done, total| startup(Startup::Loading { done, total });
+    let digest = files.digest(&model, &progress);
+    let threads = match config.threads {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    };
+    let budget = usize::try_from(config.kv_bytes).unwrap_or(usize::MAX);
+    let total_blocks = blocks_for_bytes(&model.kv_geometry(config.block_size), budget)
+        .map_err(|error| WorkerError::Config(error.to_string()))?;
+    let engine = ModelEngine::load(&files, model, config.block_size, total_blocks, threads, &progress)?;
+    Ok((engine, digest))
+}

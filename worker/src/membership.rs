@@ -1,0 +1,171 @@
+//! The worker's side of cluster membership: register with a coordinator, report load, register again when the stream
+//! breaks.
+//!
+//! ```text
+//! Connecting ──Registered(epoch)──▶ Member ──stream breaks──▶ Connecting (next coordinator, growing pause)
+//!     │                               │
+//!     └──Refused──▶ the process ends  └──Shutdown or local stop──▶ Leaving, the process ends
+//! ```
+//!
+//! Each registration gets a new epoch. Requests keep running while the stream is down: membership says where new work
+//! goes, not whether old work lives.
+
+use crate::engine_thread::EngineHandle;
+use crate::server::{Advertised, Startup};
+use crate::{WorkerConfig, WorkerError};
+use baton_identity::{Identity, Role};
+use baton_proto::cluster::cluster_client::ClusterClient;
+use baton_proto::cluster::{Leaving, Register, WorkerReport, coordinator_order, worker_report};
+use std::net::SocketAddr;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Endpoint;
+
+/// Time to reach a coordinator before the next one is tried.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// First pause between attempts; doubles up to [`PAUSE_MAX`].
+const PAUSE_MIN: Duration = Duration::from_millis(50);
+/// Longest pause between attempts: a returning coordinator sees its workers within this.
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+/// Reports under way: one heartbeat and a goodbye; a heartbeat that finds no place is skipped.
+const REPORTS_MAX: usize = 2;
+/// Shortest heartbeat interval a coordinator may ask for.
+const HEARTBEAT_MIN: Duration = Duration::from_millis(50);
+
+/// How one registration ended.
+enum End {
+    Stopped,
+    /// The stream broke or never came up; the reason is for the log.
+    Broken(String),
+}
+
+/// Keeps this worker registered until `shutdown`, or until a coordinator refuses it or orders it to stop.
+pub(crate) async fn run(
+    config: &WorkerConfig,
+    identity: &Identity,
+    advertised: &Advertised,
+    engine: &EngineHandle,
+    startup: &(dyn Fn(Startup) + Send + Sync),
+    shutdown: &CancellationToken,
+) -> Result<(), WorkerError> {
+    let mut pause = PAUSE_MIN;
+    for &addr in config.coordinator_addrs.iter().cycle() {
+        let mut registered = false;
+        let end = join(config, identity, advertised, engine, addr, shutdown, |epoch| {
+            registered = true;
+            startup(Startup::Registered { epoch });
+        });
+        match end.await? {
+            End::Stopped => return Ok(()),
+            End::Broken(reason) => {
+                tracing::warn!(coordinator = %addr, %reason, "not registered with the coordinator; trying again");
+            }
+        }
+        pause = if registered {
+            PAUSE_MIN
+        } else {
+            (pause * 2).min(PAUSE_MAX)
+        };
+        tokio::select! {
+            () = shutdown.cancelled() => return Ok(()),
+            () = tokio::time::sleep(pause) => {}
+        }
+    }
+    Err(WorkerError::Config(
+        "coordinator_addrs is empty; name at least one coordinator".into(),
+    ))
+}
+
+async fn join(
+    config: &WorkerConfig,
+    identity: &Identity,
+    advertised: &Advertised,
+    engine: &EngineHandle,
+    addr: SocketAddr,
+    shutdown: &CancellationToken,
+    mut registered: impl FnMut(u64),
+) -> Result<End, WorkerError> {
+    let broken = |what: &str, error: &dyn std::fmt::Display| Ok(End::Broken(format!("{what}: {error}")));
+    let endpoint = match Endpoint::from_shared(format!("https://{addr}"))
+        .and_then(|endpoint| endpoint.tls_config(identity.tonic_client(Role::Coordinator)))
+    {
+        Ok(endpoint) => endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true),
+        Err(error) => return broken("cannot set up TLS", &error),
+    };
+    let channel = match endpoint.connect().await {
+        Ok(channel) => channel,
+        Err(error) => return broken("cannot connect", &error),
+    };
+    let (reports, queued) = mpsc::channel(REPORTS_MAX);
+    let register = WorkerReport {
+        kind: Some(worker_report::Kind::Register(register_message(config, advertised))),
+    };
+    if reports.send(register).await.is_err() {
+        return Ok(End::Broken("the stream closed at once".into()));
+    }
+    let mut client = ClusterClient::new(channel);
+    let mut orders = match tokio::time::timeout(CONNECT_TIMEOUT, client.join(ReceiverStream::new(queued))).await {
+        Ok(Ok(response)) => response.into_inner(),
+        Ok(Err(status)) => return broken("join failed", &status.message()),
+        Err(_) => return Ok(End::Broken(format!("no answer within {CONNECT_TIMEOUT:?}"))),
+    };
+    // Until the coordinator says otherwise; replaced by its own interval on registration.
+    let mut heartbeat = tokio::time::interval(Duration::from_millis(500));
+    let mut member = false;
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => {
+                let leaving = Leaving { reason: "the worker was told to stop".into() };
+                let _ = reports.send(WorkerReport { kind: Some(worker_report::Kind::Leaving(leaving)) }).await;
+                drop(reports);
+                // The coordinator closes the stream once it has taken the goodbye.
+                let _ = tokio::time::timeout(CONNECT_TIMEOUT, orders.message()).await;
+                return Ok(End::Stopped);
+            }
+            order = orders.message() => match order {
+                Ok(Some(order)) => match order.kind {
+                    Some(coordinator_order::Kind::Registered(order)) => {
+                        advertised.set_epoch(order.epoch);
+                        let interval = Duration::from_millis(order.heartbeat_interval_ms.into());
+                        heartbeat = tokio::time::interval(interval.max(HEARTBEAT_MIN));
+                        member = true;
+                        registered(order.epoch);
+                    }
+                    Some(coordinator_order::Kind::Refused(refused)) => return Err(WorkerError::Refused(refused.reason)),
+                    Some(coordinator_order::Kind::Shutdown(order)) => {
+                        tracing::info!(reason = %order.reason, "the coordinator ordered a stop");
+                        return Ok(End::Stopped);
+                    }
+                    None => tracing::debug!("an order of a kind this version does not know"),
+                },
+                Ok(None) => return Ok(End::Broken("the coordinator closed the stream".into())),
+                Err(status) => return broken("the stream broke", &status.message()),
+            },
+            _ = heartbeat.tick(), if member => {
+                let report = WorkerReport { kind: Some(worker_report::Kind::Heartbeat(engine.heartbeat())) };
+                // A full queue means that the last heartbeat has not left yet: a newer one would not help.
+                let _ = reports.try_send(report);
+            }
+        }
+    }
+}
+
+fn register_message(config: &WorkerConfig, advertised: &Advertised) -> Register {
+    Register {
+        protocol_version: baton_proto::PROTOCOL_VERSION,
+        worker_id: config.worker_id.clone(),
+        role: config.role.to_proto() as i32,
+        model: config.model_name.clone(),
+        kv_digest: advertised.kv_digest.to_vec().into(),
+        addr: advertised.addr.to_string(),
+        transfer_addr: advertised.transfer_addr.to_string(),
+        pid: std::process::id(),
+        total_blocks: advertised.total_blocks,
+        block_size: u32::try_from(advertised.geometry.block_size).unwrap_or(u32::MAX),
+        context_length: u32::try_from(advertised.context_length).unwrap_or(u32::MAX),
+        kv_bytes_per_block: advertised.geometry.block_bytes() as u64,
+        device: "cpu".into(),
+    }
+}

@@ -1,0 +1,239 @@
+//! The gRPC service `Worker.Attach`: greets, checks every message, and turns it into a command for the engine.
+//!
+//! One task per stream. It owns the stream's open ids; when the stream ends, for whatever reason, everything still
+//! open on it is cancelled. A message that breaks the contract ends the stream with a status that says how; a request
+//! that merely cannot be served is answered with a `Finish` of reason ERROR.
+
+use crate::caller::{OUTBOUND_MESSAGES_MAX, OutboundSender};
+use crate::engine_thread::{Command, EngineHandle, PrefillCommand, Ticket};
+use crate::push::{LayerPush, hand_over};
+use crate::server::Advertised;
+use baton_identity::{Role, require_role};
+use baton_kvtransfer::{Agent, Region};
+use baton_proto::worker::worker_server::Worker;
+use baton_proto::worker::{FromWorker, Generate, HelloReply, Prefill, ToWorker, from_worker, to_worker};
+use baton_proto::{PROTOCOL_VERSION, limits};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+/// Time a caller has to greet after opening a stream.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What tonic serves: a handle to the shared state of all streams.
+pub(crate) struct AttachService(pub(crate) Arc<Service>);
+
+pub(crate) struct Service {
+    pub(crate) engine: EngineHandle,
+    pub(crate) agent: Agent,
+    pub(crate) region: Arc<Region>,
+    pub(crate) advertised: Arc<Advertised>,
+}
+
+#[tonic::async_trait]
+impl Worker for AttachService {
+    type AttachStream = ReceiverStream<Result<FromWorker, Status>>;
+
+    async fn attach(&self, request: Request<Streaming<ToWorker>>) -> Result<Response<Self::AttachStream>, Status> {
+        let role = require_role(&request, &[Role::Coordinator, Role::Worker])?;
+        let inbound = request.into_inner();
+        let (outbound, replies) = mpsc::channel(OUTBOUND_MESSAGES_MAX);
+        let service = self.0.clone();
+        tokio::spawn(async move {
+            if let Err(status) = service.serve(inbound, &outbound, role).await {
+                tracing::warn!(status = %status.message(), "a caller broke the contract");
+                let _ = outbound.send(Err(status)).await;
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(replies)))
+    }
+}
+
+impl Service {
+    // tonic's Status is large, and it is what a stream ends with.
+    #[allow(clippy::result_large_err)]
+    async fn serve(
+        &self,
+        mut inbound: Streaming<ToWorker>,
+        outbound: &OutboundSender,
+        role: Role,
+    ) -> Result<(), Status> {
+        let first = tokio::time::timeout(HELLO_TIMEOUT, inbound.message()).await;
+        let first = first.map_err(|_| Status::deadline_exceeded("no Hello within 5 s"))??;
+        let Some(ToWorker {
+            kind: Some(to_worker::Kind::Hello(hello)),
+        }) = first
+        else {
+            return Err(Status::invalid_argument("the first message must be a Hello"));
+        };
+        if hello.protocol_version != PROTOCOL_VERSION {
+            return Err(Status::failed_precondition(format!(
+                "the caller speaks protocol version {}, this worker {PROTOCOL_VERSION}; run the same baton release",
+                hello.protocol_version
+            )));
+        }
+        if role == Role::Worker && hello.kv_digest != self.advertised.kv_digest[..] {
+            return Err(Status::failed_precondition(
+                "the caller runs another model or KV geometry; both workers must load the same model and settings",
+            ));
+        }
+        let reply = HelloReply {
+            protocol_version: PROTOCOL_VERSION,
+            worker_id: self.advertised.worker_id.clone(),
+            epoch: self.advertised.epoch(),
+            kv_digest: self.advertised.kv_digest.to_vec().into(),
+            transfer_addr: self.advertised.transfer_addr.to_string(),
+        };
+        let _ = outbound
+            .send(Ok(FromWorker {
+                kind: Some(from_worker::Kind::Hello(reply)),
+            }))
+            .await;
+        let caller = self.engine.attach(outbound.clone()).await;
+        tracing::debug!(caller, name = %hello.caller, "attached");
+        let result = self.requests(inbound, outbound, caller, role).await;
+        self.engine.send(Command::CallerGone { caller }).await;
+        tracing::debug!(caller, name = %hello.caller, "detached");
+        result
+    }
+
+    #[allow(clippy::result_large_err)]
+    async fn requests(
+        &self,
+        mut inbound: Streaming<ToWorker>,
+        outbound: &OutboundSender,
+        caller: u64,
+        role: Role,
+    ) -> Result<(), Status> {
+        // The tickets of ids submitted here. Pruned when it reaches the bound, by asking which tickets still live.
+        let mut tickets: HashMap<u64, Ticket> = HashMap::new();
+        loop {
+            let message = tokio::select! {
+                // A caller that died without a word, seen on the way out.
+                () = outbound.closed() => return Ok(()),
+                message = inbound.message() => message,
+            };
+            // A reset stream is how a killed caller ends: not a breach.
+            let Ok(Some(message)) = message else { return Ok(()) };
+            match message.kind {
+                Some(to_worker::Kind::Cancel(cancel)) => {
+                    if let Some(ticket) = tickets.remove(&cancel.id) {
+                        self.engine.send(Command::Cancel { ticket }).await;
+                    }
+                }
+                Some(to_worker::Kind::Generate(request)) => {
+                    self.admit_id(&mut tickets, request.id)?;
+                    let ticket = self.engine.next_ticket();
+                    tickets.insert(request.id, ticket);
+                    self.generate(request, ticket, caller, role).await?;
+                }
+                Some(to_worker::Kind::Prefill(request)) => {
+                    self.admit_id(&mut tickets, request.id)?;
+                    let ticket = self.engine.next_ticket();
+                    tickets.insert(request.id, ticket);
+                    self.prefill(request, ticket, caller).await?;
+                }
+                Some(to_worker::Kind::Hello(_)) => return Err(Status::invalid_argument("a second Hello")),
+                None => tracing::debug!("a message of a kind this version does not know"),
+            }
+        }
+    }
+
+    #[allow(clippy::result_large_err)]
+    fn admit_id(&self, tickets: &mut HashMap<u64, Ticket>, id: u64) -> Result<(), Status> {
+        if tickets.len() >= limits::REQUESTS_PER_STREAM_MAX {
+            self.engine.retain_live(tickets);
+            if tickets.len() >= limits::REQUESTS_PER_STREAM_MAX {
+                return Err(Status::resource_exhausted(format!(
+                    "more than {} requests open on one stream",
+                    limits::REQUESTS_PER_STREAM_MAX
+                )));
+            }
+        }
+        if tickets.get(&id).is_some_and(|ticket| self.engine.is_live(*ticket)) {
+            return Err(Status::already_exists(format!(
+                "request id {id} is still open on this stream"
+            )));
+        }
+        Ok(())
+    }
+
+    #[allow(clippy::result_large_err)]
+    async fn generate(&self, request: Generate, ticket: Ticket, caller: u64, role: Role) -> Result<(), Status> {
+        if role != Role::Coordinator {
+            return Err(Status::permission_denied("only a coordinator submits Generate"));
+        }
+        check_prompt(&request.prompt)?;
+        if request.stop_token_ids.len() > limits::STOP_TOKEN_IDS_MAX {
+            return Err(Status::invalid_argument("too many stop token ids"));
+        }
+        self.engine
+            .send(Command::Generate {
+                ticket,
+                caller,
+                request: Box::new(request),
+            })
+            .await;
+        Ok(())
+    }
+
+    #[allow(clippy::result_large_err)]
+    async fn prefill(&self, request: Prefill, ticket: Ticket, caller: u64) -> Result<(), Status> {
+        check_prompt(&request.prompt)?;
+        let geometry = self.advertised.geometry;
+        let skip = request.cached_tokens as usize;
+        if skip % geometry.block_size != 0 || skip >= request.prompt.len() {
+            return Err(Status::invalid_argument(format!(
+                "cached_tokens is {skip}: it must be a multiple of {} below the prompt's length",
+                geometry.block_size
+            )));
+        }
+        if request.blocks.len() != geometry.blocks_for(request.prompt.len() - skip) {
+            return Err(Status::invalid_argument(
+                "the block list does not match the prompt's length",
+            ));
+        }
+        let Ok(peer) = request.transfer_addr.parse::<SocketAddr>() else {
+            return Err(Status::invalid_argument("transfer_addr is not an ip:port"));
+        };
+        // A push that cannot start fails on its own, and with it the request.
+        let push = self.agent.push(peer, request.window, self.region.clone());
+        let layers = LayerPush::new(push.writer(), geometry, request.blocks.clone(), skip);
+        let (sender, prefilled) = oneshot::channel();
+        let cancelled = CancellationToken::new();
+        tokio::spawn(hand_over(
+            push,
+            prefilled,
+            cancelled.clone(),
+            ticket,
+            self.engine.clone(),
+        ));
+        let command = PrefillCommand {
+            ticket,
+            caller,
+            request,
+            layers,
+            prefilled: sender,
+            cancelled,
+        };
+        self.engine.send(Command::Prefill(Box::new(command))).await;
+        Ok(())
+    }
+}
+
+#[allow(clippy::result_large_err)]
+fn check_prompt(prompt: &[u32]) -> Result<(), Status> {
+    if prompt.is_empty() || prompt.len() > limits::PROMPT_TOKENS_MAX {
+        return Err(Status::invalid_argument(format!(
+            "a prompt of {} tokens; 1 to {} are taken",
+            prompt.len(),
+            limits::PROMPT_TOKENS_MAX
+        )));
+    }
+    Ok(())
+}

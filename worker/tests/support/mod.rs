@@ -1,0 +1,359 @@
+//! A little cluster in one process for the worker's tests: real sockets, real mutual TLS, real transfers; the
+//! coordinator is a listener that notes heartbeats, and the model a `MockEngine`, whose tokens are wrong as soon as one
+//! byte of KV is.
+
+use baton_engine::MockEngine;
+use baton_identity::{Authority, Identity, Role};
+use baton_proto::cluster::cluster_server::{Cluster, ClusterServer};
+use baton_proto::cluster::{CoordinatorOrder, Heartbeat, Registered, WorkerReport, coordinator_order, worker_report};
+use baton_proto::worker::worker_client::WorkerClient;
+use baton_proto::worker::{
+    Cancel, Finish, FromWorker, Generate, Hello, PrefillPeer, Sampling, ToWorker, from_worker, to_worker,
+};
+use baton_worker::{Startup, WorkerConfig, WorkerRole};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+pub const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Fails the test instead of hanging it.
+pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(TIMEOUT, future)
+        .await
+        .unwrap_or_else(|_| panic!("{what}: not within {TIMEOUT:?}"))
+}
+
+/// A coordinator that registers everybody and remembers the last heartbeat of each.
+#[derive(Clone, Default)]
+struct Notes(Arc<Mutex<HashMap<String, Heartbeat>>>);
+
+#[tonic::async_trait]
+impl Cluster for Notes {
+    type JoinStream = ReceiverStream<Result<CoordinatorOrder, Status>>;
+
+    async fn join(&self, request: Request<Streaming<WorkerReport>>) -> Result<Response<Self::JoinStream>, Status> {
+        let (orders, replies) = mpsc::channel(4);
+        let notes = self.0.clone();
+        tokio::spawn(async move {
+            let mut reports = request.into_inner();
+            let mut worker_id = String::new();
+            while let Ok(Some(report)) = reports.message().await {
+                match report.kind {
+                    Some(worker_report::Kind::Register(register)) => {
+                        worker_id = register.worker_id;
+                        let registered = Registered {
+                            epoch: 1,
+                            heartbeat_interval_ms: 50,
+                            lost_after_ms: 1000,
+                        };
+                        let kind = Some(coordinator_order::Kind::Registered(registered));
+                        let _ = orders.send(Ok(CoordinatorOrder { kind })).await;
+                    }
+                    Some(worker_report::Kind::Heartbeat(heartbeat)) => {
+                        notes.lock().unwrap().insert(worker_id.clone(), heartbeat);
+                    }
+                    _ => break,
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(replies)))
+    }
+}
+
+pub struct Cell {
+    dir: tempfile::TempDir,
+    pub coordinator: Identity,
+    coordinator_addr: SocketAddr,
+    notes: Notes,
+}
+
+pub struct Node {
+    pub id: String,
+    pub addr: SocketAddr,
+    shutdown: CancellationToken,
+    /// Ends when the worker has.
+    ended: watch::Receiver<bool>,
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl Node {
+    pub fn peer(&self) -> PrefillPeer {
+        PrefillPeer {
+            worker_id: self.id.clone(),
+            epoch: 1,
+            addr: self.addr.to_string(),
+        }
+    }
+
+    /// Death without a word: every task of the worker stops where it is, and its sockets close.
+    pub fn kill(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+
+    pub async fn stop(mut self) {
+        self.shutdown.cancel();
+        let _ = within("a clean stop", self.ended.wait_for(|ended| *ended)).await;
+        self.kill();
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+impl Cell {
+    pub async fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::load_or_create(dir.path()).unwrap();
+        let coordinator = authority.issue(Role::Coordinator, "coordinator-0").unwrap();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let coordinator_addr = listener.local_addr().unwrap();
+        let notes = Notes::default();
+        let server = tonic::transport::Server::builder()
+            .tls_config(coordinator.tonic_server())
+            .unwrap()
+            .add_service(ClusterServer::new(notes.clone()))
+            .serve_with_incoming(TcpListenerStream::new(listener));
+        tokio::spawn(server);
+        Self {
+            dir,
+            coordinator,
+            coordinator_addr,
+            notes,
+        }
+    }
+
+    pub fn identity_dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn config(&self, id: &str, role: WorkerRole) -> WorkerConfig {
+        WorkerConfig {
+            worker_id: id.into(),
+            role,
+            model_path: PathBuf::new(),
+            model_name: "mock".into(),
+            coordinator_addrs: vec![self.coordinator_addr],
+            listen_addr: "127.0.0.1:0".parse().unwrap(),
+            transfer_addr: "127.0.0.1:0".parse().unwrap(),
+            advertise_ip: None,
+            identity_dir: self.dir.path().into(),
+            threads: 1,
+            kv_bytes: 1 << 20,
+            block_size: 16,
+            batch_tokens_max: 64,
+            seqs_max: 32,
+            waiting_max: 1024,
+            fill_timeout_ms: 20_000,
+        }
+    }
+
+    /// Starts a worker on a runtime of its own, so that it can be killed; waits until it is registered.
+    pub async fn worker(&self, id: &str, role: WorkerRole, engine: MockEngine) -> Node {
+        self.worker_of_model(id, role, engine, [7; 32]).await
+    }
+
+    pub async fn worker_of_model(&self, id: &str, role: WorkerRole, engine: MockEngine, model: [u8; 32]) -> Node {
+        Authority::load_or_create(self.dir.path())
+            .unwrap()
+            .issue(Role::Worker, id)
+            .unwrap()
+            .save(self.dir.path(), id)
+            .unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let shutdown = CancellationToken::new();
+        let (ready, registered) = oneshot::channel();
+        let state = Mutex::new((None, Some(ready)));
+        let startup = Arc::new(move |event: Startup| {
+            let mut state = state.lock().unwrap();
+            match event {
+                Startup::Listening { addr, .. } => state.0 = Some(addr),
+                Startup::Registered { .. } => {
+                    if let (Some(addr), Some(ready)) = (state.0, state.1.take()) {
+                        let _ = ready.send(addr);
+                    }
+                }
+                Startup::Loading { .. } => {}
+            }
+        });
+        let (config, stop) = (self.config(id, role), shutdown.clone());
+        let (ended_sender, ended) = watch::channel(false);
+        runtime.spawn(async move {
+            let result = baton_worker::serve(config, Box::new(engine), model, startup, stop).await;
+            if let Err(error) = result {
+                eprintln!("worker ended: {error}");
+            }
+            let _ = ended_sender.send(true);
+        });
+        let addr = within("registration", registered).await.expect("the worker starts");
+        Node {
+            id: id.into(),
+            addr,
+            shutdown,
+            ended,
+            runtime: Some(runtime),
+        }
+    }
+
+    /// The worker's load once it says that nothing is held, running or waiting.
+    pub async fn at_rest(&self, id: &str) -> Heartbeat {
+        within("rest", async {
+            loop {
+                let seen = self.notes.0.lock().unwrap().get(id).copied();
+                if let Some(load) = seen
+                    && load.held_blocks + load.running + load.waiting + load.transferring == 0
+                    && load.free_blocks + load.cached_blocks > 0
+                {
+                    return load;
+                }
+                // Let a heartbeat sent before the last event pass by.
+                tokio::time::sleep(Duration::from_millis(60)).await;
+            }
+        })
+        .await
+    }
+
+    pub async fn gateway(&self, node: &Node) -> Gateway {
+        Gateway::attach(&self.coordinator, node.addr)
+            .await
+            .expect("the worker takes a coordinator")
+    }
+}
+
+/// A gateway's end of an Attach stream.
+pub struct Gateway {
+    outbound: mpsc::Sender<ToWorker>,
+    waiting: Arc<Mutex<HashMap<u64, (Vec<u32>, oneshot::Sender<Answer>)>>>,
+    next_id: std::sync::atomic::AtomicU64,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    pub tokens: Vec<u32>,
+    pub finish: Finish,
+}
+
+impl Gateway {
+    pub async fn attach(identity: &Identity, addr: SocketAddr) -> Result<Self, Status> {
+        let channel = tonic::transport::Endpoint::from_shared(format!("https://{addr}"))
+            .unwrap()
+            .tls_config(identity.tonic_client(Role::Worker))
+            .unwrap()
+            .connect()
+            .await
+            .map_err(|error| Status::unavailable(error.to_string()))?;
+        let (outbound, queued) = mpsc::channel(1024);
+        let hello = Hello {
+            protocol_version: baton_proto::PROTOCOL_VERSION,
+            caller: "test".into(),
+            kv_digest: Vec::new().into(),
+        };
+        outbound
+            .send(ToWorker {
+                kind: Some(to_worker::Kind::Hello(hello)),
+            })
+            .await
+            .unwrap();
+        let mut inbound = WorkerClient::new(channel)
+            .attach(ReceiverStream::new(queued))
+            .await?
+            .into_inner();
+        match inbound.message().await? {
+            Some(FromWorker {
+                kind: Some(from_worker::Kind::Hello(_)),
+            }) => {}
+            other => panic!("no greeting: {other:?}"),
+        }
+        let waiting: Arc<Mutex<HashMap<u64, (Vec<u32>, oneshot::Sender<Answer>)>>> = Arc::default();
+        let shared = waiting.clone();
+        tokio::spawn(async move {
+            while let Ok(Some(message)) = inbound.message().await {
+                let Some(from_worker::Kind::Step(step)) = message.kind else {
+                    panic!("a second greeting")
+                };
+                let mut waiting = shared.lock().unwrap();
+                for delta in step.deltas {
+                    let (tokens, _) = waiting.get_mut(&delta.id).expect("a delta after the finish of its id");
+                    tokens.extend(delta.token_ids);
+                    if let Some(finish) = delta.finish {
+                        let (tokens, sender) = waiting.remove(&delta.id).unwrap();
+                        let _ = sender.send(Answer { tokens, finish });
+                    }
+                }
+            }
+            shared.lock().unwrap().clear();
+        });
+        Ok(Self {
+            outbound,
+            waiting,
+            next_id: 1.into(),
+        })
+    }
+
+    pub async fn submit(&self, mut request: Generate) -> (u64, oneshot::Receiver<Answer>) {
+        let id = self.next_id.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        request.id = id;
+        let (sender, answer) = oneshot::channel();
+        self.waiting.lock().unwrap().insert(id, (Vec::new(), sender));
+        self.outbound
+            .send(ToWorker {
+                kind: Some(to_worker::Kind::Generate(request)),
+            })
+            .await
+            .unwrap();
+        (id, answer)
+    }
+
+    pub async fn cancel(&self, id: u64) {
+        let _ = self
+            .outbound
+            .send(ToWorker {
+                kind: Some(to_worker::Kind::Cancel(Cancel { id })),
+            })
+            .await;
+    }
+
+    pub async fn generate(&self, request: Generate) -> Answer {
+        let (_, answer) = self.submit(request).await;
+        within("an answer", answer).await.expect("the stream stays up")
+    }
+}
+
+/// The `n`th request of a fixed mixture: lengths from one token to many blocks, greedy and sampled, shared prefixes.
+pub fn request(n: u64) -> Generate {
+    let length = [1, 15, 16, 17, 40, 100, 161, 333][(n % 8) as usize];
+    let family = n % 5;
+    Generate {
+        id: 0,
+        request_id: format!("request-{n}"),
+        traceparent: String::new(),
+        prompt: (0..length)
+            .map(|i| ((family * 7 + i * 31 + if i > 48 { n } else { 0 }) % 90) as u32)
+            .collect(),
+        max_tokens: 1 + (n * 7 % 40) as u32,
+        sampling: Some(Sampling {
+            temperature: (n % 3) as f32 * 0.5,
+            top_p: 0.95,
+            top_k: 0,
+            seed: n,
+        }),
+        stop_token_ids: vec![3],
+        cache_salt: vec![(n % 2) as u8].into(),
+        prefill_peer: None,
+    }
+}
