@@ -53,6 +53,17 @@ pub(crate) struct Cluster {
     clock: Instant,
 }
 
+/// One registration of a worker: its id and epoch.
+pub(crate) type LifeId = (String, u64);
+
+/// Where a request goes.
+struct Route {
+    decode: LifeId,
+    prefill: Option<LifeId>,
+    /// The prefill worker as the decode worker is told of it.
+    peer: Option<PrefillPeer>,
+}
+
 /// The running side of one registration.
 struct Life {
     epoch: u64,
@@ -301,13 +312,13 @@ impl Cluster {
         self: &Arc<Self>,
         model: &str,
         mut generate: Generate,
-        avoid: &[(String, u64)],
+        avoid: &[LifeId],
     ) -> Result<Placed, PlaceError> {
         let mut tried = avoid.to_vec();
         // A link can break between the choice and the sending; then its worker is no candidate the next time.
-        let mut unreachable: Vec<(String, u64)> = Vec::new();
+        let mut unreachable: Vec<LifeId> = Vec::new();
         loop {
-            let (decode, prefill, peer) = self.route(model, generate.prompt.len(), &tried, &unreachable)?;
+            let Route { decode, prefill, peer } = self.route(model, generate.prompt.len(), &tried, &unreachable)?;
             let link = {
                 let lives = self.lives();
                 let life = lives.get(&decode.0).filter(|life| life.epoch == decode.1);
@@ -332,15 +343,14 @@ impl Cluster {
         }
     }
 
-    #[allow(clippy::type_complexity)]
     fn route(
         &self,
         model: &str,
         prompt_tokens: usize,
-        avoid: &[(String, u64)],
-        unreachable: &[(String, u64)],
-    ) -> Result<((String, u64), Option<(String, u64)>, Option<PrefillPeer>), PlaceError> {
-        let listed = |list: &[(String, u64)], id: &str, epoch: u64| list.iter().any(|(i, e)| i == id && *e == epoch);
+        avoid: &[LifeId],
+        unreachable: &[LifeId],
+    ) -> Result<Route, PlaceError> {
+        let listed = |list: &[LifeId], id: &str, epoch: u64| list.iter().any(|(i, e)| i == id && *e == epoch);
         let registry = self.registry();
         let workers: Vec<_> = registry
             .workers(self.now_ms())
@@ -384,7 +394,11 @@ impl Cluster {
                         addr: worker.register.addr.clone(),
                     }
                 });
-                Ok((named(decode), prefill.map(named), peer))
+                Ok(Route {
+                    decode: named(decode),
+                    prefill: prefill.map(named),
+                    peer,
+                })
             }
         }
     }
@@ -421,12 +435,12 @@ impl Placed {
 /// A place in a worker's load, given back on drop.
 pub(crate) struct Assignment {
     cluster: Arc<Cluster>,
-    pub(crate) worker: (String, u64),
+    pub(crate) worker: LifeId,
     prefill: bool,
 }
 
 impl Assignment {
-    fn new(cluster: &Arc<Cluster>, worker: (String, u64), prefill: bool) -> Self {
+    fn new(cluster: &Arc<Cluster>, worker: LifeId, prefill: bool) -> Self {
         cluster.registry().assigned(&worker.0, worker.1, prefill);
         Self {
             cluster: cluster.clone(),

@@ -28,3 +28,6 @@ mod server;
 pub use config::{CoordinatorConfig, ModelConfig};
 pub use error::CoordinatorError;
 pub use server::{Ready, run};
+
+#[cfg(test)]
+mod tests;

@@ -4,7 +4,7 @@
 //!
 //! Deliberately not here: which worker (router), and what a client sees of it (gateway).
 
-use crate::cluster::{Cluster, PlaceError, Placed};
+use crate::cluster::{Cluster, LifeId, PlaceError, Placed};
 use crate::link::Submission;
 use crate::mailbox::{Delivery, End};
 use baton_gateway::{GenerationEvent, GenerationSender, Job};
@@ -53,7 +53,7 @@ pub(crate) struct Running {
     /// Prompt tokens from the prefix cache, as the first attempt that ended by itself told.
     cached_tokens: Option<u32>,
     /// Lives of workers that failed it.
-    avoid: Vec<(String, u64)>,
+    avoid: Vec<LifeId>,
 }
 
 /// How an attempt ended, if the request did not end with it.

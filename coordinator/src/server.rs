@@ -95,8 +95,8 @@ pub async fn run(
     if !grpc.is_finished() {
         let _ = grpc.await;
     }
-    // The last clone of the store waits for its thread.
-    let _ = tokio::task::spawn_blocking(move || drop(cluster)).await;
+    // Connections of workers may hold the cluster a moment longer than we do; the next process must not wait for them.
+    let _ = tokio::task::spawn_blocking(move || cluster.store.close()).await;
     result
 }
 

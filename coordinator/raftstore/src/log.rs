@@ -243,8 +243,10 @@ impl Storage for LogStore {
         if applied < request_index {
             return Err(StorageError::SnapshotTemporarilyUnavailable.into());
         }
-        let mut made = Snapshot::default();
-        made.data = data.into();
+        let mut made = Snapshot {
+            data: data.into(),
+            ..Snapshot::default()
+        };
         let at = made.mut_metadata();
         at.index = applied;
         at.term = self.term(applied)?;
@@ -267,9 +269,11 @@ fn found(store: &Store, config: &RaftStoreConfig) -> Result<(), RaftStoreError> 
     txn.open_table(WORKERS)?;
     txn.open_table(USAGE)?;
     txn.open_table(USAGE_IDS)?;
-    let mut hard_state = HardState::default();
-    hard_state.commit = FIRST.0;
-    hard_state.term = FIRST.1;
+    let hard_state = HardState {
+        commit: FIRST.0,
+        term: FIRST.1,
+        ..HardState::default()
+    };
     put_hard_state(&txn, &hard_state)?;
     let mut conf_state = ConfState::default();
     conf_state.set_voters(config.voters.clone());

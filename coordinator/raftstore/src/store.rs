@@ -66,7 +66,8 @@ enum Input {
     Stop,
 }
 
-/// A member of the Raft group. Cheap to clone; the last clone to go stops the thread and closes the file.
+/// A member of the Raft group. Cheap to clone; [`close`](Self::close), or the last clone to go, stops the thread and
+/// closes the file.
 #[derive(Clone)]
 pub struct RaftStore {
     shared: Arc<Shared>,
@@ -74,10 +75,11 @@ pub struct RaftStore {
 
 struct Shared {
     inputs: SyncSender<Input>,
-    store: Option<Store>,
+    /// None once closed.
+    store: Mutex<Option<Store>>,
     status: Arc<Mutex<Status>>,
     failure: Arc<OnceLock<RaftStoreError>>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
     propose_timeout: Duration,
 }
 
@@ -129,10 +131,10 @@ impl RaftStore {
         Ok(Self {
             shared: Arc::new(Shared {
                 inputs,
-                store: Some(store),
+                store: Mutex::new(Some(store)),
                 status,
                 failure,
-                thread: Some(thread),
+                thread: Mutex::new(Some(thread)),
                 propose_timeout: Duration::from_millis(config.propose_timeout_ms),
             }),
         })
@@ -179,22 +181,22 @@ impl RaftStore {
 
     /// Applied index, state hash and number of settled records, all of one moment.
     pub fn position(&self) -> Result<Position, RaftStoreError> {
-        queries::position(self.shared.open_store()?)
+        queries::position(&self.shared.open_store()?)
     }
 
     /// The registered workers, by id.
     pub fn workers(&self) -> Result<Vec<WorkerRecord>, RaftStoreError> {
-        queries::workers(self.shared.open_store()?)
+        queries::workers(&self.shared.open_store()?)
     }
 
     /// The record settled for a request.
     pub fn usage(&self, request_id: &str) -> Result<Option<Settled>, RaftStoreError> {
-        queries::usage(self.shared.open_store()?, request_id)
+        queries::usage(&self.shared.open_store()?, request_id)
     }
 
     /// Settled records after `sequence`, oldest first, at most `limit` and at most 1000.
     pub fn usage_after(&self, sequence: u64, limit: usize) -> Result<Vec<Settled>, RaftStoreError> {
-        queries::usage_after(self.shared.open_store()?, sequence, limit)
+        queries::usage_after(&self.shared.open_store()?, sequence, limit)
     }
 
     /// Settles a usage record: durable on `Ok`, idempotent by request id. Returns its number.
@@ -209,6 +211,12 @@ impl RaftStore {
         }
     }
 
+    /// Stops the thread and closes the file, whatever clones there are; they answer "closed" from now on. What was not
+    /// answered yet may or may not be logged. Blocks for at most one batch; the file can be opened again afterwards.
+    pub fn close(&self) {
+        self.shared.close();
+    }
+
     fn stopped(&self) -> RaftStoreError {
         self.failure()
             .unwrap_or_else(|| RaftStoreError::Stopped("it was closed".into()))
@@ -216,22 +224,28 @@ impl RaftStore {
 }
 
 impl Shared {
-    fn open_store(&self) -> Result<&Store, RaftStoreError> {
-        self.store
-            .as_ref()
+    fn open_store(&self) -> Result<Store, RaftStoreError> {
+        let store = self.store.lock().unwrap_or_else(PoisonError::into_inner);
+        store
+            .clone()
             .ok_or_else(|| RaftStoreError::Stopped("it was closed".into()))
+    }
+
+    fn close(&self) {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        *self.store.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        if let Some(thread) = thread {
+            // If the queue is full the thread takes this after one batch; if the thread is gone there is no queue.
+            let _ = self.inputs.send(Input::Stop);
+            let _ = thread.join();
+        }
     }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        // Joined, so that whoever dropped the store can open the file again. The thread is at most one fsync away; if
-        // its queue is full it takes this message after one batch.
-        let _ = self.inputs.send(Input::Stop);
-        self.store = None;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        // Joined, so that whoever dropped the store can open the file again.
+        self.close();
     }
 }
 

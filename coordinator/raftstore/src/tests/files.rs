@@ -52,6 +52,21 @@ async fn what_was_answered_is_there_after_a_restart() {
     assert!(status.leads && status.leader_id == 1);
 }
 
+#[tokio::test]
+async fn a_closed_store_says_so_and_leaves_the_file_to_the_next() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path()).unwrap();
+    let clone = store.clone();
+    store.propose(settle("r", 1)).await.unwrap();
+    clone.close();
+    assert!(matches!(
+        store.propose(settle("s", 1)).await,
+        Err(RaftStoreError::Stopped(_))
+    ));
+    assert!(matches!(store.position(), Err(RaftStoreError::Stopped(_))));
+    assert_eq!(open(dir.path()).unwrap().position().unwrap().settled, 1);
+}
+
 /// A copy of the file of a running store is what a killed process leaves.
 #[tokio::test]
 async fn a_copy_taken_at_any_answer_holds_all_before_it() {

@@ -1,0 +1,157 @@
+//! The coordinator with fake workers over real mTLS on loopback: only the engine is made up.
+
+mod fake_worker;
+mod lives;
+mod requests;
+mod whole;
+
+use crate::backend::ClusterBackend;
+use crate::cluster::Cluster;
+use crate::{CoordinatorConfig, ModelConfig, server};
+use baton_gateway::{Backend, Generation, Job, WorkerState, WorkerStatus};
+use baton_identity::{Authority, Identity, Role};
+use baton_proto::worker::{Finish, Sampling};
+use baton_raftstore::{RaftStore, RaftStoreConfig};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+/// Bound on every wait of a test; reached only by a failure.
+const PATIENCE: Duration = Duration::from_secs(20);
+const MODEL: &str = "m";
+
+/// A coordinator without its HTTP front end.
+struct Coordinator {
+    cluster: Arc<Cluster>,
+    backend: ClusterBackend,
+    cluster_addr: SocketAddr,
+    authority: Authority,
+    _dir: tempfile::TempDir,
+}
+
+impl Coordinator {
+    async fn start() -> Self {
+        Self::start_with(|_| {}).await
+    }
+
+    async fn start_with(adjust: impl FnOnce(&mut CoordinatorConfig)) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let authority = Authority::load_or_create(&dir.path().join("identity")).unwrap();
+        let mut config = config(dir.path());
+        adjust(&mut config);
+        let identity = authority.issue(Role::Coordinator, &config.name).unwrap();
+        let store = RaftStore::open(&config.data_dir, &RaftStoreConfig::single()).unwrap();
+        let cluster = Cluster::new(config, store, identity, CancellationToken::new()).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let cluster_addr = listener.local_addr().unwrap();
+        tokio::spawn(server::serve_cluster(cluster.clone(), listener));
+        let ticking = cluster.clone();
+        tokio::spawn(async move {
+            while !ticking.shutdown.is_cancelled() {
+                ticking.tick();
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        });
+        Self {
+            backend: ClusterBackend(cluster.clone()),
+            cluster,
+            cluster_addr,
+            authority,
+            _dir: dir,
+        }
+    }
+
+    fn worker_identity(&self, name: &str) -> Identity {
+        self.authority.issue(Role::Worker, name).unwrap()
+    }
+
+    fn status(&self, id: &str) -> Option<WorkerStatus> {
+        self.backend
+            .snapshot()
+            .workers
+            .into_iter()
+            .find(|worker| worker.id == id)
+    }
+
+    async fn wait_ready(&self, id: &str) {
+        until(&format!("{id} ready"), || {
+            self.status(id).is_some_and(|status| status.state == WorkerState::Ready)
+        })
+        .await;
+    }
+
+    async fn wait_lost(&self, id: &str) {
+        until(&format!("{id} lost"), || {
+            self.status(id).is_some_and(|status| status.state == WorkerState::Lost)
+        })
+        .await;
+    }
+}
+
+impl Drop for Coordinator {
+    fn drop(&mut self) {
+        self.cluster.shutdown.cancel();
+    }
+}
+
+fn config(dir: &std::path::Path) -> CoordinatorConfig {
+    let model = ModelConfig {
+        name: MODEL.into(),
+        path: dir.join("model"),
+    };
+    let mut config = CoordinatorConfig::new(dir.join("data"), dir.join("identity"), vec![model]);
+    config.heartbeat_interval_ms = 50;
+    // Long: a busy machine must not lose workers by itself. Tests of silence set it lower.
+    config.lost_after_ms = 15_000;
+    config.prefill_threshold_tokens = 8;
+    config
+}
+
+/// Waits for a condition, which something else brings about.
+async fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let reached = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, reached)
+        .await
+        .unwrap_or_else(|_| panic!("never: {what}"));
+}
+
+fn job(prompt: &[u32], max_tokens: u32) -> Job {
+    Job {
+        request_id: format!("r-{max_tokens}"),
+        traceparent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into(),
+        model: MODEL.into(),
+        prompt: prompt.into(),
+        max_tokens,
+        sampling: Sampling {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            seed: 11,
+        },
+        stop_token_ids: vec![fake_worker::STOP],
+        cache_salt: b"salt".to_vec(),
+    }
+}
+
+/// Tokens up to a count, or to the finish.
+async fn read(generation: &mut Generation, count: usize) -> (Vec<u32>, Option<Finish>) {
+    let mut tokens = Vec::new();
+    let reading = async {
+        while tokens.len() < count {
+            let event = generation.next().await.expect("an event before the finish");
+            tokens.extend(event.tokens);
+            if event.finish.is_some() {
+                return event.finish;
+            }
+        }
+        None
+    };
+    let finish = tokio::time::timeout(PATIENCE, reading).await.expect("tokens");
+    (tokens, finish)
+}

@@ -1,0 +1,323 @@
+//! A worker without an engine: registers, reports, and answers `Attach` with tokens that are a function of the tokens
+//! before, the seed and the position, as a real worker's are. It runs in a runtime of its own, so that it can be killed.
+
+use baton_identity::{Identity, Role, require_role};
+use baton_proto::PROTOCOL_VERSION;
+use baton_proto::cluster::cluster_client::ClusterClient;
+use baton_proto::cluster::{
+    self, CoordinatorOrder, Heartbeat, Register, WorkerReport, coordinator_order, worker_report,
+};
+use baton_proto::worker::worker_server::{Worker, WorkerServer};
+use baton_proto::worker::{
+    Finish, FinishReason, FromWorker, Generate, HelloReply, SequenceDelta, StepOutput, ToWorker, from_worker, to_worker,
+};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::{Notify, mpsc};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Request, Response, Status, Streaming};
+
+/// The token that ends a sequence; the function below never makes it before [`STOP_AT`].
+pub(super) const STOP: u32 = 9999;
+/// Position at which every sequence stops.
+pub(super) const STOP_AT: usize = 500;
+/// Prompt tokens that every request finds cached here.
+pub(super) const CACHED: u32 = 3;
+
+/// The "model".
+pub(super) fn next_token(sequence: &[u32], seed: u64) -> u32 {
+    if sequence.len() >= STOP_AT {
+        return STOP;
+    }
+    let mixed = sequence.iter().fold(seed, |hash, token| {
+        hash.wrapping_mul(31).wrapping_add(u64::from(*token))
+    });
+    (mixed % 5000) as u32
+}
+
+/// What an undisturbed worker generates.
+pub(super) fn expected(prompt: &[u32], count: usize) -> Vec<u32> {
+    let mut sequence = prompt.to_vec();
+    for _ in 0..count {
+        let token = next_token(&sequence, 11);
+        sequence.push(token);
+        if token == STOP {
+            break;
+        }
+    }
+    sequence.split_off(prompt.len())
+}
+
+/// What a test can see and turn.
+#[derive(Default)]
+pub(super) struct Controls {
+    /// Tokens that may still be generated before the engine stalls; negative is no limit.
+    budget: AtomicI64,
+    refilled: Notify,
+    pub(super) generates: Mutex<Vec<Generate>>,
+    pub(super) cancels: AtomicU64,
+    /// Streams that callers have opened.
+    pub(super) attaches: AtomicU64,
+    /// Answer every request with a retryable error.
+    pub(super) refuse: AtomicBool,
+    /// Leave heartbeats out.
+    pub(super) mute: AtomicBool,
+    /// Epoch to claim in greetings instead of the true one; 0 is the true one.
+    pub(super) claim_epoch: AtomicU64,
+    pub(super) epoch: AtomicU64,
+    /// Reason of a refusal by the coordinator.
+    pub(super) refused: Mutex<Option<String>>,
+}
+
+impl Controls {
+    pub(super) fn allow(&self, tokens: i64) {
+        self.budget.store(tokens, Ordering::SeqCst);
+        self.refilled.notify_waiters();
+    }
+}
+
+pub(super) struct FakeWorker {
+    pub(super) controls: Arc<Controls>,
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl FakeWorker {
+    /// Starts a worker that generates without limit.
+    pub(super) fn start(id: &str, role: cluster::Role, coordinator: SocketAddr, identity: Identity) -> Self {
+        Self::start_stalling(id, role, coordinator, identity, -1)
+    }
+
+    /// Starts a worker whose engine stalls after so many tokens.
+    pub(super) fn start_stalling(
+        id: &str,
+        role: cluster::Role,
+        coordinator: SocketAddr,
+        identity: Identity,
+        tokens: i64,
+    ) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let controls = Arc::new(Controls::default());
+        controls.budget.store(tokens, Ordering::SeqCst);
+        let id = id.to_owned();
+        let shared = controls.clone();
+        runtime.spawn(async move {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let addr = listener.local_addr().unwrap();
+            let service = Service {
+                worker_id: id.clone(),
+                controls: shared.clone(),
+            };
+            let server = tonic::transport::Server::builder()
+                .tls_config(identity.tonic_server())
+                .unwrap()
+                .add_service(WorkerServer::new(service))
+                .serve_with_incoming(TcpListenerStream::new(listener));
+            tokio::spawn(server);
+            let register = register(&id, role, addr);
+            let channel = channel(coordinator, &identity).await.unwrap();
+            let _ = member(channel, register, &shared).await;
+        });
+        Self {
+            controls,
+            runtime: Some(runtime),
+        }
+    }
+
+    /// As `kill -9`: every task gone, every socket closed by the system.
+    pub(super) fn kill(mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl Drop for FakeWorker {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+pub(super) async fn channel(addr: SocketAddr, identity: &Identity) -> Result<Channel, tonic::transport::Error> {
+    Endpoint::from_shared(format!("https://{addr}"))?
+        .tls_config(identity.tonic_client(Role::Coordinator))?
+        .connect()
+        .await
+}
+
+pub(super) fn register(id: &str, role: cluster::Role, addr: SocketAddr) -> Register {
+    Register {
+        protocol_version: PROTOCOL_VERSION,
+        worker_id: id.into(),
+        role: role.into(),
+        model: super::MODEL.into(),
+        kv_digest: vec![7; 32].into(),
+        addr: addr.to_string(),
+        transfer_addr: addr.to_string(),
+        pid: 42,
+        total_blocks: 100,
+        block_size: 16,
+        context_length: 1024,
+        kv_bytes_per_block: 4096,
+        device: "none".into(),
+    }
+}
+
+/// Registers and reports until the coordinator ends it.
+async fn member(channel: Channel, register: Register, controls: &Controls) -> Result<(), Status> {
+    let (reports, queued) = mpsc::channel(4);
+    let report = |kind| WorkerReport { kind: Some(kind) };
+    let _ = reports.send(report(worker_report::Kind::Register(register))).await;
+    let mut orders = ClusterClient::new(channel)
+        .join(ReceiverStream::new(queued))
+        .await?
+        .into_inner();
+    let mut beat = tokio::time::interval(Duration::from_millis(50));
+    loop {
+        tokio::select! {
+            order = orders.message() => match order?.and_then(|CoordinatorOrder { kind }| kind) {
+                Some(coordinator_order::Kind::Registered(registered)) => {
+                    controls.epoch.store(registered.epoch, Ordering::SeqCst);
+                }
+                Some(coordinator_order::Kind::Refused(refused)) => {
+                    *controls.refused.lock().unwrap() = Some(refused.reason);
+                    return Ok(());
+                }
+                _ => return Ok(()),
+            },
+            _ = beat.tick() => {
+                if controls.epoch.load(Ordering::SeqCst) != 0 && !controls.mute.load(Ordering::SeqCst) {
+                    let heartbeat = Heartbeat { free_blocks: 90, cached_blocks: 10, ..Heartbeat::default() };
+                    let _ = reports.try_send(report(worker_report::Kind::Heartbeat(heartbeat)));
+                }
+            }
+        }
+    }
+}
+
+struct Service {
+    worker_id: String,
+    controls: Arc<Controls>,
+}
+
+type Outbound = mpsc::Sender<Result<FromWorker, Status>>;
+
+#[tonic::async_trait]
+impl Worker for Service {
+    type AttachStream = ReceiverStream<Result<FromWorker, Status>>;
+
+    async fn attach(&self, request: Request<Streaming<ToWorker>>) -> Result<Response<Self::AttachStream>, Status> {
+        require_role(&request, &[Role::Coordinator])?;
+        let mut inbound = request.into_inner();
+        let (outbound, replies) = mpsc::channel(64);
+        self.controls.attaches.fetch_add(1, Ordering::SeqCst);
+        let controls = self.controls.clone();
+        let claimed = controls.claim_epoch.load(Ordering::SeqCst);
+        let hello = HelloReply {
+            protocol_version: PROTOCOL_VERSION,
+            worker_id: self.worker_id.clone(),
+            epoch: if claimed == 0 {
+                controls.epoch.load(Ordering::SeqCst)
+            } else {
+                claimed
+            },
+            ..HelloReply::default()
+        };
+        let _ = outbound
+            .send(Ok(FromWorker {
+                kind: Some(from_worker::Kind::Hello(hello)),
+            }))
+            .await;
+        tokio::spawn(async move {
+            let mut running = HashMap::new();
+            while let Ok(Some(message)) = inbound.message().await {
+                match message.kind {
+                    Some(to_worker::Kind::Generate(generate)) => {
+                        controls.generates.lock().unwrap().push(generate.clone());
+                        let id = generate.id;
+                        let task = tokio::spawn(sequence(generate, controls.clone(), outbound.clone()));
+                        running.insert(id, task);
+                    }
+                    Some(to_worker::Kind::Cancel(cancel)) => {
+                        controls.cancels.fetch_add(1, Ordering::SeqCst);
+                        if let Some(task) = running.remove(&cancel.id) {
+                            task.abort();
+                            send(&outbound, cancel.id, vec![], Some(finish(FinishReason::Cancelled))).await;
+                        }
+                    }
+                    _ => {}
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(replies)))
+    }
+}
+
+async fn sequence(generate: Generate, controls: Arc<Controls>, outbound: Outbound) {
+    let id = generate.id;
+    if controls.refuse.load(Ordering::SeqCst) {
+        let refusal = Finish {
+            error: "the queue is full".into(),
+            retryable: true,
+            ..finish(FinishReason::Error)
+        };
+        return send(&outbound, id, vec![], Some(refusal)).await;
+    }
+    let seed = generate.sampling.map_or(0, |sampling| sampling.seed);
+    let mut sequence = generate.prompt;
+    for count in 1..=generate.max_tokens {
+        loop {
+            let refilled = controls.refilled.notified();
+            let budget = controls.budget.load(Ordering::SeqCst);
+            if budget != 0 {
+                if budget > 0 {
+                    controls.budget.store(budget - 1, Ordering::SeqCst);
+                }
+                break;
+            }
+            refilled.await;
+        }
+        let token = next_token(&sequence, seed);
+        sequence.push(token);
+        let reason = if generate.stop_token_ids.contains(&token) {
+            Some(FinishReason::Stop)
+        } else if count == generate.max_tokens {
+            Some(FinishReason::Length)
+        } else {
+            None
+        };
+        let end = reason.map(|reason| Finish {
+            completion_tokens: count,
+            ..finish(reason)
+        });
+        let over = end.is_some();
+        send(&outbound, id, vec![token], end).await;
+        if over {
+            return;
+        }
+    }
+}
+
+fn finish(reason: FinishReason) -> Finish {
+    Finish {
+        reason: reason.into(),
+        prompt_tokens: 77,
+        cached_tokens: CACHED,
+        ..Finish::default()
+    }
+}
+
+async fn send(outbound: &Outbound, id: u64, token_ids: Vec<u32>, finish: Option<Finish>) {
+    let deltas = vec![SequenceDelta { id, token_ids, finish }];
+    let step = from_worker::Kind::Step(StepOutput { deltas });
+    let _ = outbound.send(Ok(FromWorker { kind: Some(step) })).await;
+}

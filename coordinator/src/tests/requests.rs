@@ -1,0 +1,257 @@
+//! Requests: streamed, cancelled, and carried on when their worker is lost.
+
+use super::fake_worker::{CACHED, FakeWorker, STOP, STOP_AT, expected};
+use super::{Coordinator, job, read, until};
+use baton_gateway::{Backend, BackendError};
+use baton_proto::cluster::Role;
+use baton_proto::state::UsageRecord;
+use baton_proto::worker::FinishReason;
+use std::sync::atomic::Ordering;
+
+const PROMPT: [u32; 4] = [1, 2, 3, 4];
+
+impl Coordinator {
+    fn worker(&self, id: &str, role: Role) -> FakeWorker {
+        FakeWorker::start(id, role, self.cluster_addr, self.worker_identity(id))
+    }
+
+    fn stalling(&self, id: &str, role: Role, tokens: i64) -> FakeWorker {
+        FakeWorker::start_stalling(id, role, self.cluster_addr, self.worker_identity(id), tokens)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_is_streamed_and_its_record_settled_once() {
+    let coordinator = Coordinator::start().await;
+    let backend = &coordinator.backend;
+    assert!(!backend.models()[0].served);
+    assert!(matches!(
+        backend.generate(job(&PROMPT, 3)),
+        Err(BackendError::NoWorker { .. })
+    ));
+    let _worker = coordinator.worker("w", Role::Combined);
+    coordinator.wait_ready("w").await;
+    assert!(backend.models()[0].served && backend.models()[0].context_length == 1024);
+
+    let mut generation = backend.generate(job(&PROMPT, 20)).unwrap();
+    let (tokens, finish) = read(&mut generation, usize::MAX).await;
+    assert_eq!(tokens, expected(&PROMPT, 20));
+    let finish = finish.unwrap();
+    assert_eq!(finish.reason(), FinishReason::Length);
+    assert_eq!(
+        (finish.prompt_tokens, finish.cached_tokens, finish.completion_tokens),
+        (4, CACHED, 20)
+    );
+    assert_eq!(generation.placement().attempts, 1);
+    assert!(generation.next().await.is_none());
+
+    let mut unknown = job(&PROMPT, 1);
+    unknown.model = "other".into();
+    assert!(matches!(
+        backend.generate(unknown),
+        Err(BackendError::UnknownModel { .. })
+    ));
+
+    let record = UsageRecord {
+        request_id: "r-20".into(),
+        completion_tokens: 20,
+        ..UsageRecord::default()
+    };
+    backend.settle(record.clone()).await.unwrap();
+    backend.settle(record.clone()).await.unwrap();
+    let other = UsageRecord {
+        completion_tokens: 21,
+        ..record
+    };
+    assert!(backend.settle(other).await.is_err());
+    assert_eq!(coordinator.cluster.store.position().unwrap().settled, 1);
+
+    let mut registry = prometheus_client::registry::Registry::default();
+    coordinator.cluster.metrics.register(&mut registry);
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
+    for line in [
+        "baton:router_placements_total{prefill=\"local\"} 1",
+        "baton:request_replays_total 0",
+        "baton:raft_proposals_total 4",
+        "baton:raft_leader 1",
+    ] {
+        assert!(text.contains(line), "{line} is not in {text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_requests_share_a_link_and_a_stop_token_ends_one() {
+    let coordinator = Coordinator::start().await;
+    let worker = coordinator.worker("w", Role::Combined);
+    coordinator.wait_ready("w").await;
+    let mut running = Vec::new();
+    for i in 0..40u32 {
+        let prompt = vec![i; STOP_AT - 10 - i as usize % 5];
+        let mut generation = coordinator.backend.generate(job(&prompt, 200)).unwrap();
+        running.push(tokio::spawn(async move {
+            let (tokens, finish) = read(&mut generation, usize::MAX).await;
+            assert_eq!(tokens, expected(&prompt, 200));
+            assert_eq!(*tokens.last().unwrap(), STOP);
+            assert_eq!(finish.unwrap().reason(), FinishReason::Stop);
+        }));
+    }
+    for task in running {
+        task.await.unwrap();
+    }
+    assert_eq!(worker.controls.attaches.load(Ordering::SeqCst), 1);
+    // Every place is given back.
+    until("no load", || {
+        coordinator
+            .cluster
+            .registry()
+            .workers(0)
+            .all(|(worker, _)| worker.assigned == 0)
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dropped_generation_reaches_the_worker_as_a_cancel() {
+    let coordinator = Coordinator::start().await;
+    let worker = coordinator.stalling("w", Role::Decode, 3);
+    coordinator.wait_ready("w").await;
+    let mut generation = coordinator.backend.generate(job(&PROMPT, 100)).unwrap();
+    assert_eq!(read(&mut generation, 3).await.0, expected(&PROMPT, 3));
+    drop(generation);
+    until("the cancel", || worker.controls.cancels.load(Ordering::SeqCst) == 1).await;
+
+    // Stopping tells the exact counts.
+    worker.controls.allow(5);
+    let mut generation = coordinator.backend.generate(job(&PROMPT, 100)).unwrap();
+    read(&mut generation, 5).await;
+    let finish = generation.stop(super::PATIENCE).await.unwrap();
+    assert_eq!(finish.reason(), FinishReason::Cancelled);
+    assert_eq!((finish.prompt_tokens, finish.completion_tokens), (4, 5));
+    // An answered request is not cancelled afterwards.
+    worker.controls.allow(-1);
+    let mut generation = coordinator.backend.generate(job(&PROMPT, 5)).unwrap();
+    read(&mut generation, usize::MAX).await;
+    drop(generation);
+    let mut generation = coordinator.backend.generate(job(&PROMPT, 5)).unwrap();
+    read(&mut generation, usize::MAX).await;
+    assert_eq!(worker.controls.cancels.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_worker_is_a_pause_and_nothing_else() {
+    let coordinator = Coordinator::start().await;
+    // The first choice by id; it stops in the middle and is killed there.
+    let first = coordinator.stalling("a", Role::Decode, 7);
+    coordinator.wait_ready("a").await;
+    let second = coordinator.worker("b", Role::Decode);
+    coordinator.wait_ready("b").await;
+    let mut generation = coordinator.backend.generate(job(&PROMPT, 50)).unwrap();
+    let (mut tokens, _) = read(&mut generation, 7).await;
+    assert_eq!(generation.placement().decode_worker_id, "a");
+    first.kill();
+    let (rest, finish) = read(&mut generation, usize::MAX).await;
+    tokens.extend(rest);
+    assert_eq!(tokens, expected(&PROMPT, 50));
+    let finish = finish.unwrap();
+    assert_eq!(finish.reason(), FinishReason::Length);
+    assert_eq!((finish.prompt_tokens, finish.completion_tokens), (4, 50));
+    let placement = generation.placement();
+    assert_eq!((placement.decode_worker_id.as_str(), placement.attempts), ("b", 2));
+    let replayed = second.controls.generates.lock().unwrap()[0].clone();
+    assert_eq!((replayed.prompt.len(), replayed.max_tokens), (4 + 7, 43));
+    coordinator.wait_lost("a").await;
+    until("a removed", || coordinator.cluster.store.workers().unwrap().len() == 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_waits_for_a_worker_when_all_are_gone() {
+    let coordinator = Coordinator::start_with(|config| config.worker_wait_ms = 20_000).await;
+    let first = coordinator.stalling("a", Role::Decode, 2);
+    coordinator.wait_ready("a").await;
+    let mut generation = coordinator.backend.generate(job(&PROMPT, 10)).unwrap();
+    let (mut tokens, _) = read(&mut generation, 2).await;
+    first.kill();
+    coordinator.wait_lost("a").await;
+    let _second = coordinator.worker("b", Role::Prefill);
+    let (rest, finish) = read(&mut generation, usize::MAX).await;
+    tokens.extend(rest);
+    assert_eq!(tokens, expected(&PROMPT, 10));
+    assert_eq!(finish.unwrap().completion_tokens, 10);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_left_in_time_is_a_retryable_failure_with_exact_counts() {
+    let coordinator = Coordinator::start_with(|config| config.worker_wait_ms = 50).await;
+    let worker = coordinator.stalling("a", Role::Decode, 2);
+    coordinator.wait_ready("a").await;
+    let mut generation = coordinator.backend.generate(job(&PROMPT, 10)).unwrap();
+    read(&mut generation, 2).await;
+    worker.kill();
+    let (_, finish) = read(&mut generation, usize::MAX).await;
+    let finish = finish.unwrap();
+    assert!(finish.reason() == FinishReason::Error && finish.retryable);
+    assert_eq!(finish.completion_tokens, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_goes_to_another_worker_and_is_bounded() {
+    let coordinator = Coordinator::start().await;
+    let first = coordinator.worker("a", Role::Decode);
+    let second = coordinator.worker("b", Role::Decode);
+    coordinator.wait_ready("a").await;
+    coordinator.wait_ready("b").await;
+    first.controls.refuse.store(true, Ordering::SeqCst);
+    let mut generation = coordinator.backend.generate(job(&PROMPT, 5)).unwrap();
+    assert_eq!(read(&mut generation, usize::MAX).await.0, expected(&PROMPT, 5));
+    assert_eq!(generation.placement().decode_worker_id, "b");
+
+    second.controls.refuse.store(true, Ordering::SeqCst);
+    let mut generation = coordinator.backend.generate(job(&PROMPT, 5)).unwrap();
+    let finish = read(&mut generation, usize::MAX).await.1.unwrap();
+    assert!(
+        finish.retryable && finish.error.contains("queue is full"),
+        "{}",
+        finish.error
+    );
+    assert_eq!(generation.placement().attempts, 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_prompt_names_a_prefill_worker() {
+    let coordinator = Coordinator::start().await;
+    let decode = coordinator.worker("d", Role::Decode);
+    let _prefill = coordinator.worker("p", Role::Prefill);
+    coordinator.wait_ready("d").await;
+    coordinator.wait_ready("p").await;
+    for len in [8u32, 9] {
+        let prompt: Vec<u32> = (0..len).collect();
+        let mut generation = coordinator.backend.generate(job(&prompt, 3)).unwrap();
+        read(&mut generation, usize::MAX).await;
+        assert_eq!(generation.placement().decode_worker_id, "d");
+    }
+    let generates = decode.controls.generates.lock().unwrap().clone();
+    assert_eq!(generates[0].prefill_peer, None);
+    let peer = generates[1].prefill_peer.clone().unwrap();
+    let status = coordinator.status("p").unwrap();
+    assert_eq!(
+        (peer.worker_id, peer.epoch, peer.addr),
+        (status.id, status.epoch, status.addr)
+    );
+    assert_eq!(generates[1].cache_salt, b"salt"[..]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_cluster_says_so_at_once() {
+    let coordinator = Coordinator::start_with(|config| config.requests_per_worker_max = 2).await;
+    let _worker = coordinator.stalling("w", Role::Decode, 0);
+    coordinator.wait_ready("w").await;
+    let _first = coordinator.backend.generate(job(&PROMPT, 5)).unwrap();
+    let second = coordinator.backend.generate(job(&PROMPT, 5)).unwrap();
+    assert!(matches!(
+        coordinator.backend.generate(job(&PROMPT, 5)),
+        Err(BackendError::Overloaded { .. })
+    ));
+    drop(second);
+    until("room", || coordinator.backend.generate(job(&PROMPT, 5)).is_ok()).await;
+}
