@@ -214,7 +214,10 @@ impl GenerationSender {
     /// Hands over an event without waiting. `Full` means that the client reads slower than the model writes: keep the
     /// tokens and send them with the next event ([`reserve`](Self::reserve) tells when there is room). `Closed` means
     /// that nobody listens any more: cancel.
-    #[expect(clippy::result_large_err, reason = "the error gives the event back, so that no token is lost")]
+    #[expect(
+        clippy::result_large_err,
+        reason = "the error gives the event back, so that no token is lost"
+    )]
     pub fn try_send(&self, event: GenerationEvent) -> Result<(), mpsc::error::TrySendError<GenerationEvent>> {
         self.events.try_send(event)
     }

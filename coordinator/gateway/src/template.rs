@@ -105,7 +105,7 @@ impl ChatTemplate {
                 .map(|(name, text)| (name.clone(), Value::from(text.as_str()))),
         );
         template
-            .render(context.into_iter().collect::<Value>())
+            .render(Value::from_pairs(context))
             .map_err(|error| match refusal(&error) {
                 Some(reason) => RenderError::Refused(reason),
                 None => RenderError::Failed(format!("{error:#}")),
@@ -193,10 +193,7 @@ fn to_value(json: &Json) -> Value {
         },
         Json::String(text) => Value::from(text.as_str()),
         Json::Array(items) => items.iter().map(to_value).collect(),
-        Json::Object(fields) => fields
-            .iter()
-            .map(|(name, field)| (name.clone(), to_value(field)))
-            .collect(),
+        Json::Object(fields) => Value::from_pairs(fields.iter().map(|(name, field)| (name.clone(), to_value(field)))),
     }
 }
 

@@ -28,7 +28,13 @@ pub fn byte_level_json() -> Value {
     let mut vocab: serde_json::Map<String, Value> = (0..=255u8)
         .map(|byte| (byte_spelling(byte).to_string(), json!(byte)))
         .collect();
-    for (piece, id) in [("th", 260), ("the", 259)] {
+    for (piece, id) in [
+        ("<|im_start|>", 256),
+        ("<|im_end|>", 257),
+        ("<think>", 258),
+        ("the", 259),
+        ("th", 260),
+    ] {
         vocab.insert(piece.into(), json!(id));
     }
     json!({

@@ -1,0 +1,461 @@
+//! A scripted cluster, a gateway on a free loopback port, and a small HTTP/1.1 client that shows what is on the wire.
+#![allow(dead_code)]
+
+pub mod model_files;
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use baton_gateway::{
+    Backend, BackendError, ClusterSnapshot, GatewayConfig, Generation, GenerationEvent, Job, ModelInfo, Placement,
+    ServedModel, WorkerRole, WorkerState, WorkerStatus,
+};
+use baton_proto::state::UsageRecord;
+use baton_proto::worker::{Finish, FinishReason};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+/// No wait of a test is longer.
+pub const LONG: Duration = Duration::from_secs(20);
+
+/// What the next generation does.
+#[derive(Clone, Debug)]
+pub enum Script {
+    /// Tokens, one event each, then the finish.
+    Say(Vec<u32>, FinishReason),
+    /// Tokens in one event, then nothing until cancelled.
+    SayThenHang(Vec<u32>),
+    /// Tokens, then the stream ends without a finish.
+    SayThenVanish(Vec<u32>),
+    /// Refused at once.
+    Refuse(BackendError),
+}
+
+/// Byte-level token ids of a text; 257 ends the turn.
+pub fn ids(text: &str) -> Vec<u32> {
+    text.bytes().map(u32::from).collect()
+}
+
+/// A turn: the text and its end.
+pub fn turn(text: &str) -> Script {
+    Script::Say([ids(text), vec![257]].concat(), FinishReason::Stop)
+}
+
+#[derive(Default)]
+pub struct MockBackend {
+    pub scripts: Mutex<VecDeque<Script>>,
+    pub jobs: Mutex<Vec<Job>>,
+    pub records: Mutex<Vec<UsageRecord>>,
+    pub cancelled: AtomicUsize,
+    pub changed: Notify,
+    pub refuse_settle: AtomicBool,
+    pub no_worker: AtomicBool,
+}
+
+impl MockBackend {
+    pub fn script(&self, script: Script) {
+        self.scripts.lock().unwrap().push_back(script);
+    }
+
+    pub fn last_job(&self) -> Job {
+        self.jobs.lock().unwrap().last().expect("no job was placed").clone()
+    }
+
+    pub fn records(&self) -> Vec<UsageRecord> {
+        self.records.lock().unwrap().clone()
+    }
+
+    /// Waits until `condition` holds; woken by every change.
+    pub async fn until(&self, what: &str, condition: impl Fn(&Self) -> bool) {
+        let wait = async {
+            loop {
+                let changed = self.changed.notified();
+                tokio::pin!(changed);
+                changed.as_mut().enable();
+                if condition(self) {
+                    return;
+                }
+                changed.await;
+            }
+        };
+        tokio::time::timeout(LONG, wait)
+            .await
+            .unwrap_or_else(|_| panic!("in vain: {what}"));
+    }
+}
+
+/// Lets the scripted generation know its `Arc`.
+pub struct Mock(pub Arc<MockBackend>);
+
+impl Backend for Mock {
+    fn models(&self) -> Vec<ModelInfo> {
+        let served = !self.0.no_worker.load(Ordering::SeqCst);
+        vec![ModelInfo {
+            id: "m".into(),
+            created_unix_s: 1_700_000_000,
+            context_length: 256,
+            served,
+        }]
+    }
+
+    fn generate(&self, job: Job) -> Result<Generation, BackendError> {
+        let script = self
+            .0
+            .scripts
+            .lock()
+            .unwrap()
+            .pop_front()
+            .unwrap_or_else(|| turn("hello"));
+        let prompt_tokens = job.prompt.len() as u32;
+        self.0.jobs.lock().unwrap().push(job);
+        self.0.changed.notify_waiters();
+        let stop = CancellationToken::new();
+        let (sender, generation) = {
+            let (backend, stop) = (self.0.clone(), stop.clone());
+            Generation::channel(move || {
+                backend.cancelled.fetch_add(1, Ordering::SeqCst);
+                backend.changed.notify_waiters();
+                stop.cancel();
+            })
+        };
+        if let Script::Refuse(error) = script {
+            std::mem::forget(generation);
+            return Err(error);
+        }
+        sender.placed(Placement {
+            decode_worker_id: "decode-0".into(),
+            prefill_worker_id: "prefill-0".into(),
+            attempts: 1,
+        });
+        tokio::spawn(async move {
+            let finish = |reason: FinishReason, completion: usize| Finish {
+                reason: reason.into(),
+                prompt_tokens,
+                cached_tokens: 16.min(prompt_tokens),
+                completion_tokens: completion as u32,
+                prefill_worker_id: "prefill-0".into(),
+                retryable: true,
+                ..Finish::default()
+            };
+            let (tokens, reason) = match script {
+                Script::Say(tokens, reason) => (tokens, Some(reason)),
+                Script::SayThenHang(tokens) => {
+                    let _ = sender.send(GenerationEvent { tokens, finish: None }).await;
+                    stop.cancelled().await;
+                    let finish = Some(finish(FinishReason::Cancelled, 0));
+                    let _ = sender.send(GenerationEvent { tokens: vec![], finish }).await;
+                    return;
+                }
+                Script::SayThenVanish(tokens) => (tokens, None),
+                Script::Refuse(_) => return,
+            };
+            let count = tokens.len();
+            for (at, token) in tokens.into_iter().enumerate() {
+                let finish = reason.filter(|_| at + 1 == count).map(|reason| finish(reason, count));
+                if sender
+                    .send(GenerationEvent {
+                        tokens: vec![token],
+                        finish,
+                    })
+                    .await
+                    .is_err()
+                {
+                    return;
+                }
+                tokio::task::yield_now().await;
+            }
+        });
+        Ok(generation)
+    }
+
+    async fn settle(&self, record: UsageRecord) -> Result<(), BackendError> {
+        // A commit takes a moment: a final chunk that did not wait for it would be seen to.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        if self.0.refuse_settle.load(Ordering::SeqCst) {
+            return Err(BackendError::Unavailable {
+                reason: "no leader".into(),
+            });
+        }
+        self.0.records.lock().unwrap().push(record);
+        self.0.changed.notify_waiters();
+        Ok(())
+    }
+
+    fn snapshot(&self) -> ClusterSnapshot {
+        ClusterSnapshot {
+            workers: vec![
+                worker("decode-0", WorkerRole::Decode),
+                worker("prefill-0", WorkerRole::Prefill),
+            ],
+        }
+    }
+}
+
+fn worker(id: &str, role: WorkerRole) -> WorkerStatus {
+    WorkerStatus {
+        id: id.into(),
+        epoch: 1,
+        role,
+        state: WorkerState::Ready,
+        pid: 7,
+        model: "m".into(),
+        device: "cpu".into(),
+        addr: "127.0.0.1:1".into(),
+        transfer_addr: "127.0.0.1:2".into(),
+        context_length: 256,
+        block_size: 16,
+        kv_bytes_per_block: 1024,
+        total_blocks: 100,
+        free_blocks: 75,
+        held_blocks: 25,
+        cached_blocks: 0,
+        running: 2,
+        waiting: 1,
+        transferring: 0,
+        prompt_tokens_total: 0,
+        cached_tokens_total: 0,
+        generation_tokens_total: 0,
+        preemptions_total: 0,
+        transferred_bytes_total: 0,
+        push_overlap: 0.0,
+        heartbeat_age_ms: 12,
+    }
+}
+
+/// A gateway that serves the model `m` over a scripted cluster.
+pub struct TestGateway {
+    pub addr: SocketAddr,
+    pub backend: Arc<MockBackend>,
+    pub shutdown: CancellationToken,
+    pub task: tokio::task::JoinHandle<()>,
+}
+
+impl TestGateway {
+    pub async fn start() -> Self {
+        Self::with(GatewayConfig::default()).await
+    }
+
+    pub async fn with(config: GatewayConfig) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        model_files::write_model(dir.path());
+        let models = vec![ServedModel::load("m", dir.path()).unwrap()];
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let backend = Arc::new(MockBackend::default());
+        let shutdown = CancellationToken::new();
+        let served = baton_gateway::serve(
+            listener,
+            config,
+            Arc::new(Mock(backend.clone())),
+            models,
+            shutdown.clone(),
+        );
+        let task = tokio::spawn(async move { served.await.unwrap() });
+        Self {
+            addr,
+            backend,
+            shutdown,
+            task,
+        }
+    }
+
+    pub async fn connect(&self) -> Wire {
+        Wire {
+            stream: TcpStream::connect(self.addr).await.unwrap(),
+            buffer: Vec::new(),
+        }
+    }
+
+    pub async fn get(&self, path: &str) -> Answer {
+        self.request("GET", path, &[], b"").await
+    }
+
+    /// Posts JSON to the chat route.
+    pub async fn chat(&self, body: &Value) -> Answer {
+        self.chat_bytes(body.to_string().as_bytes()).await
+    }
+
+    pub async fn chat_bytes(&self, body: &[u8]) -> Answer {
+        self.request("POST", CHAT, &[("content-type", "application/json")], body)
+            .await
+    }
+
+    pub async fn request(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+        let mut wire = self.connect().await;
+        wire.send(method, path, headers, body).await;
+        wire.answer().await
+    }
+
+    /// A usual request still works.
+    pub async fn is_well(&self) {
+        let answer = self.chat(&hi(json!({}))).await;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    }
+}
+
+pub const CHAT: &str = "/v1/chat/completions";
+
+/// A small chat request with more fields.
+pub fn hi(extra: Value) -> Value {
+    let mut body = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}]});
+    body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+    body
+}
+
+/// One HTTP/1.1 connection.
+pub struct Wire {
+    pub stream: TcpStream,
+    buffer: Vec<u8>,
+}
+
+/// A whole answer.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub headers: Vec<(String, String)>,
+    pub body: Vec<u8>,
+}
+
+impl Wire {
+    pub async fn send(&mut self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) {
+        let mut head = format!(
+            "{method} {path} HTTP/1.1\r\nhost: test\r\ncontent-length: {}\r\n",
+            body.len()
+        );
+        for (name, value) in headers {
+            head += &format!("{name}: {value}\r\n");
+        }
+        head += "\r\n";
+        self.stream.write_all(head.as_bytes()).await.unwrap();
+        // A server that has heard enough may have hung up.
+        let _ = self.stream.write_all(body).await;
+    }
+
+    pub async fn post(&mut self, body: &Value) {
+        self.send(
+            "POST",
+            CHAT,
+            &[("content-type", "application/json")],
+            body.to_string().as_bytes(),
+        )
+        .await;
+    }
+
+    /// Reads on until the raw bytes hold `text`.
+    pub async fn read_until(&mut self, text: &str) {
+        while !String::from_utf8_lossy(&self.buffer).contains(text) {
+            assert!(
+                self.fill().await > 0,
+                "closed before {text:?}: {}",
+                String::from_utf8_lossy(&self.buffer)
+            );
+        }
+    }
+
+    /// Reads one answer, by its length or its chunks.
+    pub async fn answer(&mut self) -> Answer {
+        self.read_until("\r\n\r\n").await;
+        let end = find(&self.buffer, b"\r\n\r\n").unwrap() + 4;
+        let head = String::from_utf8(self.buffer.drain(..end).collect()).unwrap();
+        let mut lines = head.trim_end().split("\r\n");
+        let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
+        let headers: Vec<(String, String)> = lines
+            .map(|line| line.split_once(": ").unwrap())
+            .map(|(a, b)| (a.to_owned(), b.to_owned()))
+            .collect();
+        let mut answer = Answer {
+            status,
+            headers,
+            body: Vec::new(),
+        };
+        if let Some(length) = answer.header("content-length") {
+            let length: usize = length.parse().unwrap();
+            while self.buffer.len() < length {
+                assert!(self.fill().await > 0, "closed within a body");
+            }
+            answer.body = self.buffer.drain(..length).collect();
+        } else {
+            loop {
+                while find(&self.buffer, b"\r\n").is_none() {
+                    assert!(self.fill().await > 0, "closed within chunks");
+                }
+                let at = find(&self.buffer, b"\r\n").unwrap();
+                let size = String::from_utf8(self.buffer[..at].to_vec()).unwrap();
+                let size = usize::from_str_radix(&size, 16).unwrap();
+                while self.buffer.len() < at + 4 + size {
+                    assert!(self.fill().await > 0, "closed within a chunk");
+                }
+                answer.body.extend_from_slice(&self.buffer[at + 2..at + 2 + size]);
+                self.buffer.drain(..at + 4 + size);
+                if size == 0 {
+                    break;
+                }
+            }
+        }
+        answer
+    }
+
+    /// Reads more; 0 at the end.
+    pub async fn fill(&mut self) -> usize {
+        let read = self.stream.read_buf(&mut self.buffer);
+        tokio::time::timeout(LONG, read)
+            .await
+            .expect("the server says nothing")
+            .unwrap_or(0)
+    }
+}
+
+impl Answer {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers
+            .iter()
+            .find(|(key, _)| key.eq_ignore_ascii_case(name))
+            .map(|(_, value)| value.as_str())
+    }
+
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|error| panic!("{error}: {}", self.text()))
+    }
+
+    /// The `data` of the events; comments left out.
+    pub fn events(&self) -> Vec<String> {
+        let text = self.text();
+        let events = text
+            .split("\n\n")
+            .filter(|event| !event.is_empty() && !event.starts_with(':'));
+        events
+            .map(|event| event.strip_prefix("data: ").expect(event).to_owned())
+            .collect()
+    }
+
+    /// The error, after checking OpenAI's shape.
+    pub fn error(&self) -> Value {
+        let json = self.json();
+        let error = json["error"]
+            .as_object()
+            .unwrap_or_else(|| panic!("no error in {json}"));
+        assert_eq!(json.as_object().unwrap().len(), 1);
+        let mut keys: Vec<&str> = error.keys().map(String::as_str).collect();
+        keys.sort_unstable();
+        assert_eq!(keys, ["code", "message", "param", "type"], "{json}");
+        assert!(
+            error["message"].as_str().is_some_and(|message| message.len() > 10),
+            "{json}"
+        );
+        json["error"].clone()
+    }
+}
+
+fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
+    haystack.windows(needle.len()).position(|window| window == needle)
+}
