@@ -3,7 +3,7 @@
 
 mod common;
 
-use baton_engine::{Engine, EngineError, Scheduler, SchedulerConfig, SeqId, StepBatch, StepSeq};
+use baton_engine::{EngineError, Scheduler, SchedulerConfig, SeqId, StepBatch, StepSeq};
 use common::tiny_model::TinyModel;
 use common::{Job, alone_on, sampled, turn};
 
