@@ -1,0 +1,178 @@
+//! The command line: every command and flag with its documentation, nothing else. `docs/cli.md` is generated from it
+//! and compared in the test run.
+
+pub mod bench;
+#[cfg(test)]
+mod docs;
+pub mod size;
+
+use clap::{Args, Parser, Subcommand};
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// An LLM inference cluster in one binary: disaggregated prefill and decode, OpenAI API, exact ledger.
+///
+/// Without a command, `baton` means `baton up`: a little cluster on this machine.
+#[derive(Debug, Parser)]
+#[command(name = "baton", version, propagate_version = true, disable_help_subcommand = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Runs a cluster on this machine: a coordinator, prefill and decode workers, each its own process.
+    ///
+    /// It talks over the real protocols, serves the OpenAI API, and stops cleanly with Ctrl-C (a second Ctrl-C forces). With
+    /// no flags it serves the bundled demo model at http://127.0.0.1:8080/v1.
+    Up(UpArgs),
+    /// Runs one coordinator: API, router, ledger.
+    Coordinator(ServeArgs),
+    /// Runs one worker: the engine for one model.
+    Worker(ServeArgs),
+    /// Shows the workers of a running cluster: role, process, state, load, blocks, last heartbeat.
+    Status(StatusArgs),
+    /// Measures any OpenAI URL with streaming chat requests, and reports what its clients saw.
+    Bench(bench::BenchArgs),
+}
+
+/// Flags of `baton up`.
+#[derive(Debug, Clone, Args)]
+pub struct UpArgs {
+    /// Model to serve: a directory with config.json, *.safetensors and tokenizer.json, or a Hugging Face hub id such
+    /// as Qwen/Qwen2.5-0.5B-Instruct [default: the bundled demo model]
+    #[arg(long, value_name = "DIR|HUB ID", env = "BATON_MODEL", hide_env_values = true)]
+    pub model: Option<String>,
+    /// Name clients use for the model [default: the hub id, or the directory's name]
+    #[arg(long, value_name = "NAME")]
+    pub model_name: Option<String>,
+    /// Workers that compute prompts; 0 lets the decode workers do it themselves
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(0..=64))]
+    pub prefill: u16,
+    /// Workers that stream tokens
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub decode: u16,
+    /// Coordinators; only 1 today
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub coordinators: u16,
+    /// Address the API listens on
+    #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
+    pub host: std::net::IpAddr,
+    /// Port of the API; 0 takes a free one and prints it
+    #[arg(long, short, value_name = "P", default_value_t = 8080, env = "BATON_PORT", hide_env_values = true)]
+    pub port: u16,
+    /// Where state is kept between runs: certificates, the ledger, logs [default: $XDG_DATA_HOME/baton or
+    /// ~/.local/share/baton]
+    #[arg(long, value_name = "DIR", env = "BATON_DATA_DIR", hide_env_values = true)]
+    pub data_dir: Option<PathBuf>,
+    /// Memory for KV blocks per worker, such as 512MiB or 2GiB [default: room for 64 full contexts, at most a quarter
+    /// of the available memory over all workers]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    pub kv_mem: Option<u64>,
+    /// Compute threads per worker [default: the cores of this machine divided by the number of workers]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Prompts with more uncached tokens than this are computed by a prefill worker
+    #[arg(long, value_name = "TOKENS")]
+    pub prefill_threshold: Option<u32>,
+    /// Key clients must send as a bearer token; needed when --host is not a loopback address
+    #[arg(long, value_name = "KEY", env = "BATON_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+}
+
+/// Flags of `baton coordinator` and `baton worker`.
+#[derive(Debug, Clone, Args)]
+pub struct ServeArgs {
+    /// TOML configuration. Every setting can also come from the environment, which wins: BATON_COORDINATOR_<SETTING>
+    /// or BATON_WORKER_<SETTING>, in capitals
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// Set by `baton up` on its children: reports go to stdout as JSON lines, the process ends with that parent.
+    #[arg(long, value_name = "PID", hide = true)]
+    pub supervisor: Option<u32>,
+}
+
+/// How to reach a running cluster.
+#[derive(Debug, Clone, Args)]
+pub struct Remote {
+    /// Base URL of the API
+    #[arg(long, value_name = "URL", env = "BATON_URL", hide_env_values = true, default_value = "http://127.0.0.1:8080")]
+    pub url: String,
+    /// Key to send as a bearer token
+    #[arg(long, value_name = "KEY", env = "BATON_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+}
+
+/// Flags of `baton status`.
+#[derive(Debug, Clone, Args)]
+pub struct StatusArgs {
+    #[command(flatten)]
+    pub remote: Remote,
+    /// Print the workers as a JSON array (one per line with --watch)
+    #[arg(long)]
+    pub json: bool,
+    /// Refresh every second until interrupted
+    #[arg(long)]
+    pub watch: bool,
+}
+
+/// Reads the command line; without a command it means `up`.
+pub fn parse() -> Cli {
+    Cli::parse_from(with_default_command(std::env::args_os().collect()))
+}
+
+/// Inserts `up` where no command is given: nothing at all, or flags that are not the program's own.
+fn with_default_command(mut args: Vec<OsString>) -> Vec<OsString> {
+    let own = ["-h", "--help", "-V", "--version"];
+    let defaulted = match args.get(1) {
+        None => true,
+        Some(first) => {
+            let first = first.to_string_lossy();
+            first.starts_with('-') && !own.contains(&first.as_ref())
+        }
+    };
+    if defaulted {
+        args.insert(1.min(args.len()), "up".into());
+    }
+    args
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn command(args: &[&str]) -> Result<Command, clap::Error> {
+        let args = args.iter().map(|a| OsString::from(*a)).collect();
+        Cli::try_parse_from(with_default_command(args)).map(|cli| cli.command)
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn no_command_means_up() {
+        assert!(matches!(command(&["baton"]), Ok(Command::Up(_))));
+        assert!(matches!(
+            command(&["baton", "--port", "0"]),
+            Ok(Command::Up(UpArgs { port: 0, .. }))
+        ));
+        assert!(matches!(command(&["baton", "status"]), Ok(Command::Status(_))));
+        let help = command(&["baton", "--help"]).map(|_| ()).map_err(|e| e.kind());
+        assert_eq!(help, Err(clap::error::ErrorKind::DisplayHelp));
+        assert!(command(&["baton", "nonsense"]).is_err());
+    }
+
+    #[test]
+    fn out_of_range_is_refused() {
+        assert!(command(&["baton", "up", "--decode", "0"]).is_err());
+        assert!(command(&["baton", "up", "--prefill", "-1"]).is_err());
+        assert!(command(&["baton", "up", "--port", "65536"]).is_err());
+        assert!(command(&["baton", "up", "--kv-mem", "lots"]).is_err());
+    }
+}

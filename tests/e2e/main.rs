@@ -1,0 +1,11 @@
+//! End-to-end tests of the binary: real processes, real sockets, the bundled demo model. One test target, so that it
+//! links once. Every wait is bounded; ports and data directories are the system's choice.
+#![cfg(target_os = "linux")]
+
+mod bad_input;
+mod clients;
+mod disaggregated;
+mod failures;
+mod serving;
+mod support;
+mod survival;

@@ -1,0 +1,90 @@
+//! Killed processes: what clients notice (nothing), what is restarted, and what must not be left behind.
+
+use super::support::cluster::{Cluster, assert_all_gone};
+use super::support::http::{ChatStream, chat, chat_body};
+use super::support::{eventually, is_alive, signal};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use std::time::Duration;
+
+/// Time for a killed process to be back in the cluster.
+const BACK_MAX: Duration = Duration::from_secs(60);
+
+fn long_prompt(salt: usize, words: usize) -> String {
+    (0..words).map(|i| format!("{} ", (i * 7 + salt * 13) % 97)).collect()
+}
+
+async fn wait_until_back(cluster: &Cluster, worker: &str, old_pid: u32) {
+    eventually("the worker is back", BACK_MAX, || async {
+        let back = |w: &Value| w["id"] == worker && w["state"] == "ready" && w["pid"].as_u64() != Some(old_pid.into());
+        cluster.workers().await.iter().any(back).then_some(())
+    })
+    .await;
+    assert_ne!(cluster.pid(worker), old_pid, "ready.json follows");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prefill_worker_killed_in_the_middle_of_prompts_fails_no_request() {
+    let cluster = Cluster::start(&["--prefill-threshold", "16"]).await;
+    let bodies: Vec<Value> = (0..8)
+        .map(|i| chat_body(&long_prompt(i, 450), json!({"max_tokens": 8, "ignore_eos": true, "temperature": 0.8, "seed": i})))
+        .collect();
+    let old_pid = cluster.pid("prefill-0");
+    let mut running = Vec::new();
+    for body in &bodies {
+        let (url, body) = (cluster.url.clone(), body.clone());
+        running.push(tokio::spawn(async move { ChatStream::start(&url, &body).await.finish().await }));
+    }
+    // Long enough for the first prompts to be under way, short enough for the last not to be done.
+    tokio::time::sleep(Duration::from_millis(60)).await;
+    signal(old_pid, Signal::KILL);
+    let mut first = Vec::new();
+    for request in running {
+        first.push(request.await.expect("no request fails"));
+    }
+    wait_until_back(&cluster, "prefill-0", old_pid).await;
+    for (body, first) in bodies.iter().zip(&first) {
+        let again = chat(&cluster.url, body).await;
+        assert_eq!((&again.text, &again.finish_reason), (&first.text, &first.finish_reason), "the kill changed the tokens");
+        assert_eq!(again.count("completion_tokens"), first.count("completion_tokens"));
+    }
+    cluster.assert_nothing_leaked().await;
+    assert!(cluster.stop().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_decode_worker_and_coordinator_come_back() {
+    let cluster = Cluster::start(&[]).await;
+    let body = chat_body("hello", json!({"max_tokens": 4, "ignore_eos": true}));
+    let before = chat(&cluster.url, &body).await;
+
+    let old_pid = cluster.pid("decode-0");
+    signal(old_pid, Signal::KILL);
+    wait_until_back(&cluster, "decode-0", old_pid).await;
+    assert_eq!(chat(&cluster.url, &body).await.text, before.text);
+
+    let old_pid = cluster.pid("coordinator-0");
+    signal(old_pid, Signal::KILL);
+    eventually("the coordinator is replaced", BACK_MAX, || async {
+        let pid = cluster.pid("coordinator-0");
+        (pid != 0 && pid != old_pid && is_alive(pid) && tokio::net::TcpStream::connect(&cluster.url[7..]).await.is_ok())
+            .then_some(())
+    })
+    .await;
+    eventually("the workers have found it", BACK_MAX, || async {
+        let workers = cluster.workers().await;
+        (workers.iter().filter(|w| w["state"] == "ready").count() == 2).then_some(())
+    })
+    .await;
+    assert_eq!(chat(&cluster.url, &body).await.text, before.text, "at the same address");
+    assert!(cluster.stop().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn up_killed_leaves_no_child() {
+    let cluster = Cluster::start(&[]).await;
+    let pids = cluster.pids();
+    assert_eq!(pids.len(), 4);
+    signal(cluster.up.id(), Signal::KILL);
+    assert_all_gone(&pids[1..]).await;
+}
