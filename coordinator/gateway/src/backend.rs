@@ -32,6 +32,12 @@ pub trait Backend: Send + Sync + 'static {
 
     /// The cluster as of now, for `GET /cluster/workers`, `/ready` and the gauges of `/metrics`.
     fn snapshot(&self) -> ClusterSnapshot;
+
+    /// Adds the cluster's own metrics to what `/metrics` shows. Called once, at the start; names are whole, with the
+    /// prefix `baton:`. Nothing by default.
+    fn register_metrics(&self, registry: &mut prometheus_client::registry::Registry) {
+        let _ = registry;
+    }
 }
 
 /// A model the cluster knows of.

@@ -28,6 +28,9 @@ const INLINE_BYTES_MAX: usize = 4 << 10;
 /// answer and not a reset connection.
 const DRAIN_BYTES_MAX: usize = 32 << 20;
 
+/// A place among the requests in work, and among the bodies in memory.
+type Permits = (OwnedSemaphorePermit, OwnedSemaphorePermit);
+
 /// The handler.
 pub(crate) async fn completions<B: Backend>(
     State(gateway): State<Arc<Gateway<B>>>,
@@ -44,8 +47,8 @@ pub(crate) async fn completions<B: Backend>(
         );
         ApiError::overloaded(message, 1)
     })?;
-    let body = read_body(&gateway, request).await?;
-    let (prepared, permit) = prepare(&gateway, &names, body, permit).await?;
+    let (body, memory) = read_body(&gateway, request).await?;
+    let (prepared, (permit, _)) = prepare(&gateway, &names, body, (permit, memory)).await?;
     let Prepared {
         job,
         reader,
@@ -111,15 +114,15 @@ async fn streamed<B: Backend>(
     Ok((headers, sse::body(run, chunks, gateway.config.keep_alive(), first)).into_response())
 }
 
-/// The permit goes along: a client that hangs up does not make room while its prompt is still being worked on.
+/// The permits go along: a client that hangs up does not make room while its prompt is still being worked on.
 async fn prepare<B: Backend>(
     gateway: &Arc<Gateway<B>>,
     names: &RequestNames,
     body: Bytes,
-    permit: OwnedSemaphorePermit,
-) -> Result<(Prepared, OwnedSemaphorePermit), ApiError> {
+    permits: Permits,
+) -> Result<(Prepared, Permits), ApiError> {
     if body.len() <= INLINE_BYTES_MAX {
-        return Ok((gateway.prepare(&body, names)?, permit));
+        return Ok((gateway.prepare(&body, names)?, permits));
     }
     let turn = gateway
         .preparing
@@ -131,10 +134,10 @@ async fn prepare<B: Backend>(
     let task = tokio::task::spawn_blocking(move || {
         let prepared = gateway.prepare(&body, &names);
         drop(turn);
-        (prepared, permit)
+        (prepared, permits)
     });
-    let (prepared, permit) = task.await.map_err(|_| ApiError::internal())?;
-    Ok((prepared?, permit))
+    let (prepared, permits) = task.await.map_err(|_| ApiError::internal())?;
+    Ok((prepared?, permits))
 }
 
 /// JSON only. That also keeps web pages out: a browser asks before it sends this type to another site.
@@ -151,21 +154,28 @@ fn require_json(headers: &HeaderMap) -> Result<(), ApiError> {
     }
 }
 
-/// Reads the body within its limits of size and time.
-async fn read_body<B>(gateway: &Gateway<B>, request: Request) -> Result<Bytes, ApiError> {
+/// Reads the body within its limits of size, time and memory.
+async fn read_body<B>(gateway: &Gateway<B>, request: Request) -> Result<(Bytes, OwnedSemaphorePermit), ApiError> {
     let bytes_max = gateway.config.body_bytes_max;
     let asks_first = request.headers().contains_key(header::EXPECT);
     let announced = request
         .headers()
         .get(header::CONTENT_LENGTH)
         .and_then(|value| value.to_str().ok()?.parse().ok());
-    let too_large = announced.is_some_and(|bytes: u64| bytes > bytes_max as u64);
+    let too_large = announced.is_some_and(|bytes: usize| bytes > bytes_max);
     if too_large && asks_first {
         return Err(ApiError::body_too_large(bytes_max));
     }
+    let kib = announced.unwrap_or(bytes_max).min(bytes_max).div_ceil(1024);
+    let memory = gateway
+        .body_kib
+        .clone()
+        .try_acquire_many_owned(u32::try_from(kib).unwrap_or(u32::MAX));
+    let memory =
+        memory.map_err(|_| ApiError::overloaded("This gateway already reads as many bodies as it may; retry.", 1))?;
     let read = collect(request.into_body(), if too_large { 0 } else { bytes_max });
     match tokio::time::timeout(gateway.config.body_timeout(), read).await {
-        Ok(Ok(Some(bytes))) if !too_large => Ok(bytes),
+        Ok(Ok(Some(bytes))) if !too_large => Ok((bytes, memory)),
         Ok(Ok(_)) => Err(ApiError::body_too_large(bytes_max)),
         Ok(Err(())) => Err(ApiError::bad_request("The body broke off.")),
         Err(_) if too_large => Err(ApiError::body_too_large(bytes_max)),

@@ -20,6 +20,8 @@ pub struct GatewayConfig {
     pub api_key: Option<String>,
     /// Largest request body in bytes. 4 MiB is a prompt of about a million tokens.
     pub body_bytes_max: usize,
+    /// Bytes of request bodies in memory at once, at least one largest body. One more is answered 429.
+    pub bodies_bytes_max: usize,
     /// Open connections. Each costs a task and a few KiB; one more is answered 503 and closed.
     pub connections_max: usize,
     /// Chat requests in work at once, from tokenising to the settled record. One more is answered 429.
@@ -47,6 +49,7 @@ impl Default for GatewayConfig {
         Self {
             api_key: None,
             body_bytes_max: 4 << 20,
+            bodies_bytes_max: 256 << 20,
             connections_max: 4096,
             in_flight_max: 1024,
             messages_max: 2048,
@@ -73,8 +76,9 @@ impl GatewayConfig {
             }
             _ => {}
         }
-        let positive: [(&'static str, u64); 10] = [
+        let positive: [(&'static str, u64); 11] = [
             ("body_bytes_max", self.body_bytes_max as u64),
+            ("bodies_bytes_max", self.bodies_bytes_max as u64),
             ("connections_max", self.connections_max as u64),
             ("in_flight_max", self.in_flight_max as u64),
             ("messages_max", self.messages_max as u64),
@@ -93,6 +97,13 @@ impl GatewayConfig {
                     problem: format!("must be from 1 to {}", u32::MAX),
                 });
             }
+        }
+        if self.bodies_bytes_max < self.body_bytes_max {
+            let problem = "must be at least `body_bytes_max`, or the largest body could never be read".into();
+            return Err(GatewayError::Setting {
+                name: "bodies_bytes_max",
+                problem,
+            });
         }
         Ok(())
     }

@@ -33,6 +33,8 @@ pub(crate) struct Gateway<B> {
     pub in_flight: Arc<Semaphore>,
     /// One permit per long prompt being tokenised: as many as there are cores, so that they cannot crowd out the rest.
     pub preparing: Arc<Semaphore>,
+    /// One permit per KiB of request body in memory.
+    pub body_kib: Arc<Semaphore>,
     models: BTreeMap<String, ServedModel>,
     started_unix_s: u64,
 }
@@ -67,9 +69,11 @@ impl<B: Backend> Gateway<B> {
                 problem: "it is empty; configure at least one model".into(),
             });
         }
+        let mut registry = prometheus_client::registry::Registry::default();
+        backend.register_metrics(&mut registry);
         let ledger = Ledger {
             backend,
-            metrics: Metrics::new(),
+            metrics: Metrics::new(registry),
             settling: TaskTracker::new(),
             runtime: tokio::runtime::Handle::current(),
         };
@@ -79,6 +83,7 @@ impl<B: Backend> Gateway<B> {
             ledger: Arc::new(ledger),
             in_flight: Arc::new(Semaphore::new(config.in_flight_max)),
             preparing: Arc::new(Semaphore::new(cores)),
+            body_kib: Arc::new(Semaphore::new(config.bodies_bytes_max.div_ceil(1024))),
             models: by_name,
             started_unix_s: unix_ms() / 1000,
             config,

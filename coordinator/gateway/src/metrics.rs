@@ -88,9 +88,10 @@ pub(crate) struct Metrics {
 }
 
 impl Metrics {
-    pub fn new() -> Self {
+    /// `registry` may hold others' metrics already.
+    pub fn new(registry: Registry) -> Self {
         let mut this = Self {
-            registry: Registry::default(),
+            registry,
             running: Family::default(),
             waiting: Family::default(),
             kv_usage: Family::default(),

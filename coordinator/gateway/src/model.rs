@@ -363,4 +363,22 @@ mod tests {
             }
         );
     }
+
+    /// The model in the repository, where it is there.
+    #[test]
+    fn the_demo_model_reads_as_its_tokenizer_does() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo/model");
+        if !dir.join("tokenizer.json").exists() {
+            return;
+        }
+        let model = ServedModel::load("demo", &dir).unwrap();
+        let prompt = model
+            .prompt(vec![json!({"role": "user", "content": "My code is 7341."})])
+            .unwrap();
+        let rendered = "<|im_start|>user\nMy code is 7341.<|im_end|>\n<|im_start|>assistant\n";
+        assert_eq!(prompt, model.tokenizer.encode(rendered, false).unwrap().get_ids());
+        let mut detokenizer = model.detokenizer();
+        let text: String = prompt.iter().map(|&id| detokenizer.push(id)).collect();
+        assert_eq!(text, "user\nMy code is 7341.\nassistant\n");
+    }
 }

@@ -12,18 +12,19 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use baton_proto::state::{UsageRecord, UsageStatus};
 use baton_proto::worker::{Finish, FinishReason};
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio_util::task::TaskTracker;
 
 use crate::api_error::ApiError;
-use crate::backend::{Backend, BackendError, Generation, Placement};
+use crate::backend::{Backend, Generation, Placement};
 use crate::metrics::{Counts, Metrics};
 use crate::reader::TokenReader;
 
 /// How long a cancelled generation's exact counts are waited for. A worker answers a cancel within one engine step.
 const STOP_WAIT_MAX: Duration = Duration::from_millis(500);
-/// Tries of a record that nobody waits for, one second apart.
-const SETTLE_TRIES: u32 = 3;
+/// Tries of a record that nobody waits for: long enough for a new Raft leader. Settling is idempotent.
+const SETTLE_TRIES: u32 = 5;
+const SETTLE_PAUSE: Duration = Duration::from_secs(1);
 
 /// What outlives a request.
 pub(crate) struct Ledger<B> {
@@ -170,9 +171,9 @@ impl<B: Backend> Run<B> {
     }
 
     /// Settles a request that ended well. The record is durable on `Ok`; on an error the client must not be told of
-    /// success.
+    /// success, and the request is recorded as failed, with what was shown of it, as soon as that works.
     pub async fn settle(&mut self, end: End) -> Result<Counts, ApiError> {
-        self.delivered = self.reader.tokens();
+        let shown = std::mem::replace(&mut self.delivered, self.reader.tokens());
         self.settled = true;
         let draft = self.draft(match end {
             End::Stop => UsageStatus::Completed,
@@ -181,28 +182,34 @@ impl<B: Backend> Run<B> {
         let elapsed = self.opened.arrived.elapsed();
         let ledger = self.ledger.clone();
         let permit = self.permit.take();
+        let (tell, told) = oneshot::channel();
         // A task of its own: a client that hangs up now must not undo a commit half-way.
-        let task = self.ledger.settling.spawn(async move {
-            let draft = draft.complete().await;
+        let task = async move {
+            let mut draft = draft.complete().await;
             let counts = draft.counts();
             ledger.metrics.ended(&draft.opened.model, end.reason(), counts, elapsed);
             let result = ledger.backend.settle(draft.record()).await;
+            let failed = result.is_err();
+            // Nobody may be there to hear it; the record stands all the same.
+            let _ = tell.send(result.map(|()| counts));
+            if failed {
+                draft.status = UsageStatus::Failed;
+                draft.completion_tokens = shown;
+                tokio::time::sleep(SETTLE_PAUSE).await;
+                ledger.settle(draft).await;
+            }
             drop(permit);
-            result.map(|()| counts)
-        });
-        match task.await {
+        };
+        self.ledger.settling.spawn_on(task, &self.ledger.runtime);
+        match told.await {
             Ok(Ok(counts)) => Ok(counts),
             Ok(Err(error)) => {
-                self.settle_failed(&error.to_string());
-                Err(match error {
-                    BackendError::Unavailable { .. } => ApiError::from(error),
-                    _ => ApiError::unavailable("The usage of this request could not be recorded; retry."),
-                })
+                tracing::warn!(request_id = %self.opened.request_id, %error, "a finished request could not be settled");
+                Err(ApiError::unavailable(
+                    "The usage of this request could not be recorded; retry.",
+                ))
             }
-            Err(error) => {
-                self.settle_failed(&error.to_string());
-                Err(ApiError::internal())
-            }
+            Err(_) => Err(ApiError::internal()),
         }
     }
 
@@ -226,13 +233,7 @@ impl<B: Backend> Run<B> {
             ledger
                 .metrics
                 .ended(&draft.opened.model, reason, draft.counts(), elapsed);
-            for attempt in 1..=SETTLE_TRIES {
-                match ledger.backend.settle(draft.record()).await {
-                    Ok(()) => break,
-                    Err(error) if attempt == SETTLE_TRIES => ledger.settle_failed(&draft.opened, &error.to_string()),
-                    Err(_) => tokio::time::sleep(Duration::from_secs(1)).await,
-                }
-            }
+            ledger.settle(draft).await;
             drop(permit);
         };
         self.ledger.settling.spawn_on(task, &self.ledger.runtime);
@@ -244,10 +245,6 @@ impl<B: Backend> Run<B> {
             self.placement = generation.placement();
             self.stopping = Some(Box::pin(generation.stop(STOP_WAIT_MAX)));
         }
-    }
-
-    fn settle_failed(&self, cause: &str) {
-        self.ledger.settle_failed(&self.opened, cause);
     }
 
     fn draft(&mut self, status: UsageStatus) -> Draft {
@@ -281,10 +278,19 @@ impl<B: Backend> Drop for Run<B> {
     }
 }
 
-impl<B> Ledger<B> {
-    fn settle_failed(&self, opened: &Opened, cause: &str) {
-        self.metrics.settle_failures.inc();
-        tracing::error!(request_id = %opened.request_id, cause, "a usage record could not be settled");
+impl<B: Backend> Ledger<B> {
+    /// Settles a record that nobody waits for.
+    async fn settle(&self, draft: Draft) {
+        for attempt in 1..=SETTLE_TRIES {
+            match self.backend.settle(draft.record()).await {
+                Ok(()) => return,
+                Err(error) if attempt == SETTLE_TRIES => {
+                    self.metrics.settle_failures.inc();
+                    tracing::error!(request_id = %draft.opened.request_id, %error, "a usage record could not be settled");
+                }
+                Err(_) => tokio::time::sleep(SETTLE_PAUSE).await,
+            }
+        }
     }
 }
 

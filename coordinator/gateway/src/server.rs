@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
 
+use crate::api_error::ApiError;
 use crate::backend::Backend;
 use crate::config::GatewayConfig;
 use crate::error::GatewayError;
@@ -34,12 +35,6 @@ const HEAD_BYTES_MAX: usize = 64 << 10;
 const H2_STREAMS_MAX: u32 = 256;
 /// After an accept error (out of file descriptors, most likely) the loop waits this long rather than spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// What one connection too many is told.
-const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n\
-    connection: close\r\ncontent-length: 128\r\n\r\n\
-    {\"error\":{\"message\":\"Too many connections; retry.     \",\"type\":\"server_error\",\"param\":null,\
-    \"code\":\"too_many_connections\"}}       ";
-
 /// Serves until `shutdown`, then lets running requests finish within the configured time and waits, as long again, for
 /// their usage records. Fails at once if the settings or the models cannot be served on this listener's address.
 pub async fn serve<B: Backend>(
@@ -57,6 +52,7 @@ pub async fn serve<B: Backend>(
         tasks: TaskTracker::new(),
         closing: CancellationToken::new(),
         aborting: CancellationToken::new(),
+        full: too_many_connections(),
         gateway,
     };
     server.accept(listener, &shutdown).await;
@@ -73,6 +69,8 @@ struct Server<B> {
     closing: CancellationToken,
     /// Connections end now.
     aborting: CancellationToken,
+    /// What one connection too many is told.
+    full: String,
 }
 
 impl<B: Backend> Server<B> {
@@ -93,7 +91,7 @@ impl<B: Backend> Server<B> {
             };
             let Ok(permit) = self.connections.clone().try_acquire_owned() else {
                 // Fits any socket's buffer, so it needs no waiting; a client that is gone does not matter.
-                let _ = stream.try_write(FULL);
+                let _ = stream.try_write(self.full.as_bytes());
                 continue;
             };
             let connection = self.connection(stream);
@@ -130,7 +128,7 @@ impl<B: Backend> Server<B> {
             let mut connection = pin!(builder.serve_connection(io, service));
             // hyper's own deadline starts only once it knows the HTTP version.
             let mut silence = pin!(tokio::time::sleep(header_timeout));
-            let mut closed = false;
+            let (mut closed, mut checked) = (false, false);
             loop {
                 tokio::select! {
                     biased;
@@ -145,7 +143,12 @@ impl<B: Backend> Server<B> {
                         }
                         return;
                     }
-                    () = silence.as_mut(), if !spoke.load(Ordering::Relaxed) => return,
+                    () = silence.as_mut(), if !checked => {
+                        checked = true;
+                        if !spoke.load(Ordering::Relaxed) {
+                            return;
+                        }
+                    }
                 }
             }
         }
@@ -169,6 +172,20 @@ impl<B: Backend> Server<B> {
             );
         }
     }
+}
+
+/// A whole HTTP/1.1 answer; which version the client speaks is not known yet.
+fn too_many_connections() -> String {
+    let error = ApiError {
+        code: Some("too_many_connections"),
+        ..ApiError::unavailable("Too many connections; retry.")
+    };
+    let body = error.body().to_string();
+    format!(
+        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n\
+         connection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )
 }
 
 fn builder(header_timeout: Duration) -> auto::Builder<TokioExecutor> {

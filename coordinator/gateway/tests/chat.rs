@@ -319,4 +319,24 @@ async fn no_success_without_a_settled_record() {
             .iter()
             .all(|event| event != "[DONE]" && !event.contains("\"finish_reason\":\""))
     );
+    // The cluster recovers: both are recorded, as failed, with what their clients were shown.
+    assert!(gateway.backend.records().is_empty());
+    gateway
+        .backend
+        .refuse_settle
+        .store(false, std::sync::atomic::Ordering::SeqCst);
+    gateway
+        .backend
+        .until("two records", |backend| backend.records().len() == 2)
+        .await;
+    let mut records = gateway.backend.records();
+    records.sort_by_key(|record| record.completion_tokens);
+    assert!(records.iter().all(|record| record.status() == UsageStatus::Failed));
+    assert_eq!(
+        records
+            .iter()
+            .map(|record| record.completion_tokens)
+            .collect::<Vec<_>>(),
+        [0, 5]
+    );
 }
