@@ -41,7 +41,7 @@
 //!
 //! Sans-IO cores: `ranges`, `wire`, `hello`, `window_state`, `incoming` (receiving), `push_state`, `busy` (sending).
 //! Handles and locks: `window`, `window_table`, `push`, `agent`. Memory: `memory`, the only file with `unsafe`.
-//! Transports: `transport` (the seam), `quic`.
+//! Transports: `transport` (the seam), `quic`. Tests of both cores together over a fake stream: `pair`.
 #![deny(unsafe_code)]
 
 mod agent;
@@ -52,6 +52,8 @@ mod incoming;
 pub mod limits;
 #[allow(unsafe_code)]
 mod memory;
+#[cfg(test)]
+mod pair;
 mod push;
 mod push_state;
 mod quic;

@@ -57,6 +57,9 @@ impl Window {
     /// Waits until the window is completed and gives the push's finishing payload. May be called again, and may be
     /// cancelled.
     ///
+    /// A sender that fails before its push has named this window cannot be noticed here; the window then waits for its
+    /// lifetime. Whoever hears of that failure by other means drops the window.
+    ///
     /// # Errors
     /// Any [`WindowError`]; the window is then over and fenced. [`WindowError::Expired`] after the window's lifetime.
     pub async fn wait(&self) -> Result<Bytes, WindowError> {
