@@ -150,3 +150,23 @@ async fn shutdown_finishes_what_runs_and_settles_what_is_cut() {
         "nobody listens any more"
     );
 }
+
+#[tokio::test]
+async fn a_request_outlives_the_deadline_for_headers() {
+    let config = GatewayConfig {
+        header_timeout_ms: 100,
+        first_token_wait_ms: 10,
+        keep_alive_ms: 50,
+        ..GatewayConfig::default()
+    };
+    let gateway = TestGateway::with(config).await;
+    gateway.backend.script(Script::SayThenHang(vec![]));
+    let mut wire = gateway.connect().await;
+    wire.post(&hi(json!({"stream": true}))).await;
+    // Six comments are three times the deadline.
+    for _ in 0..6 {
+        wire.read_until(": keep-alive\n\n").await;
+        wire.forget();
+    }
+    promptly(&gateway, || drop(wire)).await;
+}

@@ -358,6 +358,11 @@ impl Wire {
         }
     }
 
+    /// Throws away what was read.
+    pub fn forget(&mut self) {
+        self.buffer.clear();
+    }
+
     /// Reads one answer, by its length or its chunks.
     pub async fn answer(&mut self) -> Answer {
         self.read_until("\r\n\r\n").await;
