@@ -8,6 +8,7 @@ use crate::cluster::{Cluster, LifeId, PlaceError, Placed};
 use crate::link::Submission;
 use crate::mailbox::{Delivery, End};
 use baton_gateway::{GenerationEvent, GenerationSender, Job};
+use baton_proto::limits::PROMPT_TOKENS_MAX;
 use baton_proto::worker::{Finish, FinishReason, Generate};
 use std::sync::Arc;
 use std::time::Duration;
@@ -102,6 +103,14 @@ impl Running {
             self.cluster.metrics.replays.inc();
             if failures >= ATTEMPTS_MAX {
                 return self.end(Vec::new(), failed(reason)).await;
+            }
+            if self.job.prompt.len() + self.emitted.len() > PROMPT_TOKENS_MAX {
+                return self
+                    .end(
+                        Vec::new(),
+                        failed(format!("too long to go on elsewhere after: {reason}")),
+                    )
+                    .await;
             }
             self.avoid.push(worker);
             match self.place_again(pause, &reason).await {

@@ -85,10 +85,6 @@ impl LogStore {
         Ok((log, applied))
     }
 
-    pub(crate) fn hard_state(&self) -> &HardState {
-        &self.hard_state
-    }
-
     pub(crate) fn first_index_kept(&self) -> u64 {
         self.truncated.0 + 1
     }

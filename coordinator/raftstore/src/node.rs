@@ -142,9 +142,8 @@ impl Node {
             progress.messages.extend(ready.take_messages());
             let hard_state = ready.hs().cloned();
             if !ready.snapshot().is_empty() {
-                let state = hard_state
-                    .clone()
-                    .unwrap_or_else(|| self.raw.store().hard_state().clone());
+                // Whole, and not only if it changed: the snapshot must not end up beyond the commit index.
+                let state = self.raw.raft.hard_state();
                 let snapshot = ready.snapshot().clone();
                 self.raw.mut_store().install(&snapshot, &state)?;
                 self.applied = snapshot.get_metadata().index;

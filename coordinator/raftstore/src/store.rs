@@ -312,6 +312,14 @@ impl Runner {
             self.peers.send(message);
         }
         let answered = progress.answers.len() as u64;
+        if answered > 0 {
+            let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+            status.proposals_total += answered;
+            status.batches_total += 1;
+            status.batch_ms_total += u64::try_from(began.elapsed().as_millis()).unwrap_or(0);
+        }
+        // Before the answers, so that whoever has one finds it in the status.
+        self.report();
         for (id, outcome) in progress.answers {
             if let Some(waiting) = self.waiting.remove(&id) {
                 let _ = waiting.send(outcome);
@@ -322,13 +330,6 @@ impl Runner {
                 let _ = waiting.send(Err(RaftStoreError::LeaderChanged));
             }
         }
-        if answered > 0 {
-            let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
-            status.proposals_total += answered;
-            status.batches_total += 1;
-            status.batch_ms_total += u64::try_from(began.elapsed().as_millis()).unwrap_or(0);
-        }
-        self.report();
         Ok(())
     }
 
