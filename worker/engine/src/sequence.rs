@@ -190,4 +190,21 @@ mod tests {
             assert_eq!(sequence(vec![0; len]).reusable_blocks(), blocks, "{len} tokens");
         }
     }
+
+    /// A transport may be reading what a prefill-only sequence has written of a block, so that block stays.
+    #[test]
+    fn a_prefill_only_sequence_keeps_the_block_it_has_begun() {
+        let mut seq = sequence((0..20).collect());
+        seq.computed = 6;
+        assert_eq!(seq.next_reusable(), None);
+        seq.computed = 8;
+        assert_eq!(seq.next_reusable().map(|(index, _)| index), Some(2));
+        seq.task = Task::Generate {
+            max_tokens: 1,
+            stop_token_ids: Vec::new(),
+            remote_prefill: false,
+        };
+        seq.computed = 6;
+        assert_eq!(seq.next_reusable().map(|(index, _)| index), Some(1));
+    }
 }

@@ -366,3 +366,47 @@ fn a_fill_is_asked_for_only_when_enough_is_uncached() {
     let region_blocks = engine.total_blocks();
     assert_eq!(scheduler.stats().total_blocks, region_blocks as usize);
 }
+
+/// A decode that finds no block waits for a younger prefill-only sequence instead of taking the blocks a transport reads.
+#[test]
+fn prefill_only_sequences_are_never_preempted() {
+    let config = SchedulerConfig {
+        prefill_chunk_tokens_max: 4,
+        ..config(4, 10)
+    };
+    let (mut scheduler, mut engine) = (Scheduler::new(config.clone()).expect("valid"), engine_for(&config));
+    let job = Job::new(prompt(7, 1), 12);
+    let older = scheduler.submit(job.request(false)).expect("room");
+    let mut tokens = Vec::new();
+    let mut take = |outputs: Vec<baton_engine::Output>| {
+        tokens.extend(outputs.into_iter().filter(|o| o.seq == older).flat_map(|o| o.tokens));
+    };
+    take(turn(&mut scheduler, &mut engine).1);
+    let prefill = scheduler
+        .submit_prefill(PrefillRequest {
+            prompt: prompt(28, 2).into(),
+            sampling: SamplingParams::GREEDY,
+            cache_salt: Vec::new(),
+            skip_tokens: 0,
+        })
+        .expect("room");
+    // Two blocks and seven are held; the decode gets the tenth, and then stalls while the push goes on.
+    let mut stalled = 0;
+    for _ in 0..20 {
+        let (batch, outputs) = turn(&mut scheduler, &mut engine);
+        stalled += usize::from(batch.seqs.iter().all(|span| span.seq != older));
+        take(outputs);
+    }
+    let stats = scheduler.stats();
+    assert_eq!(
+        (stats.pushing, stats.running, stats.preemptions),
+        (1, 1, 0),
+        "{stats:?}"
+    );
+    assert!(stalled > 0);
+    assert!(scheduler.release(prefill));
+    while !scheduler.is_idle() {
+        take(turn(&mut scheduler, &mut engine).1);
+    }
+    assert_eq!(tokens, alone(&config, &job).0);
+}

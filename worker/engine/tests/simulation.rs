@@ -116,7 +116,7 @@ impl Simulation {
     /// Something that may happen at any time, in a step or between two.
     fn event(&mut self) {
         match self.rng.random_range(0..10) {
-            0..=4 => {
+            0..=3 => {
                 let job = self.job();
                 let remote = self.rng.random_bool(0.4);
                 let waiting = self.scheduler.stats().waiting;
@@ -132,7 +132,7 @@ impl Simulation {
                     Err(e) => assert!(e.retryable() && waiting >= self.config.waiting_max, "{e}"),
                 }
             }
-            5 => {
+            4 | 5 => {
                 let job = self.job();
                 let request = PrefillRequest {
                     prompt: job.prompt.clone().into(),
