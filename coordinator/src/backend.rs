@@ -96,4 +96,8 @@ impl Backend for ClusterBackend {
             workers: self.0.registry().statuses(self.0.now_ms()),
         }
     }
+
+    fn register_metrics(&self, registry: &mut prometheus_client::registry::Registry) {
+        self.0.metrics.register(registry);
+    }
 }

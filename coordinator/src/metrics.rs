@@ -39,11 +39,7 @@ impl Metrics {
         self.placements.get_or_create(&PlacementLabel { prefill }).inc();
     }
 
-    /// Makes them visible in a registry. The gateway owns the one behind `/metrics` and does not hand it out yet.
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "the gateway's registry has no hook for the backend yet")
-    )]
+    /// Makes them visible in the registry behind `/metrics`.
     pub(crate) fn register(&self, registry: &mut Registry) {
         registry.register(
             "baton:router_placements",

@@ -67,7 +67,7 @@ async fn a_request_is_streamed_and_its_record_settled_once() {
     assert_eq!(coordinator.cluster.store.position().unwrap().settled, 1);
 
     let mut registry = prometheus_client::registry::Registry::default();
-    coordinator.cluster.metrics.register(&mut registry);
+    backend.register_metrics(&mut registry);
     let mut text = String::new();
     prometheus_client::encoding::text::encode(&mut text, &registry).unwrap();
     for line in [

@@ -62,6 +62,10 @@ async fn a_coordinator_starts_serves_stops_and_starts_again() {
         }
         epochs.push(worker.controls.epoch.load(std::sync::atomic::Ordering::SeqCst));
 
+        assert!(get(http_addr, "/metrics").await.contains("\nbaton:raft_leader 1"));
+        let listed = get(http_addr, "/cluster/workers").await;
+        assert!(listed.contains("\"id\":\"w\""), "{listed}");
+
         // A second one on the same data says why not.
         let (second, _) = oneshot::channel();
         let error = run(config.clone(), second, CancellationToken::new()).await.unwrap_err();
