@@ -332,7 +332,11 @@ unsafe fn add_lanes<S: Simd, const N: usize>(
 ) {
     // SAFETY: as `group_body`; `N * LANES` elements fit from here on.
     unsafe {
-        let mut acc: [S; N] = std::array::from_fn(|n| S::load(out.add(n * LANES)));
+        // Plain loops, no closures: a closure is not compiled for the instruction set unless it is inlined.
+        let mut acc = [S::splat(0.0); N];
+        for (n, lane) in acc.iter_mut().enumerate() {
+            *lane = S::load(out.add(n * LANES));
+        }
         for key in 0..count {
             let weight = S::splat(*weights.add(key));
             for (n, lane) in acc.iter_mut().enumerate() {

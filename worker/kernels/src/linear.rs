@@ -203,6 +203,7 @@ unsafe fn k_block<S: Simd, E: Element>(
 
 /// `M` token rows by `N` columns in registers. Returns `N`.
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // indices say which row and column meet
 unsafe fn register_tile<S: Simd, E: Element, const M: usize, const N: usize>(
     x: *const f32,
     w: *const E,
@@ -225,11 +226,29 @@ unsafe fn register_tile<S: Simd, E: Element, const M: usize, const N: usize>(
         let whole = len / LANES * LANES;
         let mut i = 0;
         while i < whole {
-            let wv: [S; N] = std::array::from_fn(|n| E::load8::<S>(w.add(n * k + i)));
-            for (m, row) in acc.iter_mut().enumerate() {
-                let xv = S::load(x.add(m * k + i));
+            // Plain loops, no closures: a closure is not compiled for the instruction set unless it is inlined. The
+            // smaller side of operands is held, so that they and the accumulators fit sixteen registers.
+            if M > N {
+                let mut wv = [S::splat(0.0); N];
+                for (n, lanes) in wv.iter_mut().enumerate() {
+                    *lanes = E::load8::<S>(w.add(n * k + i));
+                }
+                for (m, row) in acc.iter_mut().enumerate() {
+                    let xv = S::load(x.add(m * k + i));
+                    for n in 0..N {
+                        row[n] = xv.mul_add(wv[n], row[n]);
+                    }
+                }
+            } else {
+                let mut xv = [S::splat(0.0); M];
+                for (m, lanes) in xv.iter_mut().enumerate() {
+                    *lanes = S::load(x.add(m * k + i));
+                }
                 for n in 0..N {
-                    row[n] = xv.mul_add(wv[n], row[n]);
+                    let wv = E::load8::<S>(w.add(n * k + i));
+                    for m in 0..M {
+                        acc[m][n] = xv[m].mul_add(wv, acc[m][n]);
+                    }
                 }
             }
             i += LANES;
@@ -263,7 +282,11 @@ unsafe fn finish<S: Simd>(tile: &Tile<'_>, row: usize, rows: usize, partial: *co
             // or not, never written out; the output columns are this task's own.
             unsafe {
                 let from = partial.add((m * TILE_ROWS + n) * LANES);
-                let mut sums = S::sum8(std::array::from_fn(|i| S::load(from.add(i * LANES))));
+                let mut lanes = [S::splat(0.0); LANES];
+                for (i, lane) in lanes.iter_mut().enumerate() {
+                    *lane = S::load(from.add(i * LANES));
+                }
+                let mut sums = S::sum8(lanes);
                 let to = tile.out.at((row + m) * tile.out_stride + tile.out_start + n);
                 if width == LANES {
                     if let Some(bias) = tile.bias {
