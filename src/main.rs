@@ -27,13 +27,41 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("baton: {}", one_line(&format!("{error:#}")));
+            up::say(&format!("baton: {}", sentence(&error)));
             ExitCode::FAILURE
         }
     }
 }
 
-/// Errors of libraries may span lines (TOML shows the spot); a sentence does not.
-fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+/// An error and its causes as one line. Many messages already quote their cause, and some span lines (TOML shows the
+/// spot); a sentence does neither twice nor that.
+fn sentence(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::Context;
+
+    #[test]
+    fn a_sentence_says_everything_once() {
+        let cause = || std::io::Error::other("no such\n  file");
+        let outer = Err::<(), _>(cause()).context("cannot read x");
+        assert_eq!(sentence(&outer.expect_err("is one")), "cannot read x: no such file");
+        let quoting = Err::<(), _>(cause()).context("cannot read x: no such file; make one");
+        assert_eq!(
+            sentence(&quoting.expect_err("is one")),
+            "cannot read x: no such file; make one"
+        );
+    }
 }

@@ -89,7 +89,7 @@ where
     match attempt() {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(error) => {
-            let message = crate::one_line(&format!("{error:#}"));
+            let message = crate::sentence(&error);
             tracing::error!(%message, "ended");
             reporter.send(&Report::Failed { message });
             Err(error)

@@ -62,7 +62,14 @@ pub struct UpArgs {
     #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
     pub host: std::net::IpAddr,
     /// Port of the API; 0 takes a free one and prints it
-    #[arg(long, short, value_name = "P", default_value_t = 8080, env = "BATON_PORT", hide_env_values = true)]
+    #[arg(
+        long,
+        short,
+        value_name = "P",
+        default_value_t = 8080,
+        env = "BATON_PORT",
+        hide_env_values = true
+    )]
     pub port: u16,
     /// Where state is kept between runs: certificates, the ledger, logs [default: $XDG_DATA_HOME/baton or
     /// ~/.local/share/baton]
@@ -75,7 +82,7 @@ pub struct UpArgs {
     /// Compute threads per worker [default: the cores of this machine divided by the number of workers]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
-    /// Prompts with more uncached tokens than this are computed by a prefill worker
+    /// Prompts with more tokens than this are computed by a prefill worker [default: 256; 16 with the demo model]
     #[arg(long, value_name = "TOKENS")]
     pub prefill_threshold: Option<u32>,
     /// Key clients must send as a bearer token; needed when --host is not a loopback address
@@ -99,7 +106,13 @@ pub struct ServeArgs {
 #[derive(Debug, Clone, Args)]
 pub struct Remote {
     /// Base URL of the API
-    #[arg(long, value_name = "URL", env = "BATON_URL", hide_env_values = true, default_value = "http://127.0.0.1:8080")]
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "BATON_URL",
+        hide_env_values = true,
+        default_value = "http://127.0.0.1:8080"
+    )]
     pub url: String,
     /// Key to send as a bearer token
     #[arg(long, value_name = "KEY", env = "BATON_API_KEY", hide_env_values = true)]

@@ -39,7 +39,9 @@ impl Drop for Telemetry {
 
 /// Starts logging, and tracing where configured, for `service` ("coordinator", "worker"). To be called in a runtime.
 pub fn start(service: &'static str) -> anyhow::Result<Telemetry> {
-    let endpoint = ENDPOINT_VARIABLES.iter().find(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()));
+    let endpoint = ENDPOINT_VARIABLES
+        .iter()
+        .find(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()));
     let provider = endpoint.map(|name| provider(service, name)).transpose()?;
     let spans = provider.as_ref().map(|provider| {
         let tracer = provider.tracer("baton");
@@ -66,15 +68,23 @@ fn provider(service: &'static str, variable: &str) -> anyhow::Result<SdkTracerPr
     let exporter = opentelemetry_otlp::SpanExporter::builder()
         .with_tonic()
         .build()
-        .with_context(|| format!("{variable} is not usable; give a collector such as http://127.0.0.1:4317, or unset it"))?;
+        .with_context(|| {
+            format!("{variable} is not usable; give a collector such as http://127.0.0.1:4317, or unset it")
+        })?;
     Ok(SdkTracerProvider::builder()
         .with_batch_exporter(exporter)
-        .with_resource(Resource::builder().with_service_name(format!("baton-{service}")).build())
+        .with_resource(
+            Resource::builder()
+                .with_service_name(format!("baton-{service}"))
+                .build(),
+        )
         .build())
 }
 
 fn filter() -> anyhow::Result<EnvFilter> {
-    let set = ["BATON_LOG", "RUST_LOG"].iter().find_map(|name| Some((name, std::env::var(name).ok()?)));
+    let set = ["BATON_LOG", "RUST_LOG"]
+        .iter()
+        .find_map(|name| Some((name, std::env::var(name).ok()?)));
     match set {
         Some((name, text)) => {
             EnvFilter::try_new(&text).with_context(|| format!("{name}={text:?} is not a log filter; try {name}=info"))

@@ -31,7 +31,9 @@ impl<S: Subscriber, L: Layer<S>> Layer<S> for RemoteParent<L> {
         let mut found = Traceparent::default();
         attributes.record(&mut found);
         // Until the guard is dropped, a span without a local parent gets this one.
-        let _guard = found.0.map(|parent| OtelContext::new().with_remote_span_context(parent).attach());
+        let _guard = found
+            .0
+            .map(|parent| OtelContext::new().with_remote_span_context(parent).attach());
         self.inner.on_new_span(attributes, id, ctx);
     }
 
@@ -113,7 +115,9 @@ mod tests {
     #[test]
     fn spans_join_the_requests_trace() {
         let exporter = Collected::default();
-        let provider = SdkTracerProvider::builder().with_simple_exporter(exporter.clone()).build();
+        let provider = SdkTracerProvider::builder()
+            .with_simple_exporter(exporter.clone())
+            .build();
         let layer = RemoteParent::new(tracing_opentelemetry::layer().with_tracer(provider.tracer("test")));
         tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
             let request = tracing::info_span!("request", traceparent = %TRACEPARENT);
@@ -123,7 +127,10 @@ mod tests {
         let spans = exporter.0.lock().expect("no test panics with it");
         let find = |name: &str| spans.iter().find(|span| span.name == name).expect("it was exported");
         let (request, step) = (find("request"), find("step"));
-        assert_eq!(request.span_context.trace_id().to_string(), "0af7651916cd43dd8448eb211c80319c");
+        assert_eq!(
+            request.span_context.trace_id().to_string(),
+            "0af7651916cd43dd8448eb211c80319c"
+        );
         assert_eq!(request.parent_span_id.to_string(), "b7ad6b7169203331");
         assert_eq!(step.parent_span_id, request.span_context.span_id());
     }
@@ -131,7 +138,13 @@ mod tests {
     #[test]
     fn only_real_traceparents_count() {
         assert!(parse(TRACEPARENT).is_some());
-        for wrong in ["", "00-x", "00-00000000000000000000000000000000-b7ad6b7169203331-01", &TRACEPARENT[1..], "a-b-c-d-e"] {
+        for wrong in [
+            "",
+            "00-x",
+            "00-00000000000000000000000000000000-b7ad6b7169203331-01",
+            &TRACEPARENT[1..],
+            "a-b-c-d-e",
+        ] {
             assert!(parse(wrong).is_none(), "{wrong}");
         }
     }

@@ -104,8 +104,10 @@ impl Child {
                 }
             };
             let _ = tokio::time::timeout(LAST_WORDS, reports).await;
+            // A process that was killed had no time for words about it.
+            let killed = status.as_ref().is_ok_and(|status| status.code().is_none());
             let last_line = match tokio::time::timeout(LAST_WORDS, log).await {
-                Ok(Ok(line)) => line,
+                Ok(Ok(line)) if !killed => line,
                 _ => String::new(),
             };
             let how = status.map_or_else(|error| format!("is gone ({error})"), describe);

@@ -60,13 +60,13 @@ impl LogFile {
         }
     }
 
-    /// The last line written since this was opened.
+    /// The last line written since this was opened that says something (a panic ends with a hint about backtraces).
     pub fn last_line(&self) -> String {
         let text = String::from_utf8_lossy(&self.tail);
         let line = text
             .lines()
             .rev()
-            .find(|line| !line.trim().is_empty())
+            .find(|line| !line.trim().is_empty() && !line.starts_with("note: "))
             .unwrap_or_default();
         line.trim().to_owned()
     }

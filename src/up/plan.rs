@@ -143,7 +143,7 @@ impl Plan {
             api_key: args.api_key.clone(),
             prefill_threshold: args
                 .prefill_threshold
-                .or(args.model.is_none().then_some(crate::demo::PREFILL_THRESHOLD_TOKENS)),
+                .or(args.model.is_none().then_some(demo::PREFILL_THRESHOLD_TOKENS)),
         })
     }
 }

@@ -175,7 +175,7 @@ impl Supervisor {
                 process.state = State::Starting(child);
                 Event::Restarted
             }
-            Err(error) => self.died(slot, format!("{error:#}")),
+            Err(error) => self.died(slot, crate::sentence(&error)),
         }
     }
 

@@ -5,7 +5,12 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 fn have(program: &str, args: &[&str]) -> bool {
-    let status = Command::new(program).args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    let status = Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
     status.is_ok_and(|status| status.success())
 }
 
@@ -16,7 +21,11 @@ async fn openai_python_package_and_curl() {
     let cluster = Cluster::start(&["--prefill-threshold", "16"]).await;
     if python {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/openai_client.py");
-        let output = Command::new("python3").arg(script).arg(&cluster.url).output().expect("python3 runs");
+        let output = Command::new("python3")
+            .arg(script)
+            .arg(&cluster.url)
+            .output()
+            .expect("python3 runs");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     } else {
         eprintln!("skipped: python3 with the openai package is not installed (python3 -m pip install openai)");
@@ -29,7 +38,10 @@ async fn openai_python_package_and_curl() {
         let output = Command::new("sh").arg("-c").arg(&line).output().expect("sh runs");
         let text = String::from_utf8_lossy(&output.stdout);
         assert!(output.status.success(), "{line}: {output:?}");
-        assert!(text.starts_with("data: ") && text.trim_end().ends_with("data: [DONE]"), "{line}: {text}");
+        assert!(
+            text.starts_with("data: ") && text.trim_end().ends_with("data: [DONE]"),
+            "{line}: {text}"
+        );
     } else {
         eprintln!("skipped: curl is not installed");
     }
@@ -41,7 +53,17 @@ async fn openai_python_package_and_curl() {
 /// Our own instrument, against our own server.
 fn bench_measures(cluster: &Cluster) {
     let output = baton()
-        .args(["bench", "--url", &cluster.url, "--json", "--fail-on-error", "-n", "12", "-c", "4"])
+        .args([
+            "bench",
+            "--url",
+            &cluster.url,
+            "--json",
+            "--fail-on-error",
+            "-n",
+            "12",
+            "-c",
+            "4",
+        ])
         .args(["--input-words", "24", "--output-tokens", "6", "--ignore-eos"])
         .output()
         .expect("the binary runs");

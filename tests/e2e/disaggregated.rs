@@ -27,7 +27,11 @@ fn request(i: usize) -> Value {
         _ => 200 + mix(i, 2) % 250,
     };
     let salt = if mix(i, 3).is_multiple_of(3) { 7 } else { i as u64 };
-    let prompt: Vec<String> = (0..words).map(|w| ["code", "list", "baton", "what", "is", "7", "and"][((w * w + salt * (w + 3)) % 7) as usize].to_owned()).collect();
+    let prompt: Vec<String> = (0..words)
+        .map(|w| {
+            ["code", "list", "baton", "what", "is", "7", "and"][((w * w + salt * (w + 3)) % 7) as usize].to_owned()
+        })
+        .collect();
     let mut extra = json!({"max_tokens": 1 + mix(i, 4) % 20, "ignore_eos": mix(i, 5).is_multiple_of(2)});
     if !mix(i, 6).is_multiple_of(3) {
         extra["temperature"] = json!(0.3 + (mix(i, 7) % 10) as f64 / 10.0);
@@ -73,7 +77,10 @@ async fn disaggregated_equals_monolithic() {
     let through_two = run_all(&disaggregated).await;
     disaggregated.assert_nothing_leaked().await;
     let workers = disaggregated.workers().await;
-    let sent = workers.iter().find(|w| w["role"] == "prefill").and_then(|w| w["transferred_bytes_total"].as_u64());
+    let sent = workers
+        .iter()
+        .find(|w| w["role"] == "prefill")
+        .and_then(|w| w["transferred_bytes_total"].as_u64());
     assert!(sent > Some(1 << 20), "KV blocks really travelled: {workers:?}");
     assert!(disaggregated.stop().await.success());
 
@@ -83,7 +90,12 @@ async fn disaggregated_equals_monolithic() {
     assert!(alone.stop().await.success());
 
     for (i, (two, one)) in through_two.iter().zip(&through_one).enumerate() {
-        assert_eq!((&two.text, &two.finish_reason), (&one.text, &one.finish_reason), "request {i}: {}", request(i));
+        assert_eq!(
+            (&two.text, &two.finish_reason),
+            (&one.text, &one.finish_reason),
+            "request {i}: {}",
+            request(i)
+        );
         for count in ["prompt_tokens", "completion_tokens", "total_tokens"] {
             assert_eq!(two.count(count), one.count(count), "request {i}, {count}");
         }

@@ -15,7 +15,9 @@ fn sentence(args: &[&str], parts: &[&str]) -> String {
     let stderr = String::from_utf8(output.stderr).expect("UTF-8");
     assert_eq!(output.status.code(), Some(1), "{args:?}: {stderr}");
     let lines: Vec<&str> = stderr.lines().filter(|line| line.starts_with("baton: ")).collect();
-    let [line] = lines[..] else { panic!("{args:?} printed not one sentence: {stderr}") };
+    let [line] = lines[..] else {
+        panic!("{args:?} printed not one sentence: {stderr}")
+    };
     assert!(stderr.trim_end().ends_with(line), "the sentence comes last: {stderr}");
     for part in parts {
         assert!(line.contains(part), "{part:?} is not in: {line}");
@@ -25,7 +27,11 @@ fn sentence(args: &[&str], parts: &[&str]) -> String {
 }
 
 fn up<'a>(data: &'a Path, args: &[&'a str]) -> Vec<&'a str> {
-    [&["up", "--port", "0", "--data-dir", data.to_str().expect("UTF-8")], args].concat()
+    [
+        &["up", "--port", "0", "--data-dir", data.to_str().expect("UTF-8")],
+        args,
+    ]
+    .concat()
 }
 
 #[test]
@@ -34,7 +40,10 @@ fn a_taken_port() {
     let holder = std::net::TcpListener::bind("127.0.0.1:0").expect("a loopback port");
     let port = holder.local_addr().expect("it is bound").port().to_string();
     let data = directory.path().join("data");
-    sentence(&["up", "--data-dir", data.to_str().expect("UTF-8"), "--port", &port], &[&port, "taken", "--port"]);
+    sentence(
+        &["up", "--data-dir", data.to_str().expect("UTF-8"), "--port", &port],
+        &[&port, "taken", "--port"],
+    );
 }
 
 #[test]
@@ -47,12 +56,22 @@ fn models_that_cannot_be_served() {
     std::fs::create_dir(&strange).expect("writable");
     let path = strange.to_str().expect("UTF-8");
     sentence(&up(&data, &["--model", path]), &["config.json"]);
-    std::fs::write(strange.join("config.json"), r#"{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}"#).expect("writable");
-    sentence(&up(&data, &["--model", path]), &["MambaForCausalLM", "LlamaForCausalLM"]);
+    std::fs::write(
+        strange.join("config.json"),
+        r#"{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}"#,
+    )
+    .expect("writable");
+    sentence(
+        &up(&data, &["--model", path]),
+        &["MambaForCausalLM", "LlamaForCausalLM"],
+    );
     std::fs::write(strange.join("config.json"), "{ not json").expect("writable");
     sentence(&up(&data, &["--model", path]), &["config.json"]);
 
-    sentence(&up(&data, &["--kv-mem", "500TiB"]), &["does not fit", "--kv-mem", "available"]);
+    sentence(
+        &up(&data, &["--kv-mem", "500TiB"]),
+        &["does not fit", "--kv-mem", "available"],
+    );
     sentence(&up(&data, &["--kv-mem", "1KiB"]), &["--kv-mem", "too little"]);
 }
 
@@ -60,11 +79,17 @@ fn models_that_cannot_be_served() {
 fn flags_that_cannot_work() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let data = directory.path().join("data");
-    sentence(&up(&data, &["--coordinators", "3"]), &["--coordinators 3", "one coordinator"]);
+    sentence(
+        &up(&data, &["--coordinators", "3"]),
+        &["--coordinators 3", "one coordinator"],
+    );
     sentence(&up(&data, &["--host", "0.0.0.0"]), &["--api-key"]);
     let file = directory.path().join("file");
     std::fs::write(&file, "").expect("writable");
-    sentence(&["up", "--port", "0", "--data-dir", file.to_str().expect("UTF-8")], &["--data-dir"]);
+    sentence(
+        &["up", "--port", "0", "--data-dir", file.to_str().expect("UTF-8")],
+        &["--data-dir"],
+    );
 }
 
 #[test]
@@ -73,7 +98,10 @@ fn broken_and_hostile_configurations() {
     let path = directory.path().join("config.toml");
     let name = path.to_str().expect("UTF-8");
     for command in ["worker", "coordinator"] {
-        sentence(&[command, "--config", "/no/such/file.toml"], &["/no/such/file.toml", "--config"]);
+        sentence(
+            &[command, "--config", "/no/such/file.toml"],
+            &["/no/such/file.toml", "--config"],
+        );
         sentence(&[command, "--config", "/dev/zero"], &["not a regular file"]);
         for text in [
             &b""[..],
@@ -105,6 +133,8 @@ async fn a_second_up_on_the_same_directory() {
     let cluster = Cluster::start(&["--prefill", "0"]).await;
     let pid = cluster.up.id().to_string();
     let data = cluster.data();
-    tokio::task::spawn_blocking(move || sentence(&up(&data, &[]), &[&pid, "--data-dir"])).await.expect("it says so");
+    tokio::task::spawn_blocking(move || sentence(&up(&data, &[]), &[&pid, "--data-dir"]))
+        .await
+        .expect("it says so");
     assert!(cluster.stop().await.success());
 }

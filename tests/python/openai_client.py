@@ -47,8 +47,8 @@ assert finish == whole.choices[0].finish_reason and len(ids) == 1, (finish, ids)
 assert usage.completion_tokens == whole.usage.completion_tokens, (usage, whole.usage)
 assert usage.prompt_tokens == whole.usage.prompt_tokens, (usage, whole.usage)
 
-stopped = client.chat.completions.create(**{**question, "stop": ["a", "e", "1", "7", " "]})
-assert not any(stop in (stopped.choices[0].message.content or "") for stop in ["a", "e", "1", "7", " "]), stopped
+stopped = client.chat.completions.create(**{**question, "stop": ["a", "e", "7", " "]})
+assert not any(stop in (stopped.choices[0].message.content or "") for stop in ["a", "e", "7", " "]), stopped
 
 for wrong, expected in [
     (dict(question, model="no-such-model"), openai.NotFoundError),

@@ -70,7 +70,12 @@ impl Cluster {
         };
         let ready = eventually("the cluster serves", START_MAX, || {
             let ended = this.up.try_wait().expect("it is our child");
-            assert!(ended.is_none(), "up ended with {ended:?}: {}\n{}", this.output("stderr"), this.logs());
+            assert!(
+                ended.is_none(),
+                "up ended with {ended:?}: {}\n{}",
+                this.output("stderr"),
+                this.logs()
+            );
             let ready = this.ready();
             async move { ready }
         })
@@ -97,7 +102,11 @@ impl Cluster {
     /// The ends of all logs, for messages.
     pub fn logs(&self) -> String {
         let mut text = String::new();
-        for entry in std::fs::read_dir(self.data().join("logs")).into_iter().flatten().flatten() {
+        for entry in std::fs::read_dir(self.data().join("logs"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             let log = read_lossy(&entry.path());
             let tail: Vec<&str> = log.lines().rev().take(15).collect();
             text += &format!("--- {}\n", entry.file_name().display());
@@ -109,8 +118,13 @@ impl Cluster {
     /// Process id of the process `name`, as `ready.json` has it.
     pub fn pid(&self, name: &str) -> u32 {
         let ready = self.ready().expect("the cluster serves");
-        let processes = ["coordinators", "workers"].map(|key| ready[key].as_array().cloned().unwrap_or_default()).concat();
-        let process = processes.iter().find(|p| p["name"] == name).unwrap_or_else(|| panic!("no {name} in {ready}"));
+        let processes = ["coordinators", "workers"]
+            .map(|key| ready[key].as_array().cloned().unwrap_or_default())
+            .concat();
+        let process = processes
+            .iter()
+            .find(|p| p["name"] == name)
+            .unwrap_or_else(|| panic!("no {name} in {ready}"));
         u32::try_from(process["pid"].as_u64().expect("a pid")).expect("a pid")
     }
 
@@ -119,7 +133,14 @@ impl Cluster {
         let ready = self.ready().expect("the cluster serves");
         let mut pids = vec![self.up.id()];
         for key in ["coordinators", "workers"] {
-            pids.extend(ready[key].as_array().into_iter().flatten().filter_map(|p| p["pid"].as_u64()).map(|pid| pid as u32));
+            pids.extend(
+                ready[key]
+                    .as_array()
+                    .into_iter()
+                    .flatten()
+                    .filter_map(|p| p["pid"].as_u64())
+                    .map(|pid| pid as u32),
+            );
         }
         pids
     }
@@ -134,13 +155,21 @@ impl Cluster {
     pub async fn assert_nothing_leaked(&self) {
         let workers = eventually("all workers are idle", Duration::from_secs(30), || async {
             let workers = self.workers().await;
-            let idle = |w: &Value| ["running", "waiting", "transferring", "held_blocks"].iter().all(|f| w[*f] == 0);
+            let idle = |w: &Value| {
+                ["running", "waiting", "transferring", "held_blocks"]
+                    .iter()
+                    .all(|f| w[*f] == 0)
+            };
             workers.iter().all(idle).then_some(workers)
         })
         .await;
         for worker in workers {
             let count = |field: &str| worker[field].as_u64().expect("a count");
-            assert_eq!(count("free_blocks") + count("cached_blocks"), count("total_blocks"), "{worker}");
+            assert_eq!(
+                count("free_blocks") + count("cached_blocks"),
+                count("total_blocks"),
+                "{worker}"
+            );
             assert!(count("total_blocks") > 0, "{worker}");
         }
     }

@@ -27,8 +27,12 @@ impl Answer {
 
 async fn send(method: Method, url: &str, path: &str, body: Bytes) -> hyper::Response<Incoming> {
     let address = url.strip_prefix("http://").expect("an http URL");
-    let stream = tokio::net::TcpStream::connect(address).await.expect("the server listens");
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.expect("HTTP");
+    let stream = tokio::net::TcpStream::connect(address)
+        .await
+        .expect("the server listens");
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+        .await
+        .expect("HTTP");
     tokio::spawn(connection);
     let request = Request::builder()
         .method(method)
@@ -37,7 +41,10 @@ async fn send(method: Method, url: &str, path: &str, body: Bytes) -> hyper::Resp
         .header("content-type", "application/json")
         .body(Full::new(body))
         .expect("a request");
-    tokio::time::timeout(LIMIT, sender.send_request(request)).await.expect("an answer in time").expect("an answer")
+    tokio::time::timeout(LIMIT, sender.send_request(request))
+        .await
+        .expect("an answer in time")
+        .expect("an answer")
 }
 
 async fn whole(response: hyper::Response<Incoming>) -> Answer {
@@ -83,7 +90,9 @@ pub struct Chat {
 
 impl Chat {
     pub fn count(&self, field: &str) -> u64 {
-        self.usage[field].as_u64().unwrap_or_else(|| panic!("usage has {field}: {}", self.usage))
+        self.usage[field]
+            .as_u64()
+            .unwrap_or_else(|| panic!("usage has {field}: {}", self.usage))
     }
 }
 
@@ -135,8 +144,12 @@ impl ChatStream {
             if self.done {
                 return None;
             }
-            let frame = tokio::time::timeout(LIMIT, self.body.frame()).await.expect("a chunk in time");
-            let frame = frame.expect("the stream ends with [DONE]").expect("the stream is not cut");
+            let frame = tokio::time::timeout(LIMIT, self.body.frame())
+                .await
+                .expect("a chunk in time");
+            let frame = frame
+                .expect("the stream ends with [DONE]")
+                .expect("the stream is not cut");
             let (pending, done) = (&mut self.pending, &mut self.done);
             self.parser
                 .push(frame.data_ref().map_or(&[], |data| data), |event| match event {
