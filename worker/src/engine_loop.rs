@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, Span};
 
 /// Commands taken between two steps: enough for any burst a batch can absorb, few enough not to delay the step.
 const COMMANDS_PER_STEP_MAX: usize = 256;
@@ -32,11 +33,30 @@ struct Job {
     id: u64,
     request_id: String,
     kind: Kind,
+    /// Open as long as the job is, under the request's own trace.
+    span: Span,
     submitted: Instant,
     scheduled: Option<Instant>,
     first_token: Option<Instant>,
     /// The caller was told the end; only a transfer still holds the blocks.
     answered: bool,
+}
+
+impl Job {
+    fn new(ticket: Ticket, caller: CallerId, id: u64, request_id: String, span: Span, kind: Kind) -> Self {
+        Self {
+            ticket,
+            caller,
+            id,
+            request_id,
+            kind,
+            span,
+            submitted: Instant::now(),
+            scheduled: None,
+            first_token: None,
+            answered: false,
+        }
+    }
 }
 
 enum Kind {
@@ -187,6 +207,7 @@ impl EngineLoop {
             cache_salt: cache_salt.to_vec(),
             remote_prefill: prefill_peer.is_some(),
         });
+        let span = tracing::info_span!("decode", %request_id, %traceparent);
         let fill = prefill_peer.map(|peer| FillSpec {
             peer,
             traceparent,
@@ -199,7 +220,7 @@ impl EngineLoop {
             filled: None,
         };
         match submitted {
-            Ok(seq) => self.admit(seq, ticket, caller, id, request_id, kind),
+            Ok(seq) => self.admit(seq, Job::new(ticket, caller, id, request_id, span, kind)),
             Err(error) => self.refuse(ticket, caller, id, error.to_string(), error.retryable()),
         }
     }
@@ -213,6 +234,11 @@ impl EngineLoop {
             prefilled,
             cancelled,
         } = command;
+        let span = tracing::info_span!(
+            "prefill",
+            request_id = %request.request_id,
+            traceparent = %request.traceparent
+        );
         let params = match SamplingParams::try_from(&request.sampling.unwrap_or_default()) {
             Ok(params) => params,
             Err(error) => return self.refuse(ticket, caller, request.id, error.to_string(), false),
@@ -229,27 +255,18 @@ impl EngineLoop {
             cancelled,
         };
         match submitted {
-            Ok(seq) => self.admit(seq, ticket, caller, request.id, request.request_id, kind),
+            Ok(seq) => self.admit(
+                seq,
+                Job::new(ticket, caller, request.id, request.request_id, span, kind),
+            ),
             // Dropping `prefilled` ends the push.
             Err(error) => self.refuse(ticket, caller, request.id, error.to_string(), error.retryable()),
         }
     }
 
-    fn admit(&mut self, seq: SeqId, ticket: Ticket, caller: CallerId, id: u64, request_id: String, kind: Kind) {
-        let (submitted, scheduled, first_token) = (Instant::now(), None, None);
-        let job = Job {
-            ticket,
-            caller,
-            id,
-            request_id,
-            kind,
-            submitted,
-            scheduled,
-            first_token,
-            answered: false,
-        };
+    fn admit(&mut self, seq: SeqId, job: Job) {
+        self.seqs.insert(job.ticket, seq);
         self.jobs.insert(seq, job);
-        self.seqs.insert(ticket, seq);
     }
 
     fn refuse(&mut self, ticket: Ticket, caller: CallerId, id: u64, error: String, retryable: bool) {
@@ -332,10 +349,12 @@ impl EngineLoop {
             };
             let (fills, cancelled) = (self.fills.clone(), fill_cancelled.clone());
             let (handle, ticket) = (self.handle.clone(), job.ticket);
-            self.runtime.spawn(async move {
+            let span = tracing::info_span!(parent: &job.span, "hand_over", peer = %request.peer.worker_id);
+            let task = async move {
                 let end = fill(&fills, request, &cancelled).await;
                 handle.send(Command::FillEnded { ticket, end }).await;
-            });
+            };
+            self.runtime.spawn(task.instrument(span));
         }
     }
 
@@ -457,8 +476,9 @@ impl EngineLoop {
     fn emit(&mut self, output: Output) {
         let Output { seq, tokens, finish } = output;
         let Some(job) = self.jobs.get_mut(&seq) else { return };
-        if !tokens.is_empty() {
-            job.first_token.get_or_insert_with(Instant::now);
+        if !tokens.is_empty() && job.first_token.is_none() {
+            job.first_token = Some(Instant::now());
+            tracing::debug!(parent: &job.span, "first token");
         }
         if let Kind::Prefill { prefilled, .. } = &mut job.kind {
             match finish {

@@ -21,6 +21,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument;
 
 /// Time a caller has to greet after opening a stream.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -206,13 +207,14 @@ impl Service {
         let layers = LayerPush::new(push.writer(), geometry, request.blocks.clone(), skip);
         let (sender, prefilled) = oneshot::channel();
         let cancelled = CancellationToken::new();
-        tokio::spawn(hand_over(
-            push,
-            prefilled,
-            cancelled.clone(),
-            ticket,
-            self.engine.clone(),
-        ));
+        let span = tracing::info_span!(
+            "transfer",
+            request_id = %request.request_id,
+            traceparent = %request.traceparent,
+            to = %peer
+        );
+        let pushing = hand_over(push, prefilled, cancelled.clone(), ticket, self.engine.clone());
+        tokio::spawn(pushing.instrument(span));
         let command = PrefillCommand {
             ticket,
             caller,
