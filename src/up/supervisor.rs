@@ -23,8 +23,9 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 
 /// Events under way from children; a child that reports faster waits for the supervisor.
 const EVENTS_MAX: usize = 256;
-/// Time a coordinator has to answer or cut its requests and commit what they used: its own limits allow ten seconds.
-const COORDINATOR_STOP: Duration = Duration::from_secs(12);
+/// Time a coordinator has to answer or cut its requests and commit what they used: its own
+/// limits allow ten seconds, and two more for the last spans.
+const COORDINATOR_STOP: Duration = Duration::from_secs(15);
 /// Time a worker has to say goodbye.
 const WORKER_STOP: Duration = Duration::from_secs(4);
 /// Time the kernel has to end a killed process.

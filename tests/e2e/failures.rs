@@ -2,8 +2,10 @@
 //! nothing left running.
 
 use super::support::cluster::{Cluster, baton};
+use super::support::{eventually, signal};
 use std::path::Path;
-use std::process::Output;
+use std::process::{Output, Stdio};
+use std::time::Duration;
 
 fn run(args: &[&str]) -> Output {
     baton().args(args).output().expect("the binary runs")
@@ -116,6 +118,75 @@ fn broken_and_hostile_configurations() {
             sentence(&[command, "--config", name], &["config.toml"]);
         }
     }
+}
+
+/// The environment wins over the file: a good file with a bad variable is refused, and the variable is named.
+#[test]
+fn the_environment_overrides_the_configuration() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let path = directory.path().join("config.toml");
+    let text = "worker_id = \"w\"\nmodel_path = \"/no/model\"\nmodel_name = \"m\"\nidentity_dir = \"/no/identity\"\n\
+                coordinator_addrs = [\"127.0.0.1:1\"]\n";
+    std::fs::write(&path, text).expect("writable");
+    let stderr = |name: &str, value: &str| {
+        let output = baton()
+            .arg("worker")
+            .arg("--config")
+            .arg(&path)
+            .env(name, value)
+            .output()
+            .expect("the binary runs");
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).expect("UTF-8")
+    };
+    assert!(
+        stderr("BATON_WORKER_ROLE", "prefill").contains("/no/model"),
+        "taken, and then the model is missed"
+    );
+    assert!(stderr("BATON_WORKER_ROLE", "oracle").contains("oracle"));
+    assert!(stderr("BATON_WORKER_MODEL_PATH", "/other/model").contains("/other/model"));
+    assert!(stderr("BATON_WORKER_NO_SUCH", "1").contains("no_such"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn interrupted_while_starting() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let data = directory.path().join("data");
+    let mut child = baton()
+        .args(up(&data, &[]))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the binary runs");
+    eventually("the first worker is being started", Duration::from_secs(60), || async {
+        data.join("logs/prefill-0.log").exists().then_some(())
+    })
+    .await;
+    signal(child.id(), rustix::process::Signal::INT);
+    let status = eventually("up ends", Duration::from_secs(40), || {
+        let status = child.try_wait().expect("it is our child");
+        async move { status }
+    })
+    .await;
+    assert!(
+        matches!(status.code(), Some(0 | 130)),
+        "{status:?}: stopped before or just after it served"
+    );
+    eventually("no process is left", Duration::from_secs(10), || async {
+        commands_naming(&data).is_empty().then_some(())
+    })
+    .await;
+}
+
+/// Command lines of running processes that name a path.
+fn commands_naming(path: &Path) -> Vec<String> {
+    let path = path.to_str().expect("UTF-8");
+    let processes = std::fs::read_dir("/proc").expect("this is Linux").flatten();
+    let commands = processes.filter_map(|process| std::fs::read(process.path().join("cmdline")).ok());
+    commands
+        .map(|line| String::from_utf8_lossy(&line).replace('\0', " "))
+        .filter(|line| line.contains(path))
+        .collect()
 }
 
 #[test]
