@@ -3,7 +3,7 @@
 use crate::server::{Startup, serve};
 use crate::{WorkerConfig, WorkerError};
 use baton_engine::{ModelEngine, blocks_for_bytes};
-use baton_model::{ModelConfig, ModelFiles, Stage};
+use baton_model::{MemoryNeed, ModelConfig, ModelFiles, Stage, available_memory};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
@@ -29,6 +29,17 @@ fn load(
 ) -> Result<(ModelEngine, [u8; 32]), WorkerError> {
     let model = ModelConfig::from_dir(&config.model_path)?;
     let files = ModelFiles::open(&config.model_path)?;
+    let geometry = model.kv_geometry(config.block_size);
+    if !geometry.is_sane() {
+        return Err(WorkerError::Config(format!(
+            "block_size is {}; 16 is usual, 1 to 8192 are taken",
+            config.block_size
+        )));
+    }
+    if let Some(available) = available_memory() {
+        let (tokens, rows) = (config.batch_tokens_max, config.seqs_max);
+        MemoryNeed::estimate(&model, files.weight_bytes(), config.kv_bytes, tokens, rows).check(available)?;
+    }
     let progress = |_: Stage<'_>, done, total| startup(Startup::Loading { done, total });
     let digest = files.digest(&model, &progress);
     let threads = match config.threads {
@@ -36,8 +47,7 @@ fn load(
         threads => threads,
     };
     let budget = usize::try_from(config.kv_bytes).unwrap_or(usize::MAX);
-    let total_blocks = blocks_for_bytes(&model.kv_geometry(config.block_size), budget)
-        .map_err(|error| WorkerError::Config(error.to_string()))?;
+    let total_blocks = blocks_for_bytes(&geometry, budget).map_err(|error| WorkerError::Config(error.to_string()))?;
     let engine = ModelEngine::load(&files, model, config.block_size, total_blocks, threads, &progress)?;
     Ok((engine, digest))
 }
