@@ -30,7 +30,7 @@ pub struct TraceRequest {
     pub input_tokens: u32,
     /// Answer length.
     pub output_tokens: u32,
-    /// Names of the prompt's blocks of [`HASH_BLOCK_TOKENS`]; empty where the trace has none.
+    /// Names of the prompt's blocks of 512 tokens; empty where the trace has none.
     pub hash_ids: Vec<u64>,
 }
 

@@ -93,8 +93,8 @@ pub struct UpArgs {
 /// Flags of `baton coordinator` and `baton worker`.
 #[derive(Debug, Clone, Args)]
 pub struct ServeArgs {
-    /// TOML configuration. Every setting can also come from the environment, which wins: BATON_COORDINATOR_<SETTING>
-    /// or BATON_WORKER_<SETTING>, in capitals
+    /// TOML configuration. Every setting can also come from the environment, which wins: `BATON_COORDINATOR_<SETTING>`
+    /// or `BATON_WORKER_<SETTING>`, in capitals
     #[arg(long, value_name = "FILE")]
     pub config: PathBuf,
     /// Set by `baton up` on its children: reports go to stdout as JSON lines, the process ends with that parent.
