@@ -118,3 +118,62 @@ async fn a_second_run_finds_the_first_ones_state() {
     );
     assert!(second.stop().await.success());
 }
+
+/// A client that hangs up ends the work on every worker; nobody computes an answer that nobody reads.
+#[tokio::test(flavor = "multi_thread")]
+async fn hanging_up_ends_the_work() {
+    const ASKED: u64 = 1900;
+    let cluster = Cluster::start(&["--prefill-threshold", "4"]).await;
+    let body = chat_body(
+        "count as far as you can",
+        json!({"max_tokens": ASKED, "ignore_eos": true}),
+    );
+    let mut stream = ChatStream::start(&cluster.url, &body).await;
+    for _ in 0..3 {
+        stream.next().await.expect("the answer has begun");
+    }
+    drop(stream);
+    cluster.assert_nothing_leaked().await;
+    let workers = cluster.workers().await;
+    let generated: u64 = workers
+        .iter()
+        .filter_map(|w| w["generation_tokens_total"].as_u64())
+        .sum();
+    assert!((1..ASKED).contains(&generated), "{generated} tokens were computed");
+    assert!(cluster.stop().await.success());
+}
+
+/// Beyond loopback a key is needed, for people and for our own commands.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_guards_the_api() {
+    const KEY: &str = "sk-test-0123456789abcdef";
+    let cluster = Cluster::start(&["--prefill", "0", "--host", "0.0.0.0", "--api-key", KEY]).await;
+    assert!(
+        cluster.url.starts_with("http://127.0.0.1:"),
+        "{}: an address one can connect to",
+        cluster.url
+    );
+    for path in ["/v1/models", "/cluster/workers", "/metrics"] {
+        assert_eq!(get(&cluster.url, path).await.status, StatusCode::UNAUTHORIZED, "{path}");
+    }
+    let status = |args: &[&str]| {
+        let output = baton()
+            .args(["status", "--json", "--url", &cluster.url])
+            .args(args)
+            .output();
+        output.expect("the binary runs")
+    };
+    assert!(status(&["--api-key", KEY]).status.success());
+    let refused = status(&[]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(
+        String::from_utf8_lossy(&refused.stderr).contains("BATON_API_KEY"),
+        "{refused:?}"
+    );
+    let printed = cluster.output("stdout");
+    assert!(
+        printed.contains("$BATON_API_KEY") && !printed.contains(KEY),
+        "the key is not printed: {printed}"
+    );
+    assert!(cluster.stop().await.success());
+}
