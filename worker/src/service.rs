@@ -188,7 +188,7 @@ impl Service {
         check_prompt(&request.prompt)?;
         let geometry = self.advertised.geometry;
         let skip = request.cached_tokens as usize;
-        if skip % geometry.block_size != 0 || skip >= request.prompt.len() {
+        if !skip.is_multiple_of(geometry.block_size) || skip >= request.prompt.len() {
             return Err(Status::invalid_argument(format!(
                 "cached_tokens is {skip}: it must be a multiple of {} below the prompt's length",
                 geometry.block_size

@@ -8,7 +8,7 @@
 //!    equals at the edge the lowest ids stay (vLLM would keep all of them).
 //! 5. `top_p` keeps, of what `top_k` left and renormalised, the shortest best-first prefix whose weight reaches
 //!    `top_p` of the total; at least one candidate. 1 keeps all.
-//! 6. The draw is `u * total` with `u` from [`rng::uniform`](crate::rng::uniform)`(seed, position)`, walked
+//! 6. The draw is `u * total` with `u` from [`rng::uniform`] of `(seed, position)`, walked
 //!    best-first when `top_k` or `top_p` is set and drops something, else in id order.
 //!
 //! The vocabulary is never sorted: `top_k` selects, `top_p` selects ever larger heads until one is heavy enough, and

@@ -235,10 +235,13 @@ impl Cell {
     }
 }
 
+/// Requests by id: the tokens so far, and who waits for the end.
+type Waiting = Arc<Mutex<HashMap<u64, (Vec<u32>, oneshot::Sender<Answer>)>>>;
+
 /// A gateway's end of an Attach stream.
 pub struct Gateway {
     outbound: mpsc::Sender<ToWorker>,
-    waiting: Arc<Mutex<HashMap<u64, (Vec<u32>, oneshot::Sender<Answer>)>>>,
+    waiting: Waiting,
     next_id: std::sync::atomic::AtomicU64,
 }
 
@@ -279,7 +282,7 @@ impl Gateway {
             }) => {}
             other => panic!("no greeting: {other:?}"),
         }
-        let waiting: Arc<Mutex<HashMap<u64, (Vec<u32>, oneshot::Sender<Answer>)>>> = Arc::default();
+        let waiting = Waiting::default();
         let shared = waiting.clone();
         tokio::spawn(async move {
             while let Ok(Some(message)) = inbound.message().await {
