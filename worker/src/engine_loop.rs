@@ -121,6 +121,8 @@ impl EngineLoop {
     pub(crate) fn run(mut self) -> Result<(), String> {
         let mut idle = true;
         let mut slow_caller = false;
+        // The first heartbeat may leave before the first command comes.
+        self.shared.publish(self.load());
         loop {
             if idle && slow_caller {
                 std::thread::sleep(SLOW_CALLER_PAUSE);

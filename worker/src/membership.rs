@@ -131,6 +131,7 @@ async fn join(
                         let interval = Duration::from_millis(order.heartbeat_interval_ms.into());
                         heartbeat = tokio::time::interval(interval.max(HEARTBEAT_MIN));
                         member = true;
+                        tracing::info!(coordinator = %addr, epoch = order.epoch, "registered");
                         registered(order.epoch);
                     }
                     Some(coordinator_order::Kind::Refused(refused)) => return Err(WorkerError::Refused(refused.reason)),

@@ -127,6 +127,14 @@ pub async fn serve(
         )
     };
     let (handle, engine_thread): (EngineHandle, _) = engine_thread::spawn(engine, scheduler, fills)?;
+    tracing::info!(
+        worker_id = %config.worker_id,
+        role = ?config.role,
+        addr = %advertised.addr,
+        transfer_addr = %advertised.transfer_addr,
+        blocks = advertised.total_blocks,
+        "serving"
+    );
     startup(Startup::Listening {
         addr: advertised.addr,
         transfer_addr: advertised.transfer_addr,
