@@ -37,7 +37,7 @@ def style(r: random.Random, s: str, question: bool) -> str:
     elif x < 0.62:
         parts = re.split(r"(\{\w+\})", s)
         s = "".join(p if p.startswith("{") else p.lower() for p in parts)
-    elif x < 0.645:
+    elif x < 0.66:
         parts = re.split(r"(\{\w+\})", s)
         s = "".join(p if p.startswith("{") else p.upper() for p in parts)
     if r.random() < 0.12:
@@ -283,9 +283,26 @@ class Chat:
         # "I am 30", "my fish is Rex" and "my city is" would be ambiguous otherwise.
         return family == "is" and owner == "my" and (key in ("city", "job", "name", "country", "age") or key in T.RELATIONS or key in T.EVENTS)
 
+    def sibling(self) -> tuple:
+        """A slot that is easily confused with one already stated."""
+        r = self.r
+        family, key, owner, kind = r.choice(list(self.facts))
+        if family == "called":
+            return (family, r.choice(T.RELATIONS), "", kind)
+        if family == "when":
+            return (family, r.choice(T.EVENTS), "", kind)
+        alike = [k for k in T.MY_KEYS if k.split()[-1:] == key.split()[-1:] or T.MY_KEYS[k] == kind]
+        if family == "is" and owner == "my" and key.startswith("favorite "):
+            k = r.choice(list(T.FAVOURITES))
+            return ("is", "favorite " + k, "my", T.FAVOURITES[k])
+        if family == "is" and owner == "my" and alike:
+            k = r.choice(alike)
+            return ("is", k, "my", T.MY_KEYS[k])
+        return self.new_slot()
+
     def tell(self, slot=None):
         for _ in range(20):
-            s = slot or self.new_slot()
+            s = slot or (self.sibling() if self.facts and self.r.random() < 0.3 else self.new_slot())
             if not self.same(s):
                 break
         else:
@@ -446,9 +463,9 @@ class Chat:
         self.say(style(r, q, True), r.choice(knowledge.FALLBACK))
 
 
-EVENTS = [("tell", 19), ("ask", 26), ("update", 8), ("tell_many", 6), ("tell_ask", 2), ("ask_two", 5), ("ask_missing", 8), ("about_me", 2),
+EVENTS = [("tell", 19), ("ask", 26), ("update", 8), ("tell_many", 8), ("tell_ask", 2), ("ask_two", 5), ("ask_missing", 8), ("about_me", 2),
           ("repeat", 13), ("list_tell", 4), ("list_ask", 12), ("again", 1), ("know", 13), ("chat", 4), ("unknown", 6)]
-DRILL = [("tell", 22), ("ask", 32), ("update", 7), ("tell_many", 3), ("ask_two", 3), ("ask_missing", 5), ("repeat", 20), ("list_tell", 3), ("list_ask", 9)]
+DRILL = [("tell", 22), ("ask", 32), ("update", 7), ("tell_many", 6), ("ask_two", 3), ("ask_missing", 5), ("repeat", 20), ("list_tell", 3), ("list_ask", 9)]
 
 
 def conversation(r: random.Random, size: int, drill: bool = False, held: bool = False) -> list[dict]:

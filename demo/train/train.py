@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 import batches
@@ -92,7 +93,12 @@ def main():
 
     cfg = model.Config()
     params = {k: jnp.asarray(v) for k, v in load_file(args.init).items()} if args.init else model.init_params(cfg, args.seed)
-    state = optimizer.init(params)
+    # With several (virtual) devices the rows of a batch are divided among them;
+    # on a CPU this uses the cores better than threads inside one operation do.
+    mesh = Mesh(np.array(jax.devices()), ("rows",))
+    everywhere, by_row = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("rows"))
+    params = jax.device_put(params, everywhere)
+    state = jax.device_put(optimizer.init(params), everywhere)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, lr, batch):
@@ -135,7 +141,7 @@ def main():
                 x = args.start + (1 - args.start) * (n / args.steps if args.steps else (time.time() - began) / 60 / args.minutes)
                 # A short ramp lets the moment estimates settle, also when resuming.
                 lr = learning_rate(x, args.lr) * min(1.0, (n + 1) / 30)
-                params, state, loss, acc = step(params, state, lr, batch)
+                params, state, loss, acc = step(params, state, lr, jax.device_put(batch, by_row))
                 losses.append((loss, acc))
                 n += 1
                 seen += args.tokens
@@ -150,8 +156,8 @@ def main():
                     save()
             pending.append(request(requested, x))
             requested += 1
-    evaluate("final")
     save()
+    evaluate("final")
     log(f"# done: {n} steps, {seen/1e6:.2f}M tokens, {(time.time() - began)/60:.1f} minutes")
 
 

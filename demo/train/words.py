@@ -8,7 +8,9 @@ instead of a memory of these lists.
 What it is not for: sentences and answers (see templates.py, knowledge.py).
 """
 import random
+import re
 import zlib
+from pathlib import Path
 
 
 def _w(text: str) -> list[str]:
@@ -111,7 +113,10 @@ def digits(r: random.Random, n: int, held: bool = False) -> str:
 
 # Fragments of training words: spliced together they cover the pieces that the
 # tokenizer makes of real words, which syllables alone do not.
-_REAL = sorted({w.lower() for g in (WORDS, NAMES, CITIES, FOODS, JOBS, HOBBIES, COUNTRIES, ANIMALS, COLORS, DAYS, MONTHS) for w in g if w.isalpha()})
+# The words of the fixed answers count too: their pieces must be free for copying.
+_REAL = {w.lower() for g in (WORDS, NAMES, CITIES, FOODS, JOBS, HOBBIES, COUNTRIES, ANIMALS, COLORS, DAYS, MONTHS) for w in g if w.isalpha()}
+_TEXT = " ".join(Path(__file__).with_name(n).read_text(encoding="utf-8") for n in ("knowledge.py", "templates.py"))
+_REAL = sorted(_REAL | {w.lower() for w in re.findall("[A-Za-z]{3,}", _TEXT)})
 
 
 def _splice(r: random.Random) -> str:
