@@ -1,3 +1,5 @@
+//! The sampler against its written semantics: filters, ties, odd logits, determinism, and the shape of the draws.
+
 use super::*;
 use proptest::prelude::*;
 
