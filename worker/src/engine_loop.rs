@@ -301,6 +301,7 @@ impl EngineLoop {
             return;
         };
         if let Some(job) = self.jobs.get_mut(&seq) {
+            tracing::debug!(parent: &job.span, "cancelled");
             match &mut job.kind {
                 Kind::Generate { fill_cancelled, .. } => fill_cancelled.cancel(),
                 Kind::Prefill {
