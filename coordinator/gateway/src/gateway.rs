@@ -11,7 +11,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::api_error::ApiError;
 use crate::auth::KeyCheck;
-use crate::backend::{Backend, Job};
+use crate::backend::{Backend, Job, ModelInfo};
 use crate::config::GatewayConfig;
 use crate::error::GatewayError;
 use crate::metrics::Metrics;
@@ -184,13 +184,14 @@ impl<B: Backend> Gateway<B> {
             .any(|model| model.served && self.models.contains_key(&model.id))
     }
 
+    /// What the cluster says of a model it has heard of.
+    fn known(&self, model: &ServedModel) -> Option<ModelInfo> {
+        let models = self.ledger.backend.models();
+        models.into_iter().find(|info| info.id == model.name())
+    }
+
     fn card(&self, model: &ServedModel) -> ModelCard {
-        let known = self
-            .ledger
-            .backend
-            .models()
-            .into_iter()
-            .find(|info| info.id == model.name());
+        let known = self.known(model);
         ModelCard {
             id: model.name().to_owned(),
             object: "model",
@@ -202,13 +203,7 @@ impl<B: Backend> Gateway<B> {
 
     /// The smaller of what the model's files and its workers allow.
     fn context_length(&self, model: &ServedModel) -> u32 {
-        let known = self
-            .ledger
-            .backend
-            .models()
-            .into_iter()
-            .find(|info| info.id == model.name());
-        match known.map(|info| info.context_length) {
+        match self.known(model).map(|info| info.context_length) {
             Some(length) if length > 0 => length.min(model.context_length()),
             _ => model.context_length(),
         }
