@@ -82,6 +82,16 @@ pub struct UpArgs {
     /// Compute threads per worker [default: the cores of this machine divided by the number of workers]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
+    /// What the model's weights become in memory: as they are stored, int8 (W8A8: about half the size of bf16 and twice
+    /// as fast) or int4 (a quarter)
+    #[arg(
+        long,
+        value_name = "none|int8|int4",
+        default_value = "none",
+        env = "BATON_QUANTIZE",
+        hide_env_values = true
+    )]
+    pub quantize: baton_model::Quantization,
     /// Prompts with more tokens than this are computed by a prefill worker [default: 256; 16 with the demo model]
     #[arg(long, value_name = "TOKENS")]
     pub prefill_threshold: Option<u32>,

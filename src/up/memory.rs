@@ -16,7 +16,7 @@ const KV_TOKENS_MIN: u64 = 1024;
 /// What a model needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ModelNeeds {
-    /// Bytes of the weights. They are mapped as stored, so all workers share one copy.
+    /// Bytes of the weights once packed; each worker has its own.
     pub weight_bytes: u64,
     /// Activations, logits and scratch of each worker.
     pub scratch_bytes: u64,
@@ -50,13 +50,15 @@ pub fn kv_bytes(
         (None, Some(available)) => wanted.min(available / KV_SHARE / workers).max(smallest),
         (None, None) => wanted.min(1 << 30).max(smallest),
     };
-    let each = kv.saturating_add(needs.scratch_bytes);
-    let needed = workers.saturating_mul(each).saturating_add(needs.weight_bytes);
+    let each = kv
+        .saturating_add(needs.scratch_bytes)
+        .saturating_add(needs.weight_bytes);
+    let needed = workers.saturating_mul(each);
     match available {
         Some(available) if needed > available => bail!(
-            "{model} does not fit the memory of this machine: it needs about {} ({} of weights, and {} of KV blocks and {} of \
+            "{model} does not fit the memory of this machine: it needs about {} ({} of weights, {} of KV blocks and {} of \
              working memory for each of {workers} workers) and {} are available; take a smaller model, fewer workers \
-             (--prefill, --decode) or a smaller --kv-mem",
+             (--prefill, --decode), smaller weights (--quantize) or a smaller --kv-mem",
             size::format(needed),
             size::format(needs.weight_bytes),
             size::format(kv),

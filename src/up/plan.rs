@@ -7,7 +7,7 @@ use super::progress::Progress;
 use crate::cli::UpArgs;
 use crate::demo;
 use anyhow::{Context, bail};
-use baton_model::{MemoryNeed, ModelConfig, ModelFiles, Stage};
+use baton_model::{MemoryNeed, ModelConfig, ModelFiles, Quantization, Stage};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -54,6 +54,8 @@ pub struct Plan {
     pub workers: Vec<(String, Role)>,
     /// Compute threads of each worker.
     pub threads: usize,
+    /// What weights become in memory.
+    pub quantization: Quantization,
     /// KV memory of each worker.
     pub kv_bytes: u64,
     /// Key that clients must send.
@@ -117,7 +119,13 @@ impl Plan {
         // Both refuse what the workers would refuse, with the same sentence.
         let config = ModelConfig::from_dir(&model_path)?;
         let files = ModelFiles::open(&model_path)?;
-        let need = MemoryNeed::estimate(&config, files.weight_bytes(), 0, BATCH_TOKENS_MAX, SEQUENCES_MAX);
+        let need = MemoryNeed::estimate(
+            &config,
+            files.packed_bytes(&config, args.quantize),
+            0,
+            BATCH_TOKENS_MAX,
+            SEQUENCES_MAX,
+        );
         let needs = ModelNeeds {
             weight_bytes: need.weights,
             scratch_bytes: need.scratch,
@@ -139,6 +147,7 @@ impl Plan {
             model_name,
             threads: args.threads.map_or((cores / workers.len()).max(1), usize::from),
             workers,
+            quantization: args.quantize,
             kv_bytes,
             api_key: args.api_key.clone(),
             prefill_threshold: args

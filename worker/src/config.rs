@@ -1,6 +1,7 @@
 //! The worker's configuration file, one documented field per setting.
 
 use crate::WorkerError;
+use baton_model::Quantization;
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -56,6 +57,10 @@ pub struct WorkerConfig {
     /// Compute threads; 0 takes every core. Workers that share a machine divide its cores between them.
     #[serde(default)]
     pub threads: usize,
+    /// What weight matrices become when they are loaded: `none` (as stored), `int8` (W8A8) or `int4`. Workers that hand
+    /// blocks over must agree.
+    #[serde(default)]
+    pub quantization: Quantization,
     /// Memory for KV blocks, in bytes.
     #[serde(default = "default_kv_bytes")]
     pub kv_bytes: u64,

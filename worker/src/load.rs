@@ -3,7 +3,7 @@
 use crate::server::{Startup, serve};
 use crate::{WorkerConfig, WorkerError};
 use baton_engine::{ModelEngine, blocks_for_bytes};
-use baton_model::{MemoryNeed, ModelConfig, ModelFiles, Stage, available_memory};
+use baton_model::{LoadOptions, MemoryNeed, ModelConfig, ModelFiles, Stage, available_memory};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
@@ -38,16 +38,21 @@ fn load(
     }
     if let Some(available) = available_memory() {
         let (tokens, rows) = (config.batch_tokens_max, config.seqs_max);
-        MemoryNeed::estimate(&model, files.weight_bytes(), config.kv_bytes, tokens, rows).check(available)?;
+        let weights = files.packed_bytes(&model, config.quantization);
+        MemoryNeed::estimate(&model, weights, config.kv_bytes, tokens, rows).check(available)?;
     }
     let progress = |_: Stage<'_>, done, total| startup(Startup::Loading { done, total });
-    let digest = files.digest(&model, &progress);
+    let digest = files.digest(&model, config.quantization, &progress);
     let threads = match config.threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         threads => threads,
     };
+    let options = LoadOptions {
+        threads,
+        quantization: config.quantization,
+    };
     let budget = usize::try_from(config.kv_bytes).unwrap_or(usize::MAX);
     let total_blocks = blocks_for_bytes(&geometry, budget).map_err(|error| WorkerError::Config(error.to_string()))?;
-    let engine = ModelEngine::load(&files, model, config.block_size, total_blocks, threads, &progress)?;
+    let engine = ModelEngine::load(&files, model, config.block_size, total_blocks, &options, &progress)?;
     Ok((engine, digest))
 }

@@ -149,7 +149,7 @@ impl MockEngine {
     fn slot(&self, span: &StepSeq, layer: usize, half: KvHalf, position: usize) -> usize {
         let (block, slot) = (position / self.config.block_size, position % self.config.block_size);
         self.geometry
-            .range(span.blocks[block], layer, half, slot..slot + 1)
+            .range(span.blocks[block], layer, 0, half, slot..slot + 1)
             .start
     }
 
@@ -165,7 +165,7 @@ impl MockEngine {
             let slots = size.min(span.end_pos() - index * size);
             for layer in 0..self.geometry.layers {
                 for half in [KvHalf::K, KvHalf::V] {
-                    let range = self.geometry.range(block, layer, half, 0..slots);
+                    let range = self.geometry.range(block, layer, 0, half, 0..slots);
                     let bytes = &mut buffer[..range.len()];
                     if !self.region.copy_out(range.start, bytes) {
                         return Err(outside(range.start));
@@ -302,7 +302,7 @@ mod tests {
                     assert!(
                         engine
                             .region()
-                            .copy_in(geometry.range(0, layer, half, slot..slot + 1).start + 3, &[0xA5])
+                            .copy_in(geometry.range(0, layer, 0, half, slot..slot + 1).start + 3, &[0xA5])
                     );
                     changed += usize::from(token(&mut engine, vec![span(&[6], 5, &[0, 1])])[0] != right[1]);
                 }

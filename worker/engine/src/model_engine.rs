@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use baton_kvtransfer::Region;
 use baton_model::{
-    CpuOps, Decoder, ForwardBatch, KvCache, KvGeometry, ModelConfig, ModelError, ModelFiles, Ops, Progress, SeqSpan,
+    CpuOps, Decoder, ForwardBatch, KvCache, KvGeometry, LoadOptions, ModelConfig, ModelError, ModelFiles, Ops,
+    Progress, SeqSpan,
 };
 
 use crate::error::EngineError;
@@ -21,7 +22,7 @@ pub struct ModelEngine<O: Ops = CpuOps> {
 
 impl ModelEngine<CpuOps> {
     /// Loads a model for the CPU and reserves a KV pool of `total_blocks` blocks of `block_size` tokens (how many a byte
-    /// budget holds: [`blocks_for_bytes`](crate::blocks_for_bytes)). `threads` includes the one that calls `step`.
+    /// budget holds: [`blocks_for_bytes`](crate::blocks_for_bytes)).
     ///
     /// # Errors
     /// Whatever the model's files or the machine's memory refuse, in a sentence for the operator.
@@ -30,12 +31,12 @@ impl ModelEngine<CpuOps> {
         config: ModelConfig,
         block_size: usize,
         total_blocks: u32,
-        threads: usize,
+        options: &LoadOptions,
         progress: &dyn Progress,
     ) -> Result<Self, ModelError> {
         // The pool first: it fails at once where memory is short, loading takes a while.
         let kv = KvCache::allocate(config.kv_geometry(block_size), total_blocks)?;
-        Ok(Self::new(Decoder::load(files, config, threads, progress)?, kv))
+        Ok(Self::new(Decoder::load(files, config, options, progress)?, kv))
     }
 }
 

@@ -31,7 +31,7 @@ impl Table<'_> {
     }
 }
 
-/// The pieces of one layer of `positions`: two per block touched (K and V), or one where a block is whole. `None` if a
+/// The pieces of one layer of `positions`: K and V of each head per block touched, or one piece where a block is whole. `None` if a
 /// table does not cover the positions.
 pub fn pieces(
     geometry: &KvGeometry,
@@ -53,10 +53,12 @@ pub fn pieces(
                 remote_offset: geometry.layer_range(there, layer).start,
             });
         } else {
-            pieces.extend([KvHalf::K, KvHalf::V].map(|half| Piece {
-                local: geometry.range(here, layer, half, slots.clone()),
-                remote_offset: geometry.range(there, layer, half, slots.clone()).start,
-            }));
+            for head in 0..geometry.kv_heads {
+                pieces.extend([KvHalf::K, KvHalf::V].map(|half| Piece {
+                    local: geometry.range(here, layer, head, half, slots.clone()),
+                    remote_offset: geometry.range(there, layer, head, half, slots.clone()).start,
+                }));
+            }
         }
         at = end;
     }
@@ -101,7 +103,7 @@ mod tests {
 
     const GEOMETRY: KvGeometry = KvGeometry {
         layers: 3,
-        kv_heads: 1,
+        kv_heads: 2,
         head_dim: 2,
         block_size: 4,
         dtype: KvDtype::F32,
@@ -122,9 +124,10 @@ mod tests {
                 let got = pieces(&GEOMETRY, layer, start..start + len, local, remote).expect("covered");
                 let mut expected = Vec::new();
                 for p in start..start + len {
-                    for half in [KvHalf::K, KvHalf::V] {
-                        let from = GEOMETRY.range(local.blocks[p / 4], layer, half, p % 4..p % 4 + 1);
-                        let to = GEOMETRY.range(remote.blocks[(p - remote_start) / 4], layer, half, p % 4..p % 4 + 1);
+                    for (head, half) in [(0, KvHalf::K), (0, KvHalf::V), (1, KvHalf::K), (1, KvHalf::V)] {
+                        let slot = p % 4..p % 4 + 1;
+                        let from = GEOMETRY.range(local.blocks[p / 4], layer, head, half, slot.clone());
+                        let to = GEOMETRY.range(remote.blocks[(p - remote_start) / 4], layer, head, half, slot);
                         expected.extend(from.zip(to));
                     }
                 }

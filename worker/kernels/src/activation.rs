@@ -1,8 +1,8 @@
 //! SwiGLU's gate: `out = silu(gate) * up`, element by element.
 
 use crate::isa::Isa;
+use crate::lanes::{Lanes, dispatch};
 use crate::pool::{Pool, SharedOut};
-use crate::simd::{LANES, Simd, dispatch};
 
 /// Rows per task: enough work to be worth handing out.
 const ROWS_PER_TASK: usize = 4;
@@ -27,28 +27,28 @@ pub(crate) fn silu_mul(pool: &Pool, isa: Isa, gate_up: &[f32], width: usize, out
 dispatch!(run_row = row_body(gate: &[f32], up: &[f32], out: *mut f32));
 
 #[inline(always)]
-unsafe fn row_body<S: Simd>(gate: &[f32], up: &[f32], out: *mut f32) {
-    let whole = gate.len() / LANES * LANES;
+unsafe fn row_body<L: Lanes>(gate: &[f32], up: &[f32], out: *mut f32) {
+    let whole = gate.len() / L::N * L::N;
     let tail = gate.len() - whole;
     // SAFETY: `gate`, `up` and `out` have the same length.
     unsafe {
-        for i in (0..whole).step_by(LANES) {
-            silu_times::<S>(S::load(gate.as_ptr().add(i)), S::load(up.as_ptr().add(i))).store(out.add(i));
+        for i in (0..whole).step_by(L::N) {
+            let value = silu_times::<L>(L::load(gate.as_ptr().add(i)), L::load(up.as_ptr().add(i)));
+            L::store(value, out.add(i));
         }
         if tail > 0 {
-            let g = S::load_head(gate.as_ptr().add(whole), tail);
-            let u = S::load_head(up.as_ptr().add(whole), tail);
-            silu_times::<S>(g, u).store_head(out.add(whole), tail);
+            let g = L::load_head(gate.as_ptr().add(whole), tail);
+            let u = L::load_head(up.as_ptr().add(whole), tail);
+            L::store_head(silu_times::<L>(g, u), out.add(whole), tail);
         }
     }
 }
 
 #[inline(always)]
-unsafe fn silu_times<S: Simd>(gate: S, up: S) -> S {
+unsafe fn silu_times<L: Lanes>(gate: L::F, up: L::F) -> L::F {
     // SAFETY: as the caller.
     unsafe {
-        let one = S::splat(1.0);
-        let exp = gate.mul(S::splat(-1.0)).exp();
-        gate.div(one.add(exp)).mul(up)
+        let exp = L::exp(L::sub(L::splat(0.0), gate));
+        L::mul(L::div(gate, L::add(L::splat(1.0), exp)), up)
     }
 }

@@ -1,20 +1,28 @@
 //! Causal attention of ragged spans over paged K and V.
 //!
-//! For each (token, head) the order is fixed by positions alone: scores are eight-lane dot products; the maximum is
-//! exact; the exponentials are summed with position `p` in lane `p % 8`; the weighted values are added in position
-//! order; the division comes last. Tokens of a span are grouped only so that a block's K and V are reused from cache.
+//! Flash-style: a group of query rows (tokens of one span times the query heads that share a K/V head) passes over the
+//! keys in chunks of [`CHUNK`] positions with an online softmax (Milakov and Gimelshein 2018; Dao et al. 2022). K and V of
+//! a chunk are widened to f32 once per group, K transposed, so that a lane is a key and no dot product ends in a sum
+//! across lanes.
+//!
+//! **Order (P1).** Chunks start at multiples of [`CHUNK`] positions, whatever the block size. For each row: scores are
+//! chains along the head's elements; the chunk's maximum is exact; exponentials are summed in lanes; weighted values are
+//! added in position order; all of it depends on the row's own position and keys only. A row takes part in a chunk exactly
+//! if it sees one of its keys, and in a chunk that it sees in part it stops at its own position.
 
 use crate::isa::Isa;
-use crate::kv::KvArena;
+use crate::kv::{KvArena, KvDtype};
+use crate::lanes::{Lanes, dispatch, prefetch};
 use crate::pool::{Pool, SharedOut};
-use crate::simd::{LANES, Simd, dispatch};
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
-/// Tokens of one span that share a pass over K and V, at most.
-const GROUP_TOKENS_MAX: usize = 8;
-
-/// Scores one thread keeps at once, unless a single token of one group needs more: 512 KB, to stay in L2.
-const SCORES_TARGET: usize = 128 * 1024;
+/// Positions per step of the online softmax.
+const CHUNK: usize = 32;
+/// Query rows that share a pass over K and V, unless one token has more heads per K/V head.
+const ROWS_TARGET: usize = 64;
+/// Up to this many rows the pass waits for memory rather than for arithmetic, and asks for the next chunk early.
+const PREFETCH_ROWS_MAX: usize = 16;
 
 /// A run of consecutive tokens of one sequence within a batch.
 #[derive(Debug, Clone, Copy)]
@@ -50,6 +58,7 @@ pub(crate) fn check_spans(spans: &[AttentionSpan<'_>], kv: &KvArena<'_>, layer: 
     rows
 }
 
+/// Consecutive tokens of a span times the query heads that share one K/V head.
 struct Group {
     span: usize,
     token: usize,
@@ -57,7 +66,8 @@ struct Group {
     kv_head: usize,
 }
 
-/// Query heads start each row of `q` (rows are `q_stride` long); `out` is `[rows, heads * head_dim]`.
+/// Query heads start each row of `q` (rows are `q_stride` long); `out` is `[rows, heads * head_dim]`. The heads use
+/// `kv_heads` of the arena.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn attention(
     pool: &Pool,
@@ -66,6 +76,7 @@ pub(crate) fn attention(
     q: &[f32],
     q_stride: usize,
     heads: usize,
+    kv_heads: Range<usize>,
     spans: &[AttentionSpan<'_>],
     layer: usize,
     kv: &KvArena<'_>,
@@ -75,42 +86,42 @@ pub(crate) fn attention(
     let dim = layout.head_dim;
     let rows = check_spans(spans, kv, layer);
     assert!(
-        layout.kv_heads > 0 && heads.is_multiple_of(layout.kv_heads),
+        !kv_heads.is_empty() && kv_heads.end <= layout.kv_heads && heads.is_multiple_of(kv_heads.len()),
         "attention: heads per kv head"
     );
     assert!(
-        q_stride >= heads * dim && q.len() == rows * q_stride,
+        dim.is_multiple_of(2) && q_stride >= heads * dim && q.len() == rows * q_stride,
         "attention: q shape"
     );
     assert_eq!(out.len(), rows * heads * dim, "attention: out shape");
-    let group_heads = heads / layout.kv_heads;
+    let group_heads = heads / kv_heads.len();
+    let tokens_max = (ROWS_TARGET / group_heads).max(1);
     let mut groups = Vec::new();
     for (index, span) in spans.iter().enumerate() {
-        let positions = span.start_position + span.rows;
-        let size = (SCORES_TARGET / (group_heads * positions)).clamp(1, GROUP_TOKENS_MAX);
-        for token in (0..span.rows).step_by(size) {
-            for kv_head in 0..layout.kv_heads {
+        for token in (0..span.rows).step_by(tokens_max) {
+            for kv_head in 0..kv_heads.len() {
                 groups.push(Group {
                     span: index,
                     token,
-                    tokens: size.min(span.rows - token),
+                    tokens: tokens_max.min(span.rows - token),
                     kv_head,
                 });
             }
         }
     }
     let shared = SharedOut::new(out);
-    let scale = 1.0 / (dim as f32).sqrt();
+    // Last first: later tokens of a span have more keys, and the longest task should not be the last to start.
+    let last = groups.len().saturating_sub(1);
     pool.run(groups.len(), &|worker, task| {
-        let group = &groups[task];
+        let group = &groups[last - task];
         let span = &spans[group.span];
         let row = span.first_row + group.token;
         let head = group.kv_head * group_heads;
-        let mut scores = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
+        let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: `Kernels` checked the instruction set; shapes and blocks were checked above; each task writes the
         // outputs of its own tokens and heads.
         unsafe {
-            let work = GroupWork {
+            let work = Work {
                 q: q.as_ptr().add(row * q_stride + head * dim),
                 q_stride,
                 tokens: group.tokens,
@@ -119,18 +130,17 @@ pub(crate) fn attention(
                 blocks: span.blocks,
                 kv,
                 layer,
-                kv_head: group.kv_head,
-                scale,
+                kv_head: kv_heads.start + group.kv_head,
                 out: shared.at((row * heads + head) * dim),
                 out_stride: heads * dim,
             };
-            run_group(isa, &work, &mut scores);
+            run_group(isa, &work, &mut scratch);
         }
     });
 }
 
-/// Consecutive tokens of a span times the query heads that share one K/V head.
-struct GroupWork<'a> {
+/// A group with its inputs and outputs.
+struct Work<'a> {
     q: *const f32,
     q_stride: usize,
     tokens: usize,
@@ -140,211 +150,411 @@ struct GroupWork<'a> {
     kv: &'a KvArena<'a>,
     layer: usize,
     kv_head: usize,
-    scale: f32,
     out: *mut f32,
     out_stride: usize,
 }
 
-dispatch!(run_group = group_body(work: &GroupWork<'_>, scores: &mut Vec<f32>));
+impl Work<'_> {
+    fn rows(&self) -> usize {
+        self.tokens * self.heads
+    }
 
-#[inline(always)]
-unsafe fn group_body<S: Simd>(w: &GroupWork<'_>, scores: &mut Vec<f32>) {
-    let layout = w.kv.layout();
-    let (dim, size, stride) = (layout.head_dim, layout.block_size, layout.slot());
-    let positions = w.start + w.tokens;
-    let row_len = positions.next_multiple_of(LANES);
-    scores.resize(w.tokens * w.heads * row_len, 0.0);
-    let scores = scores.as_mut_ptr();
-    let blocks = &w.blocks[..positions.div_ceil(size)];
-    // Keys of a block that the token sees: all, some, or none (it lies wholly in the token's future).
-    let visible = |block: usize, token: usize| (w.start + token + 1).saturating_sub(block * size).min(size);
+    /// Keys of the chunk at `base` that row `row` sees.
+    fn visible(&self, row: usize, base: usize) -> usize {
+        (self.start + row / self.heads + 1).saturating_sub(base).min(CHUNK)
+    }
 
-    // SAFETY: `attention` checked shapes and blocks; score rows are `row_len` long, more than any visible position.
-    unsafe {
-        for (index, &block) in blocks.iter().enumerate() {
-            let keys = w.kv.layer(block, w.layer).add(w.kv_head * dim);
-            for token in 0..w.tokens {
-                let count = visible(index, token);
-                for head in 0..w.heads {
-                    let q = w.q.add(token * w.q_stride + head * dim);
-                    let to = scores.add((token * w.heads + head) * row_len + index * size);
-                    dot_keys::<S>(q, keys, stride, count, dim, w.scale, to);
-                }
-            }
+    /// Where the key of `position` lies; its value follows half a head later.
+    fn key(&self, position: usize) -> *const u8 {
+        let layout = self.kv.layout();
+        let head = self
+            .kv
+            .head(self.blocks[position / layout.block_size], self.layer, self.kv_head);
+        // SAFETY: the slot lies inside the head's half block.
+        unsafe { head.add(position % layout.block_size * layout.row_bytes()) }
+    }
+}
+
+/// Parts of a thread's scratch, all f32; bounded by the group's rows and the head's size.
+struct Scratch {
+    /// `[rows][dim]`: scaled queries.
+    q: *mut f32,
+    /// `[rows][dim padded]`: unnormalised output.
+    out: *mut f32,
+    /// `[rows][CHUNK]`: scores, then exponentials.
+    scores: *mut f32,
+    /// `[dim][CHUNK]`.
+    keys: *mut f32,
+    /// `[CHUNK][dim padded]`.
+    values: *mut f32,
+    /// `[rows]`: running maximum.
+    maximum: *mut f32,
+    /// `[rows]`: running sum of exponentials.
+    sum: *mut f32,
+    /// `[rows]`: what the output so far is multiplied by in this chunk.
+    decay: *mut f32,
+    /// `dim` rounded up to whole vectors of any instruction set.
+    padded: usize,
+}
+
+impl Scratch {
+    fn carve(memory: &mut Vec<f32>, rows: usize, dim: usize) -> Self {
+        let padded = dim.next_multiple_of(16);
+        let sizes = [
+            rows * dim,
+            rows * padded,
+            rows * CHUNK,
+            dim * CHUNK,
+            CHUNK * padded,
+            rows,
+            rows,
+            rows,
+        ];
+        let total: usize = sizes.iter().map(|s| s.next_multiple_of(16)).sum();
+        if memory.len() < total {
+            memory.resize(total, 0.0);
         }
-        let mut inverse_sums = [0f32; GROUP_TOKENS_MAX * 8];
-        let mut spilled = Vec::new();
-        let inverse_sums = if w.tokens * w.heads <= inverse_sums.len() {
-            &mut inverse_sums[..]
-        } else {
-            spilled.resize(w.tokens * w.heads, 0.0);
-            &mut spilled[..]
+        let mut next = memory.as_mut_ptr();
+        let mut take = |size: usize| {
+            let part = next;
+            // SAFETY: the parts lie one after the other within `total`.
+            next = unsafe { next.add(size.next_multiple_of(16)) };
+            part
         };
-        for token in 0..w.tokens {
-            for head in 0..w.heads {
-                let row = token * w.heads + head;
-                let sum = exponentials::<S>(scores.add(row * row_len), w.start + token + 1);
-                inverse_sums[row] = 1.0 / sum;
-                std::ptr::write_bytes(w.out.add(token * w.out_stride + head * dim), 0, dim);
+        Scratch {
+            q: take(sizes[0]),
+            out: take(sizes[1]),
+            scores: take(sizes[2]),
+            keys: take(sizes[3]),
+            values: take(sizes[4]),
+            maximum: take(sizes[5]),
+            sum: take(sizes[6]),
+            decay: take(sizes[7]),
+            padded,
+        }
+    }
+}
+
+dispatch!(run_group = group_body(work: &Work<'_>, memory: &mut Vec<f32>));
+
+#[inline(always)]
+unsafe fn group_body<L: Lanes>(w: &Work<'_>, memory: &mut Vec<f32>) {
+    let dim = w.kv.layout().head_dim;
+    let rows = w.rows();
+    let s = Scratch::carve(memory, rows, dim);
+    let scale = 1.0 / (dim as f32).sqrt();
+    let positions = w.start + w.tokens;
+    // SAFETY: `attention` checked shapes and blocks, `carve` sized the scratch; see the parts' comments there.
+    unsafe {
+        for row in 0..rows {
+            let from = w.q.add(row / w.heads * w.q_stride + row % w.heads * dim);
+            for i in 0..dim {
+                *s.q.add(row * dim + i) = *from.add(i) * scale;
+            }
+            *s.maximum.add(row) = f32::NEG_INFINITY;
+            *s.sum.add(row) = 0.0;
+        }
+        std::ptr::write_bytes(s.out, 0, rows * s.padded);
+        for base in (0..positions).step_by(CHUNK) {
+            let count = CHUNK.min(positions - base);
+            if rows <= PREFETCH_ROWS_MAX {
+                ask_for(w, base + CHUNK, positions);
+            }
+            load_chunk::<L>(w, &s, base, count);
+            // Rows are in order of position: those before `first` see nothing of this chunk, those from `whole` on all.
+            let first = (0..rows).find(|r| w.visible(*r, base) > 0).unwrap_or(rows);
+            let whole = (first..rows).find(|r| w.visible(*r, base) == CHUNK).unwrap_or(rows);
+            score_rows::<L>(&s, first, rows, dim);
+            for row in first..rows {
+                soften::<L>(&s, row, w.visible(row, base));
+            }
+            for row in first..whole {
+                add_values::<L, 1>(&s, row, w.visible(row, base));
+            }
+            let mut row = whole;
+            while row < rows {
+                row += match rows - row {
+                    1 => add_values::<L, 1>(&s, row, CHUNK),
+                    2 => add_values::<L, 2>(&s, row, CHUNK),
+                    3 => add_values::<L, 3>(&s, row, CHUNK),
+                    _ => add_values::<L, 4>(&s, row, CHUNK),
+                };
             }
         }
-        for (index, &block) in blocks.iter().enumerate() {
-            let values = w.kv.layer(block, w.layer).add(layout.half() + w.kv_head * dim);
-            for token in 0..w.tokens {
-                let count = visible(index, token);
-                for head in 0..w.heads {
-                    let from = scores.add((token * w.heads + head) * row_len + index * size);
-                    let to = w.out.add(token * w.out_stride + head * dim);
-                    add_values::<S>(from, values, stride, count, dim, to);
-                }
-            }
-        }
-        for token in 0..w.tokens {
-            for head in 0..w.heads {
-                let to = w.out.add(token * w.out_stride + head * dim);
-                for i in 0..dim {
-                    *to.add(i) *= inverse_sums[token * w.heads + head];
-                }
+        for row in 0..rows {
+            let to = w.out.add(row / w.heads * w.out_stride + row % w.heads * dim);
+            let inverse = 1.0 / *s.sum.add(row);
+            for i in 0..dim {
+                *to.add(i) = *s.out.add(row * s.padded + i) * inverse;
             }
         }
     }
 }
 
-/// `out[i] = q . keys[i] * scale` for `count` keys `stride` apart.
+/// Asks the memory for the K and V of the chunk at `base`.
 #[inline(always)]
-unsafe fn dot_keys<S: Simd>(
-    q: *const f32,
-    keys: *const f32,
-    stride: usize,
-    count: usize,
-    dim: usize,
-    scale: f32,
-    out: *mut f32,
-) {
-    let whole = dim / LANES * LANES;
-    let tail = dim - whole;
-    let mut key = 0;
-    // SAFETY: as `group_body`.
+fn ask_for(w: &Work<'_>, base: usize, positions: usize) {
+    let layout = w.kv.layout();
+    let (row, half) = (layout.row_bytes(), layout.half_bytes());
+    let mut at = base;
+    while at < positions.min(base + CHUNK) {
+        // To the end of the block or of the chunk: one run each of keys and values.
+        let run = (layout.block_size - at % layout.block_size).min(base + CHUNK - at);
+        let key = w.key(at);
+        for line in (0..run * row).step_by(64) {
+            prefetch(key.wrapping_add(line));
+            prefetch(key.wrapping_add(half + line));
+        }
+        at += run;
+    }
+}
+
+/// Widens the chunk's keys, transposed, and values to f32. What lies beyond `count` becomes zero.
+#[inline(always)]
+unsafe fn load_chunk<L: Lanes>(w: &Work<'_>, s: &Scratch, base: usize, count: usize) {
+    match w.kv.layout().dtype {
+        // SAFETY: the caller's contract is passed on.
+        KvDtype::F32 => unsafe { load_typed::<L, 0>(w, s, base, count) },
+        // SAFETY: as above.
+        KvDtype::F16 => unsafe { load_typed::<L, 1>(w, s, base, count) },
+        // SAFETY: as above.
+        KvDtype::Bf16 => unsafe { load_typed::<L, 2>(w, s, base, count) },
+    }
+}
+
+/// `T`: 0 f32, 1 f16, 2 bf16.
+#[inline(always)]
+unsafe fn load_typed<L: Lanes, const T: usize>(w: &Work<'_>, s: &Scratch, base: usize, count: usize) {
+    let layout = w.kv.layout();
+    let dim = layout.head_dim;
+    let element = layout.dtype.bytes();
+    let words = layout.row_bytes() / 4;
+    // SAFETY: keys and values of `count` positions exist; reads past a row's end go through a copy.
     unsafe {
-        while key + 8 <= count {
-            let base = keys.add(key * stride);
-            let mut acc = [S::splat(0.0); 8];
-            for i in (0..whole).step_by(LANES) {
-                let qv = S::load(q.add(i));
-                for (j, lane) in acc.iter_mut().enumerate() {
-                    *lane = qv.mul_add(S::load(base.add(j * stride + i)), *lane);
+        let mut rows = [std::ptr::null::<u8>(); CHUNK];
+        for (i, row) in rows.iter_mut().enumerate().take(count) {
+            *row = w.key(base + i);
+        }
+        for group in (0..CHUNK).step_by(L::N) {
+            for word in (0..words).step_by(L::N) {
+                let mut block = [L::splat_i(0); 16];
+                for (lane, to) in block.iter_mut().enumerate().take(L::N) {
+                    let row = rows[group + lane];
+                    if !row.is_null() {
+                        *to = load_words::<L>(row.add(word * 4), words - word);
+                    }
+                }
+                L::transpose(&mut block);
+                for (i, lane) in block.iter().enumerate().take(L::N.min(words - word)) {
+                    let at = word + i;
+                    match T {
+                        0 => L::store_i(*lane, s.keys.add(at * CHUNK + group).cast()),
+                        _ => {
+                            let (even, odd) = if T == 1 {
+                                (L::even_f16(*lane), L::odd_f16(*lane))
+                            } else {
+                                (L::even_bf16(*lane), L::odd_bf16(*lane))
+                            };
+                            L::store(even, s.keys.add(2 * at * CHUNK + group));
+                            L::store(odd, s.keys.add((2 * at + 1) * CHUNK + group));
+                        }
+                    }
                 }
             }
-            if tail > 0 {
-                let qv = S::load_head(q.add(whole), tail);
-                for (j, lane) in acc.iter_mut().enumerate() {
-                    *lane = qv.mul_add(S::load_head(base.add(j * stride + whole), tail), *lane);
+        }
+        let whole = dim / L::N * L::N;
+        for (i, row) in rows.iter().enumerate().take(count) {
+            let from = row.add(layout.half_bytes());
+            let to = s.values.add(i * s.padded);
+            for at in (0..whole).step_by(L::N) {
+                L::store(widen::<L, T>(from.add(at * element)), to.add(at));
+            }
+            if whole < dim {
+                let mut tail = [0u32; 16];
+                std::ptr::copy_nonoverlapping(
+                    from.add(whole * element),
+                    tail.as_mut_ptr().cast(),
+                    (dim - whole) * element,
+                );
+                L::store(widen::<L, T>(tail.as_ptr().cast()), to.add(whole));
+            }
+            std::ptr::write_bytes(
+                to.add(dim.next_multiple_of(L::N)),
+                0,
+                s.padded - dim.next_multiple_of(L::N),
+            );
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn widen<L: Lanes, const T: usize>(p: *const u8) -> L::F {
+    // SAFETY: the caller's.
+    unsafe {
+        match T {
+            0 => L::load(p.cast()),
+            1 => L::load_f16(p.cast()),
+            _ => L::load_bf16(p.cast()),
+        }
+    }
+}
+
+/// A vector of words from `p`, of which `left` exist.
+#[inline(always)]
+unsafe fn load_words<L: Lanes>(p: *const u8, left: usize) -> L::I {
+    // SAFETY: the caller's.
+    unsafe {
+        if left >= L::N {
+            return L::load_i(p.cast());
+        }
+        let mut words = [0i32; 16];
+        std::ptr::copy_nonoverlapping(p, words.as_mut_ptr().cast(), left * 4);
+        L::load_i(words.as_ptr())
+    }
+}
+
+/// Scores of `rows` against the chunk's keys.
+#[inline(always)]
+unsafe fn score_rows<L: Lanes>(s: &Scratch, first: usize, rows: usize, dim: usize) {
+    let mut row = first;
+    while row < rows {
+        // SAFETY: the caller's contract is passed on.
+        unsafe {
+            row += if L::WIDE {
+                match rows - row {
+                    1 => score::<L, 1, 2>(s, row, dim),
+                    2 => score::<L, 2, 2>(s, row, dim),
+                    3 => score::<L, 3, 2>(s, row, dim),
+                    4 => score::<L, 4, 2>(s, row, dim),
+                    5 | 9 | 10 => score::<L, 5, 2>(s, row, dim),
+                    6 | 11 | 12 => score::<L, 6, 2>(s, row, dim),
+                    7 => score::<L, 7, 2>(s, row, dim),
+                    _ => score::<L, 8, 2>(s, row, dim),
+                }
+            } else {
+                match rows - row {
+                    1 => score::<L, 1, 2>(s, row, dim),
+                    2 => score::<L, 2, 2>(s, row, dim),
+                    3 => score::<L, 3, 2>(s, row, dim),
+                    _ => score::<L, 4, 2>(s, row, dim),
+                }
+            };
+        }
+    }
+}
+
+/// `M` rows against all keys of the chunk, `V` vectors of keys at a time. Returns `M`.
+#[inline(always)]
+unsafe fn score<L: Lanes, const M: usize, const V: usize>(s: &Scratch, row: usize, dim: usize) -> usize {
+    for key in (0..CHUNK).step_by(V * L::N) {
+        // SAFETY: the caller's.
+        unsafe {
+            let mut acc = [[L::splat(0.0); V]; M];
+            let q = s.q.add(row * dim);
+            for i in 0..dim {
+                let mut keys = [L::splat(0.0); V];
+                for (v, keys) in keys.iter_mut().enumerate() {
+                    *keys = L::load(s.keys.add(i * CHUNK + key + v * L::N));
+                }
+                for (m, row) in acc.iter_mut().enumerate() {
+                    let q = L::splat(*q.add(m * dim + i));
+                    for (acc, keys) in row.iter_mut().zip(keys) {
+                        *acc = L::fma(q, keys, *acc);
+                    }
                 }
             }
-            S::sum8(acc).mul(S::splat(scale)).store(out.add(key));
-            key += 8;
-        }
-        while key < count {
-            let base = keys.add(key * stride);
-            let mut acc = S::splat(0.0);
-            for i in (0..whole).step_by(LANES) {
-                acc = S::load(q.add(i)).mul_add(S::load(base.add(i)), acc);
+            for (m, lanes) in acc.iter().enumerate() {
+                for (v, lanes) in lanes.iter().enumerate() {
+                    L::store(*lanes, s.scores.add((row + m) * CHUNK + key + v * L::N));
+                }
             }
-            if tail > 0 {
-                acc = S::load_head(q.add(whole), tail).mul_add(S::load_head(base.add(whole), tail), acc);
-            }
-            *out.add(key) = acc.sum() * scale;
-            key += 1;
         }
+    }
+    M
+}
+
+/// One step of the online softmax: scores of `row` become exponentials, of which the first `visible` count.
+#[inline(always)]
+unsafe fn soften<L: Lanes>(s: &Scratch, row: usize, visible: usize) {
+    // SAFETY: the row has CHUNK scores.
+    unsafe {
+        let scores = s.scores.add(row * CHUNK);
+        for i in visible..CHUNK {
+            *scores.add(i) = f32::NEG_INFINITY;
+        }
+        let mut largest = L::load(scores);
+        for i in (L::N..CHUNK).step_by(L::N) {
+            largest = L::max(largest, L::load(scores.add(i)));
+        }
+        let before = *s.maximum.add(row);
+        let now = L::largest(largest);
+        let now = if now > before { now } else { before };
+        let maximum = L::splat(now);
+        for i in (0..CHUNK).step_by(L::N) {
+            L::store(L::exp(L::sub(L::load(scores.add(i)), maximum)), scores.add(i));
+        }
+        // `exp` never reaches zero.
+        for i in visible..CHUNK {
+            *scores.add(i) = 0.0;
+        }
+        let mut sum = L::load(scores);
+        for i in (L::N..CHUNK).step_by(L::N) {
+            sum = L::add(sum, L::load(scores.add(i)));
+        }
+        let mut lanes = [0f32; 16];
+        L::store(L::exp(L::splat(before - now)), lanes.as_mut_ptr());
+        let decay = lanes[0];
+        *s.maximum.add(row) = now;
+        *s.sum.add(row) = *s.sum.add(row) * decay + L::sum(sum);
+        *s.decay.add(row) = decay;
     }
 }
 
-/// Replaces `count` scores by `e^(score - max)` and returns their sum.
+/// `out = out * decay + sum of the first `count` values, weighted` for `M` rows. Returns `M`.
 #[inline(always)]
-unsafe fn exponentials<S: Simd>(scores: *mut f32, count: usize) -> f32 {
-    let whole = count / LANES * LANES;
-    let tail = count - whole;
-    // SAFETY: as `group_body`.
+unsafe fn add_values<L: Lanes, const M: usize>(s: &Scratch, row: usize, count: usize) -> usize {
+    let mut at = 0;
+    // SAFETY: rows of values and outputs are `padded` long, a multiple of every vector.
     unsafe {
-        let mut max = f32::NEG_INFINITY;
-        for i in 0..count {
-            max = max.max(*scores.add(i));
+        while at + 4 * L::N <= s.padded {
+            weigh::<L, M, 4>(s, row, count, at);
+            at += 4 * L::N;
         }
-        let minus_max = S::splat(-max);
-        let mut sum = S::splat(0.0);
-        for i in (0..whole).step_by(LANES) {
-            let e = S::load(scores.add(i)).add(minus_max).exp();
-            e.store(scores.add(i));
-            sum = sum.add(e);
+        while at < s.padded {
+            weigh::<L, M, 1>(s, row, count, at);
+            at += L::N;
         }
-        if tail > 0 {
-            let e = S::load_head(scores.add(whole), tail).add(minus_max).exp();
-            e.store_head(scores.add(whole), tail);
-            sum = sum.add(S::load_head(scores.add(whole), tail));
-        }
-        sum.sum()
     }
+    M
 }
 
-/// `out += weights[i] * values[i]` for `count` values `stride` apart, in order.
 #[inline(always)]
-unsafe fn add_values<S: Simd>(
-    weights: *const f32,
-    values: *const f32,
-    stride: usize,
-    count: usize,
-    dim: usize,
-    out: *mut f32,
-) {
-    let mut i = 0;
-    // SAFETY: as `group_body`.
+unsafe fn weigh<L: Lanes, const M: usize, const V: usize>(s: &Scratch, row: usize, count: usize, at: usize) {
+    // SAFETY: the caller's.
     unsafe {
-        while i + 8 * LANES <= dim {
-            add_lanes::<S, 8>(weights, values.add(i), stride, count, out.add(i));
-            i += 8 * LANES;
-        }
-        while i + 2 * LANES <= dim {
-            add_lanes::<S, 2>(weights, values.add(i), stride, count, out.add(i));
-            i += 2 * LANES;
-        }
-        while i + LANES <= dim {
-            add_lanes::<S, 1>(weights, values.add(i), stride, count, out.add(i));
-            i += LANES;
-        }
-        if i < dim {
-            let tail = dim - i;
-            let mut acc = S::load_head(out.add(i), tail);
-            for key in 0..count {
-                acc = S::splat(*weights.add(key)).mul_add(S::load_head(values.add(key * stride + i), tail), acc);
+        let mut acc = [[L::splat(0.0); V]; M];
+        for (m, lanes) in acc.iter_mut().enumerate() {
+            let decay = L::splat(*s.decay.add(row + m));
+            for (v, lanes) in lanes.iter_mut().enumerate() {
+                *lanes = L::mul(decay, L::load(s.out.add((row + m) * s.padded + at + v * L::N)));
             }
-            acc.store_head(out.add(i), tail);
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn add_lanes<S: Simd, const N: usize>(
-    weights: *const f32,
-    values: *const f32,
-    stride: usize,
-    count: usize,
-    out: *mut f32,
-) {
-    // SAFETY: as `group_body`; `N * LANES` elements fit from here on.
-    unsafe {
-        // Plain loops, no closures: a closure is not compiled for the instruction set unless it is inlined.
-        let mut acc = [S::splat(0.0); N];
-        for (n, lane) in acc.iter_mut().enumerate() {
-            *lane = S::load(out.add(n * LANES));
         }
         for key in 0..count {
-            let weight = S::splat(*weights.add(key));
-            for (n, lane) in acc.iter_mut().enumerate() {
-                *lane = weight.mul_add(S::load(values.add(key * stride + n * LANES)), *lane);
+            let mut values = [L::splat(0.0); V];
+            for (v, values) in values.iter_mut().enumerate() {
+                *values = L::load(s.values.add(key * s.padded + at + v * L::N));
+            }
+            for (m, lanes) in acc.iter_mut().enumerate() {
+                let weight = L::splat(*s.scores.add((row + m) * CHUNK + key));
+                for (acc, values) in lanes.iter_mut().zip(values) {
+                    *acc = L::fma(weight, values, *acc);
+                }
             }
         }
-        for (n, lane) in acc.iter().enumerate() {
-            lane.store(out.add(n * LANES));
+        for (m, lanes) in acc.iter().enumerate() {
+            for (v, lanes) in lanes.iter().enumerate() {
+                L::store(*lanes, s.out.add((row + m) * s.padded + at + v * L::N));
+            }
         }
     }
 }

@@ -3,19 +3,21 @@
 use crate::attention::{self, AttentionSpan};
 use crate::isa::Isa;
 use crate::kv::KvArena;
-use crate::linear::{self, LinearScratch, MatrixPart};
+use crate::packed::{OutOfMemory, PackedMatrix, WeightFormat};
 use crate::pool::Pool;
-use crate::weights::Elements;
-use crate::{activation, norm, rope};
-use std::sync::Mutex;
+use crate::rows::RowScratch;
+use crate::{activation, linear, norm, rope};
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
-/// Runs kernels. Scratch is kept per thread and bounded by one weight tile and one score tile.
+/// Runs kernels. Scratch keeps its capacity: converted activations of the largest batch, and per thread one attention
+/// group.
 ///
 /// All methods panic on shapes that do not fit each other: that is a caller's bug, never input.
 pub struct Kernels {
     isa: Isa,
     pool: Pool,
-    linear: Vec<Mutex<LinearScratch>>,
+    rows: Mutex<RowScratch>,
     attention: Vec<Mutex<Vec<f32>>>,
 }
 
@@ -32,12 +34,11 @@ impl Kernels {
     pub fn with_isa(threads: usize, isa: Isa) -> Self {
         assert!(isa.available(), "this CPU cannot run the {isa} kernels");
         let pool = Pool::new(threads);
-        let linear = (0..pool.threads()).map(|_| Mutex::default()).collect();
         let attention = (0..pool.threads()).map(|_| Mutex::default()).collect();
         Kernels {
             isa,
             pool,
-            linear,
+            rows: Mutex::default(),
             attention,
         }
     }
@@ -52,14 +53,6 @@ impl Kernels {
         self.pool.threads()
     }
 
-    /// `out[i] = table[ids[i]]`, rows of `width` elements.
-    pub fn embed(&self, table: Elements<'_>, width: usize, ids: &[u32], out: &mut [f32]) {
-        assert_eq!(out.len(), ids.len() * width, "embed: shapes");
-        for (id, row) in ids.iter().zip(out.chunks_exact_mut(width)) {
-            table.widen_into(*id as usize * width, row);
-        }
-    }
-
     /// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row; rows are as long as `weight`.
     ///
     /// With `delta`, `x += delta` first: the residual stream is updated in place.
@@ -67,35 +60,55 @@ impl Kernels {
         norm::rms_norm(&self.pool, self.isa, x, delta, weight, eps, out);
     }
 
-    /// `out = x * W^T + bias`, `x` is `[rows, k]`, `out` `[rows, columns of all parts]`.
-    pub fn linear(&self, x: &[f32], rows: usize, k: usize, parts: &[MatrixPart<'_>], out: &mut [f32]) {
-        linear::linear(&self.pool, self.isa, &self.linear, x, rows, k, parts, out);
+    /// Packs a matrix of `columns` rows of `k` elements for [`Kernels::linear`]; `row(n, out)` writes row `n` and is called
+    /// from all threads.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`].
+    pub fn pack(
+        &self,
+        format: WeightFormat,
+        columns: usize,
+        k: usize,
+        bias: Option<Vec<f32>>,
+        row: &(dyn Fn(usize, &mut [f32]) + Sync),
+    ) -> Result<PackedMatrix, OutOfMemory> {
+        PackedMatrix::pack(&self.pool, format, columns, k, bias, row)
+    }
+
+    /// `out = x * W^T + bias`, `x` is `[rows, k]`, `out` `[rows, columns]`.
+    pub fn linear(&self, x: &[f32], rows: usize, weights: &PackedMatrix, out: &mut [f32]) {
+        let mut scratch = self.rows.lock().unwrap_or_else(PoisonError::into_inner);
+        linear::linear(&self.pool, self.isa, &mut scratch, x, rows, weights, out);
     }
 
     /// Rotates Q and K of `qkv` (rows `[q heads | k heads | v heads]`) in place by `cos`/`sin` (`head_dim / 2` values
-    /// per row, rotate-half convention) and writes K and V of each row to its slot in `layer` of the arena.
+    /// per row, rotate-half convention) and writes K and V of each row to its slot in `layer` of the arena, heads
+    /// `kv_heads` of it.
     #[allow(clippy::too_many_arguments)]
     pub fn rope_kv_write(
         &self,
         qkv: &mut [f32],
         heads: usize,
+        kv_heads: Range<usize>,
         cos: &[f32],
         sin: &[f32],
         spans: &[AttentionSpan<'_>],
         layer: usize,
         kv: &KvArena<'_>,
     ) {
-        rope::rope_kv_write(&self.pool, qkv, heads, cos, sin, spans, layer, kv);
+        rope::rope_kv_write(&self.pool, qkv, heads, kv_heads, cos, sin, spans, layer, kv);
     }
 
     /// Causal attention over the arena; query heads start each row of `q`, rows are `q_stride` long, `out` is
-    /// `[rows, heads * head_dim]`. Scores are scaled by `1 / sqrt(head_dim)`.
+    /// `[rows, heads * head_dim]`. The heads share `kv_heads` of the arena. Scores are scaled by `1 / sqrt(head_dim)`.
     #[allow(clippy::too_many_arguments)]
     pub fn attention(
         &self,
         q: &[f32],
         q_stride: usize,
         heads: usize,
+        kv_heads: Range<usize>,
         spans: &[AttentionSpan<'_>],
         layer: usize,
         kv: &KvArena<'_>,
@@ -108,6 +121,7 @@ impl Kernels {
             q,
             q_stride,
             heads,
+            kv_heads,
             spans,
             layer,
             kv,

@@ -1,45 +1,87 @@
-//! A view of the paged KV arena: pointers to slots, bounds checked, no ownership of blocks.
+//! A view of the paged KV arena: pointers to runs of slots, bounds checked, no ownership of blocks.
 
+use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Strides of the arena `[block][layer][k|v][slot][kv_head][head_dim]`, in f32 elements.
+/// Element type of stored K and V, in native byte order (little-endian on every supported machine).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum KvDtype {
+    /// 32-bit IEEE floats.
+    F32,
+    /// 16-bit IEEE floats.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl KvDtype {
+    /// Size of one element in bytes.
+    pub const fn bytes(self) -> usize {
+        match self {
+            KvDtype::F32 => 4,
+            KvDtype::F16 | KvDtype::Bf16 => 2,
+        }
+    }
+}
+
+impl fmt::Display for KvDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            KvDtype::F32 => "f32",
+            KvDtype::F16 => "f16",
+            KvDtype::Bf16 => "bf16",
+        })
+    }
+}
+
+/// Shape of the arena `[block][layer][kv_head][k|v][slot][head_dim]`.
+///
+/// Head-major within a block, so that the heads of one tensor-parallel rank are one contiguous run of a block's layer,
+/// and attention reads each head's keys, then its values, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvLayout {
     /// Layers.
     pub layers: usize,
     /// Key/value heads.
     pub kv_heads: usize,
-    /// Elements per head.
+    /// Elements per head; even.
     pub head_dim: usize,
     /// Tokens per block.
     pub block_size: usize,
+    /// Element type.
+    pub dtype: KvDtype,
 }
 
 impl KvLayout {
-    /// Elements of one K or V slot of one layer.
-    pub const fn slot(&self) -> usize {
-        self.kv_heads * self.head_dim
+    /// Bytes of one head's K (or V) of one token.
+    pub const fn row_bytes(&self) -> usize {
+        self.head_dim * self.dtype.bytes()
     }
 
-    /// Elements of one half (K or V) of one layer of one block.
-    pub const fn half(&self) -> usize {
-        self.block_size * self.slot()
+    /// Bytes of one head's K (or V) of one block.
+    pub const fn half_bytes(&self) -> usize {
+        self.block_size * self.row_bytes()
     }
 
-    /// Elements of one block.
-    pub const fn block(&self) -> usize {
-        self.layers * 2 * self.half()
+    /// Bytes of one layer of one block.
+    pub const fn layer_bytes(&self) -> usize {
+        self.kv_heads * 2 * self.half_bytes()
+    }
+
+    /// Bytes of one block.
+    pub const fn block_bytes(&self) -> usize {
+        self.layers * self.layer_bytes()
     }
 }
 
 /// The arena as the kernels see it, for the duration of a step.
 #[derive(Debug, Clone, Copy)]
 pub struct KvArena<'a> {
-    base: *mut f32,
+    base: *mut u8,
     blocks: u32,
     layout: KvLayout,
-    memory: PhantomData<&'a [f32]>,
+    memory: PhantomData<&'a [u8]>,
 }
 
 // SAFETY: the constructor's contract makes the named blocks exclusive to the step; kernels partition writes by slot.
@@ -51,10 +93,10 @@ impl KvArena<'_> {
     /// Views `blocks` blocks laid out as `layout` from `base` on.
     ///
     /// # Safety
-    /// For as long as the view lives: `base` is aligned for f32 and points to `blocks * layout.block()` initialised
-    /// floats (any bit pattern); nobody else writes a slot that a kernel is asked to read, or touches one that it is
-    /// asked to write. Other blocks may be written by others meanwhile (a transfer landing).
-    pub unsafe fn new(base: *mut f32, blocks: u32, layout: KvLayout) -> Self {
+    /// For as long as the view lives: `base` is aligned to four bytes and points to `blocks * layout.block_bytes()`
+    /// initialised bytes (any bit pattern); nobody else writes a slot that a kernel is asked to read, or touches one that
+    /// it is asked to write. Other blocks may be written by others meanwhile (a transfer landing).
+    pub unsafe fn new(base: *mut u8, blocks: u32, layout: KvLayout) -> Self {
         KvArena {
             base,
             blocks,
@@ -63,7 +105,7 @@ impl KvArena<'_> {
         }
     }
 
-    /// The strides.
+    /// The shape.
     pub fn layout(&self) -> KvLayout {
         self.layout
     }
@@ -73,19 +115,22 @@ impl KvArena<'_> {
         self.blocks
     }
 
-    /// Pointer to the first key of `layer` of `block`; the values follow [`KvLayout::half`] elements later.
+    /// Pointer to the first key of `head` in `layer` of `block`; its values follow [`KvLayout::half_bytes`] later.
     ///
     /// # Panics
     /// If out of bounds: one check per block is nothing beside the work on it.
-    pub(crate) fn layer(&self, block: u32, layer: usize) -> *mut f32 {
+    #[inline(always)]
+    pub(crate) fn head(&self, block: u32, layer: usize, head: usize) -> *mut u8 {
+        let layout = &self.layout;
         assert!(
-            block < self.blocks && layer < self.layout.layers,
-            "KV block {block}, layer {layer} out of bounds"
+            block < self.blocks && layer < layout.layers && head < layout.kv_heads,
+            "KV block {block}, layer {layer}, head {head} out of bounds"
         );
         // SAFETY: just checked against what the constructor was promised.
         unsafe {
-            self.base
-                .add(block as usize * self.layout.block() + layer * 2 * self.layout.half())
+            self.base.add(
+                block as usize * layout.block_bytes() + layer * layout.layer_bytes() + head * 2 * layout.half_bytes(),
+            )
         }
     }
 

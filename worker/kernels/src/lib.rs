@@ -2,32 +2,33 @@
 //! persistent thread pool, chosen at run time for the CPU at hand.
 //!
 //! **Batch invariance (promise P1).** Every output element is computed by a fixed sequence of operations that depends
-//! only on its own inputs: the reduction over `k` (or over positions in attention) always runs in the same order into
-//! the same eight lanes, and tiles only ever group *independent* outputs. So a row's result is bit-identical whatever
-//! the other rows of the batch, the chunk boundaries of a prompt, or the number of threads. Different instruction
-//! sets may round differently (the portable path may have no fused multiply-add); one kind of machine always agrees.
+//! only on its own inputs: an output of a matrix product is one lane that runs through `k` in order, an attention row runs
+//! through its own positions in order, and tiles only ever group *independent* outputs. So a row's result is bit-identical
+//! whatever the other rows of the batch, the chunk boundaries of a prompt, or the number of threads. Different instruction
+//! sets may round differently; one kind of machine always agrees.
 //!
 //! Knows nothing of models, files or block ownership: `baton-model` does.
 
 mod activation;
 mod attention;
+mod ggml;
 pub mod isa;
 mod kernels;
 pub mod kv;
+mod lanes;
 mod linear;
 mod norm;
+pub mod packed;
 pub mod pool;
 mod rope;
-mod simd;
-#[cfg(target_arch = "x86_64")]
-mod simd_avx2;
-mod simd_portable;
+mod rows;
 pub mod weights;
 
 pub use attention::AttentionSpan;
+pub use ggml::dequantize;
 pub use isa::Isa;
 pub use kernels::Kernels;
-pub use kv::{KvArena, KvLayout};
-pub use linear::{MatrixPart, TILE_ROWS};
+pub use kv::{KvArena, KvDtype, KvLayout};
+pub use packed::{OutOfMemory, PackedMatrix, WeightFormat};
 pub use pool::Pool;
 pub use weights::{Elements, MisalignedBytes, StoredType};

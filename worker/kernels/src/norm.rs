@@ -1,8 +1,8 @@
 //! RMSNorm, alone or after adding a residual. One row is one sequential reduction, so rows never affect each other.
 
 use crate::isa::Isa;
+use crate::lanes::{Lanes, dispatch};
 use crate::pool::{Pool, SharedOut};
-use crate::simd::{LANES, Simd, dispatch};
 
 /// Rows per task: enough work to be worth handing out.
 const ROWS_PER_TASK: usize = 8;
@@ -37,34 +37,34 @@ pub(crate) fn rms_norm(
 dispatch!(run_row = row_body(x: *mut f32, delta: *const f32, weight: &[f32], eps: f32, out: *mut f32));
 
 #[inline(always)]
-unsafe fn row_body<S: Simd>(x: *mut f32, delta: *const f32, weight: &[f32], eps: f32, out: *mut f32) {
+unsafe fn row_body<L: Lanes>(x: *mut f32, delta: *const f32, weight: &[f32], eps: f32, out: *mut f32) {
     let width = weight.len();
-    let whole = width / LANES * LANES;
+    let whole = width / L::N * L::N;
     let tail = width - whole;
     // SAFETY: `x`, `out`, and `delta` unless null, have `width` elements.
     unsafe {
         if !delta.is_null() {
-            for i in (0..whole).step_by(LANES) {
-                S::load(x.add(i)).add(S::load(delta.add(i))).store(x.add(i));
+            for i in (0..whole).step_by(L::N) {
+                L::store(L::add(L::load(x.add(i)), L::load(delta.add(i))), x.add(i));
             }
             for i in whole..width {
                 *x.add(i) += *delta.add(i);
             }
         }
-        let mut squares = S::splat(0.0);
-        for i in (0..whole).step_by(LANES) {
-            let v = S::load(x.add(i));
-            squares = v.mul_add(v, squares);
+        let mut squares = L::splat(0.0);
+        for i in (0..whole).step_by(L::N) {
+            let v = L::load(x.add(i));
+            squares = L::fma(v, v, squares);
         }
         if tail > 0 {
-            let v = S::load_head(x.add(whole), tail);
-            squares = v.mul_add(v, squares);
+            let v = L::load_head(x.add(whole), tail);
+            squares = L::fma(v, v, squares);
         }
-        let scale = 1.0 / (squares.sum() / width as f32 + eps).sqrt();
-        let scale_lanes = S::splat(scale);
-        for i in (0..whole).step_by(LANES) {
-            let v = S::load(x.add(i)).mul(scale_lanes).mul(S::load(weight.as_ptr().add(i)));
-            v.store(out.add(i));
+        let scale = 1.0 / (L::sum(squares) / width as f32 + eps).sqrt();
+        let scales = L::splat(scale);
+        for i in (0..whole).step_by(L::N) {
+            let v = L::mul(L::mul(L::load(x.add(i)), scales), L::load(weight.as_ptr().add(i)));
+            L::store(v, out.add(i));
         }
         for (i, w) in weight.iter().enumerate().skip(whole) {
             *out.add(i) = *x.add(i) * scale * w;

@@ -2,8 +2,8 @@
 
 mod common;
 
-use baton_kernels::{Kernels, KvLayout, MatrixPart};
-use common::{Data, Paged, STORED, Stored, attend, bits, isas};
+use baton_kernels::{Kernels, KvLayout, WeightFormat};
+use common::{Data, KV_DTYPES, Paged, attend, bits, isas, pack};
 use proptest::prelude::*;
 
 proptest! {
@@ -11,17 +11,17 @@ proptest! {
 
     #[test]
     fn linear_rows_alone_and_in_any_batch_have_the_same_bits(
-        rows in 1usize..80, k in prop::sample::select(vec![1usize, 7, 8, 33, 128, 1030, 2051]), n in 1usize..60,
-        kind in prop::sample::select(STORED.to_vec()), cut in 0usize..80, seed in any::<u64>(),
+        rows in 1usize..80, k in prop::sample::select(vec![1usize, 7, 8, 33, 128, 1030, 2051]), n in 1usize..150,
+        format in prop::sample::select(WeightFormat::ALL.to_vec()), cut in 0usize..80, seed in any::<u64>(),
     ) {
         let mut data = Data::new(seed);
-        let (x, w, bias) = (data.floats(rows * k), Stored::new(kind, &data.floats(n * k)), data.floats(n));
-        let parts = [MatrixPart { weights: w.elements(), bias: Some(&bias), columns: n }];
+        let (x, w, bias) = (data.floats(rows * k), data.floats(n * k), data.floats(n));
         for isa in isas() {
             let (one, three) = (Kernels::with_isa(1, isa), Kernels::with_isa(3, isa));
+            let packed = pack(&three, format, &w, k, Some(&bias));
             let run = |kernels: &Kernels, from: usize, to: usize| {
                 let mut out = vec![f32::NAN; (to - from) * n];
-                kernels.linear(&x[from * k..to * k], to - from, k, &parts, &mut out);
+                kernels.linear(&x[from * k..to * k], to - from, &packed, &mut out);
                 bits(&out)
             };
             let whole = run(&one, 0, rows);
@@ -35,13 +35,13 @@ proptest! {
 
     #[test]
     fn attention_in_chunks_batches_and_threads_has_the_same_bits(
-        lengths in prop::collection::vec(1usize..90, 1..4), group in 1usize..4, kv_heads in 1usize..3,
-        half_dim in prop::sample::select(vec![3usize, 8, 20, 32, 48]), chunk in 1usize..40, seed in any::<u64>(),
+        lengths in prop::collection::vec(1usize..150, 1..4), group in 1usize..4, kv_heads in 1usize..3,
+        half_dim in prop::sample::select(vec![3usize, 8, 20, 32, 48]), chunk in 1usize..40, dtype in prop::sample::select(KV_DTYPES.to_vec()), seed in any::<u64>(),
     ) {
         let (heads, dim) = (group * kv_heads, 2 * half_dim);
-        let layout = KvLayout { layers: 1, kv_heads, head_dim: dim, block_size: 16 };
+        let layout = KvLayout { layers: 1, kv_heads, head_dim: dim, block_size: 16, dtype };
         let mut data = Data::new(seed);
-        let width = heads * dim + 2 * layout.slot();
+        let width = (heads + 2 * kv_heads) * dim;
         let inputs: Vec<Vec<f32>> = lengths.iter().map(|l| data.floats(l * width)).collect();
         let qkv = |seq: usize, at: usize| inputs[seq][at * width..(at + 1) * width].to_vec();
         let angles = |at: usize| {

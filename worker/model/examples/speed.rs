@@ -1,9 +1,9 @@
 //! Measures the decoder on random weights of the Qwen2.5-0.5B shape: prefill and decode tokens per second.
 //!
-//! `cargo run --release -p baton-model --example speed [threads] [layers] [f32|bf16|f16]`
+//! `cargo run --release -p baton-model --example speed [threads] [layers] [f32|bf16|f16] [none|int8|int4]`
 
 use baton_kernels::StoredType;
-use baton_model::{Decoder, ForwardBatch, KvCache, ModelConfig, ModelFiles, SeqSpan};
+use baton_model::{Decoder, ForwardBatch, KvCache, LoadOptions, ModelConfig, ModelFiles, Quantization, SeqSpan};
 use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
 use safetensors::tensor::{Dtype, TensorView};
@@ -25,13 +25,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Some("f16") => StoredType::F16,
         _ => StoredType::Bf16,
     };
+    let quantization = args.next().map_or(Ok(Quantization::None), |a| a.parse())?;
     let dir = tempfile::tempdir()?;
     write(dir.path(), layers, kind)?;
     let files = ModelFiles::open(dir.path())?;
     let config = ModelConfig::from_dir(dir.path())?;
     let kv = KvCache::allocate(config.kv_geometry(16), 1024)?;
-    let weight_bytes = files.weight_bytes();
-    let mut decoder = Decoder::load(&files, config, threads, &())?;
+    let weight_bytes = files.packed_bytes(&config, quantization);
+    let options = LoadOptions { threads, quantization };
+    let mut decoder = Decoder::load(&files, config, &options, &())?;
     println!(
         "{threads} threads, {}, {layers} layers in {kind}, {} MiB of weights",
         decoder.ops().kernels().isa(),
@@ -57,7 +59,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             prompt as f64 / seconds
         );
     }
-    for (batch, depth) in [(1, 64), (1, 2048), (4, 64), (16, 64)] {
+    for (batch, depth) in [(1, 64), (1, 4096), (16, 64), (32, 64)] {
         let steps = 16;
         let span = |i: u32, at: usize| SeqSpan {
             start_pos: at,
@@ -92,7 +94,7 @@ fn write(dir: &std::path::Path, layers: usize, kind: StoredType) -> Result<(), B
     let config = serde_json::json!({
         "architectures": ["Qwen2ForCausalLM"], "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INNER,
         "num_hidden_layers": layers, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
-        "max_position_embeddings": 32768, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": true,
+        "max_position_embeddings": 32768, "torch_dtype": if kind == StoredType::F32 { "float32" } else { "bfloat16" }, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "tie_word_embeddings": true,
         "use_sliding_window": false, "hidden_act": "silu",
     });
     std::fs::write(dir.join("config.json"), config.to_string())?;
@@ -121,7 +123,7 @@ fn write(dir: &std::path::Path, layers: usize, kind: StoredType) -> Result<(), B
     let (dtype, exponent) = match kind {
         StoredType::F32 => (Dtype::F32, 0x3c80_0000u32),
         StoredType::Bf16 => (Dtype::BF16, 0x3c80),
-        StoredType::F16 => (Dtype::F16, 0x2400),
+        _ => (Dtype::F16, 0x2400),
     };
     let stored: Vec<_> = shapes
         .into_iter()

@@ -75,6 +75,8 @@ pub struct ModelConfig {
     pub eos_token_ids: Vec<u32>,
     /// Token that begins a text, if the model has one.
     pub bos_token_id: Option<u32>,
+    /// Element type of the KV cache. By default what the weights are stored in (`torch_dtype`), f32 if that is not said.
+    pub kv_dtype: KvDtype,
 }
 
 impl ModelConfig {
@@ -162,6 +164,7 @@ impl ModelConfig {
                 .token_ids("eos_token_id", EOS_IDS_MAX, vocab_size)?
                 .unwrap_or_default(),
             bos_token_id: bos.first().copied(),
+            kv_dtype: kv_dtype(&object)?,
         })
     }
 
@@ -172,7 +175,7 @@ impl ModelConfig {
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             block_size,
-            dtype: KvDtype::F32,
+            dtype: self.kv_dtype,
         }
     }
 
@@ -209,6 +212,19 @@ impl ModelConfig {
             hasher.update(&value.to_le_bytes());
         }
     }
+}
+
+/// The type the model says it is stored in. Newer files call it `dtype`.
+fn kv_dtype(object: &Object<'_>) -> Result<KvDtype, ModelError> {
+    let name = match object.text("torch_dtype")? {
+        Some(name) => Some(name),
+        None => object.text("dtype")?,
+    };
+    Ok(match name {
+        Some("bfloat16") => KvDtype::Bf16,
+        Some("float16" | "half") => KvDtype::F16,
+        _ => KvDtype::F32,
+    })
 }
 
 fn parse_object(path: &Path, bytes: &[u8]) -> Result<Value, ModelError> {

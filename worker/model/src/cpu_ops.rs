@@ -1,28 +1,32 @@
-//! The op seam on the CPU: weights stay where they are mapped, activations are plain vectors, every op returns when it
-//! is done. The arithmetic is in `baton-kernels`.
+//! The op seam on the CPU: weights are packed when they are loaded, activations are plain vectors, every op returns when
+//! it is done. The arithmetic is in `baton-kernels`.
 
+use crate::config::ModelConfig;
+use crate::error::ModelError;
+use crate::mapped::Tensor;
 use crate::ops::{OpResult, Ops, StackedPart, Step};
-use baton_kernels::{AttentionSpan, Kernels, MatrixPart};
+use crate::options::Quantization;
+use baton_kernels::{AttentionSpan, Kernels, PackedMatrix};
+use std::ops::Range;
 
 /// Runs ops on the CPU.
 pub struct CpuOps {
     kernels: Kernels,
+    quantization: Quantization,
     heads: usize,
+    kv_heads: Range<usize>,
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
 
 impl CpuOps {
-    /// On `threads` threads (the caller's included), for a model with this many query heads.
-    pub fn new(threads: usize, heads: usize) -> Self {
-        Self::with_kernels(Kernels::new(threads), heads)
-    }
-
-    /// On these kernels.
-    pub fn with_kernels(kernels: Kernels, heads: usize) -> Self {
+    /// On these kernels, for all heads of a model.
+    pub fn new(kernels: Kernels, config: &ModelConfig, quantization: Quantization) -> Self {
         CpuOps {
             kernels,
-            heads,
+            quantization,
+            heads: config.heads,
+            kv_heads: 0..config.kv_heads,
             cos: Vec::new(),
             sin: Vec::new(),
         }
@@ -52,27 +56,6 @@ impl CpuRows {
     }
 }
 
-/// A matrix where it is mapped.
-#[derive(Debug)]
-pub struct CpuMatrix {
-    k: usize,
-    parts: Vec<StackedPart>,
-}
-
-impl CpuMatrix {
-    fn parts(&self) -> Vec<MatrixPart<'_>> {
-        fn view(part: &StackedPart) -> MatrixPart<'_> {
-            let columns = part.weights.shape().first().copied().unwrap_or(0);
-            MatrixPart {
-                weights: part.weights.elements(),
-                bias: part.bias.as_deref(),
-                columns,
-            }
-        }
-        self.parts.iter().map(view).collect()
-    }
-}
-
 fn attention_spans<'a>(step: &Step<'a>) -> Vec<AttentionSpan<'a>> {
     let span = |s: &crate::ops::StepSpan<'a>| AttentionSpan {
         first_row: s.first_row,
@@ -84,16 +67,40 @@ fn attention_spans<'a>(step: &Step<'a>) -> Vec<AttentionSpan<'a>> {
 }
 
 impl Ops for CpuOps {
-    type Matrix = CpuMatrix;
+    type Matrix = PackedMatrix;
+    type Table = Tensor;
     type Vector = Vec<f32>;
     type Rows = CpuRows;
 
-    fn matrix(&mut self, parts: Vec<StackedPart>) -> OpResult<CpuMatrix> {
-        let k = parts
-            .first()
-            .and_then(|p| p.weights.shape().get(1).copied())
-            .unwrap_or(0);
-        Ok(CpuMatrix { k, parts })
+    fn matrix(&mut self, parts: Vec<StackedPart>, head: bool) -> OpResult<PackedMatrix> {
+        // Where each part's columns begin.
+        let mut starts = Vec::with_capacity(parts.len());
+        let mut columns = 0;
+        for part in &parts {
+            starts.push(columns);
+            columns += part.columns.len();
+        }
+        let Some(first) = parts.first() else {
+            return Err(ModelError::batch("a matrix of no parts"));
+        };
+        let (k, format) = (first.k.len(), self.quantization.format(first.weights.kind(), head));
+        let bias = parts.iter().any(|p| p.bias.is_some()).then(|| {
+            let values = |p: &StackedPart| p.bias.clone().unwrap_or_else(|| vec![0.0; p.columns.len()]);
+            parts.iter().flat_map(values).collect()
+        });
+        let row = |n: usize, out: &mut [f32]| {
+            let index = starts.partition_point(|s| *s <= n) - 1;
+            let part = &parts[index];
+            part.weights
+                .read_row(part.columns.start + n - starts[index], part.k.start, out);
+        };
+        self.kernels
+            .pack(format, columns, k, bias, &row)
+            .map_err(|e| ModelError::DoesNotFit(format!("{e}; choose a smaller model or quantise it")))
+    }
+
+    fn table(&mut self, table: Tensor) -> OpResult<Tensor> {
+        Ok(table)
     }
 
     fn vector(&mut self, values: Vec<f32>) -> OpResult<Vec<f32>> {
@@ -123,10 +130,15 @@ impl Ops for CpuOps {
         Ok(())
     }
 
-    fn embed(&mut self, step: &Step<'_>, table: &CpuMatrix, out: &mut CpuRows) -> OpResult {
-        let out = out.resize(step.tokens.len());
-        self.kernels
-            .embed(table.parts[0].weights.elements(), table.k, step.tokens, out);
+    fn embed(&mut self, step: &Step<'_>, table: &Tensor, out: &mut CpuRows) -> OpResult {
+        let width = out.width;
+        for (id, row) in step
+            .tokens
+            .iter()
+            .zip(out.resize(step.tokens.len()).chunks_exact_mut(width))
+        {
+            table.read_row(*id as usize, 0, row);
+        }
         Ok(())
     }
 
@@ -149,17 +161,25 @@ impl Ops for CpuOps {
         Ok(())
     }
 
-    fn linear(&mut self, x: &CpuRows, weights: &CpuMatrix, out: &mut CpuRows) -> OpResult {
+    fn linear(&mut self, x: &CpuRows, weights: &PackedMatrix, out: &mut CpuRows) -> OpResult {
         let rows = x.rows();
-        self.kernels
-            .linear(&x.data, rows, weights.k, &weights.parts(), out.resize(rows));
+        self.kernels.linear(&x.data, rows, weights, out.resize(rows));
         Ok(())
     }
 
     fn rope_kv_write(&mut self, step: &Step<'_>, layer: usize, qkv: &mut CpuRows) -> OpResult {
         let (spans, arena) = (attention_spans(step), step.kv.arena());
-        self.kernels
-            .rope_kv_write(&mut qkv.data, self.heads, &self.cos, &self.sin, &spans, layer, &arena);
+        let (heads, kv_heads) = (self.heads, self.kv_heads.clone());
+        self.kernels.rope_kv_write(
+            &mut qkv.data,
+            heads,
+            kv_heads,
+            &self.cos,
+            &self.sin,
+            &spans,
+            layer,
+            &arena,
+        );
         Ok(())
     }
 
@@ -170,8 +190,9 @@ impl Ops for CpuOps {
     fn attention(&mut self, step: &Step<'_>, layer: usize, qkv: &CpuRows, out: &mut CpuRows) -> OpResult {
         let (spans, arena) = (attention_spans(step), step.kv.arena());
         let out = out.resize(qkv.rows());
+        let (heads, kv_heads) = (self.heads, self.kv_heads.clone());
         self.kernels
-            .attention(&qkv.data, qkv.width, self.heads, &spans, layer, &arena, out);
+            .attention(&qkv.data, qkv.width, heads, kv_heads, &spans, layer, &arena, out);
         Ok(())
     }
 
@@ -189,10 +210,9 @@ impl Ops for CpuOps {
         Ok(())
     }
 
-    fn logits(&mut self, x: &CpuRows, head: &CpuMatrix, out: &mut Vec<f32>) -> OpResult {
-        let parts = head.parts();
-        out.resize(x.rows() * parts.iter().map(|p| p.columns).sum::<usize>(), 0.0);
-        self.kernels.linear(&x.data, x.rows(), head.k, &parts, out);
+    fn logits(&mut self, x: &CpuRows, head: &PackedMatrix, out: &mut Vec<f32>) -> OpResult {
+        out.resize(x.rows() * head.columns(), 0.0);
+        self.kernels.linear(&x.data, x.rows(), head, out);
         Ok(())
     }
 }

@@ -9,8 +9,10 @@ use crate::error::ModelError;
 use crate::files::ModelFiles;
 use crate::kv_cache::KvCache;
 use crate::ops::{Ops, Step, StepSpan};
+use crate::options::LoadOptions;
 use crate::progress::Progress;
 use crate::weights::Weights;
+use baton_kernels::Kernels;
 
 /// Activations reused from step to step; they grow to the largest batch seen.
 struct Scratch<O: Ops> {
@@ -41,21 +43,19 @@ pub struct Decoder<O: Ops = CpuOps> {
 }
 
 impl Decoder<CpuOps> {
-    /// Loads a model for the CPU: checks every tensor, then reads the weights into memory (they stay mapped).
-    /// `threads` includes the thread that calls [`Decoder::forward`].
+    /// Loads a model for the CPU: checks every tensor and packs the matrices into memory.
     ///
     /// # Errors
-    /// [`ModelError::Weights`] if a tensor is missing or has another shape than the configuration asks for.
+    /// [`ModelError::Weights`] if a tensor is missing or has another shape than the configuration asks for;
+    /// [`ModelError::DoesNotFit`] if the system refuses the memory.
     pub fn load(
         files: &ModelFiles,
         config: ModelConfig,
-        threads: usize,
+        options: &LoadOptions,
         progress: &dyn Progress,
     ) -> Result<Self, ModelError> {
-        let ops = CpuOps::new(threads, config.heads);
-        let decoder = Self::with_ops(ops, files, config)?;
-        files.warm(progress);
-        Ok(decoder)
+        let ops = CpuOps::new(Kernels::new(options.threads), &config, options.quantization);
+        Self::with_ops(ops, files, config, progress)
     }
 }
 
@@ -64,8 +64,13 @@ impl<O: Ops> Decoder<O> {
     ///
     /// # Errors
     /// As [`Decoder::load`], and whatever the device refuses.
-    pub fn with_ops(mut ops: O, files: &ModelFiles, config: ModelConfig) -> Result<Self, ModelError> {
-        let weights = Weights::load(&mut ops, files, &config)?;
+    pub fn with_ops(
+        mut ops: O,
+        files: &ModelFiles,
+        config: ModelConfig,
+        progress: &dyn Progress,
+    ) -> Result<Self, ModelError> {
+        let weights = Weights::load(&mut ops, files, &config, progress)?;
         let (frequencies, rope_scale) = config.rope.frequencies(config.head_dim);
         let heads_width = config.heads * config.head_dim;
         let scratch = Scratch {
@@ -189,6 +194,6 @@ impl<O: Ops> Decoder<O> {
             ops.linear(&s.activated, &layer.down, &mut s.delta)?;
         }
         ops.add_rms_norm(&mut s.x, &s.delta, &weights.norm, eps, &mut s.normed)?;
-        ops.logits(&s.normed, weights.head(), &mut s.logits)
+        ops.logits(&s.normed, &weights.head, &mut s.logits)
     }
 }

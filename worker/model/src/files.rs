@@ -4,6 +4,7 @@
 use crate::error::ModelError;
 use crate::json::read_bounded;
 use crate::mapped::{MappedFile, Tensor};
+use crate::options::Quantization;
 use crate::progress::{Progress, Stage};
 use crate::{ModelConfig, config::SUPPORTED};
 use baton_kernels::StoredType;
@@ -30,6 +31,11 @@ pub struct ModelFiles {
     dir: PathBuf,
     tensors: BTreeMap<String, Tensor>,
 }
+
+/// The embedding table's tensor.
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
+/// The output head's, unless it is the embedding.
+pub(crate) const HEAD: &str = "lm_head.weight";
 
 impl ModelFiles {
     /// Maps and validates the safetensors of `dir`: `model.safetensors.index.json` and its shards, or
@@ -89,13 +95,33 @@ impl ModelFiles {
         self.tensors.values().map(|t| t.bytes().len() as u64).sum()
     }
 
-    /// What two workers must have in common to exchange KV blocks: blake3 over the configuration, all tensor names,
+    /// Bytes of memory the weights take once loaded: matrices packed in their formats, and the embedding table as stored.
+    pub fn packed_bytes(&self, config: &ModelConfig, quantization: Quantization) -> u64 {
+        let packed = |name: &str, tensor: &Tensor| match *tensor.shape() {
+            [columns, k] => {
+                let embedding = name == EMBEDDING;
+                let head = name == HEAD || (embedding && config.tied_embeddings);
+                let format = quantization.format(tensor.kind(), head);
+                let packed = format.bytes(columns, k).map_or(u64::MAX, |b| b as u64);
+                match embedding && !config.tied_embeddings {
+                    true => tensor.bytes().len() as u64,
+                    false => packed,
+                }
+            }
+            _ => tensor.bytes().len() as u64,
+        };
+        let sizes = self.tensors.iter().map(|(name, tensor)| packed(name, tensor));
+        sizes.fold(0, u64::saturating_add)
+    }
+
+    /// What two workers must have in common to exchange KV blocks: blake3 over the configuration, the quantisation, all tensor names,
     /// types and shapes, and their contents. Above 256 MiB of weights the contents are sampled: of each tensor, 16
     /// windows of 16 KiB, evenly spaced from its first to its last byte (all of it if it is smaller); so weights that
     /// differ only between the windows are not told apart.
-    pub fn digest(&self, config: &ModelConfig, progress: &dyn Progress) -> [u8; 32] {
+    pub fn digest(&self, config: &ModelConfig, quantization: Quantization, progress: &dyn Progress) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new_derive_key("baton 2026 model digest");
         config.hash_into(&mut hasher);
+        hasher.update(quantization.to_string().as_bytes());
         let total = self.weight_bytes();
         let full = total <= FULL_DIGEST_BYTES_MAX;
         let mut done = 0;
@@ -120,24 +146,6 @@ impl ModelFiles {
             progress.update(Stage::Digest, done, total);
         }
         *hasher.finalize().as_bytes()
-    }
-
-    /// Reads every page of the weights once, so that the first request does not wait for the disk.
-    pub fn warm(&self, progress: &dyn Progress) {
-        /// Between two reports.
-        const REPORT_BYTES: usize = 8 << 20;
-        /// The smallest page size.
-        const PAGE: usize = 4096;
-        let total = self.weight_bytes();
-        let mut done = 0;
-        for tensor in self.tensors.values() {
-            for piece in tensor.bytes().chunks(REPORT_BYTES) {
-                let touched = piece.iter().step_by(PAGE).fold(0u8, |a, b| a ^ b);
-                std::hint::black_box(touched);
-                done += piece.len() as u64;
-                progress.update(Stage::Load, done, total);
-            }
-        }
     }
 }
 

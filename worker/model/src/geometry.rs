@@ -1,37 +1,17 @@
 //! Where the K and V of a token lie in a worker's KV arena, and the digest that says whether two workers agree on it.
 //!
-//! The arena is block-major: `[block][layer][k|v][slot][kv_head][head_dim]`. A block's byte offset therefore does not
+//! The arena is block-major: `[block][layer][kv_head][k|v][slot][head_dim]`. A block's byte offset therefore does not
 //! depend on how many blocks an arena has (prefill and decode workers size theirs differently), one layer of one
-//! block is one contiguous run (what the layer-by-layer transfer moves), and heads can be sliced inside a slot.
+//! block is one contiguous run (what the layer-by-layer transfer moves), and the heads of one tensor-parallel rank are one
+//! contiguous run of that, so that a transfer between different degrees is a list of such runs.
 //!
 //! Owns no memory and allocates no blocks: the block manager does, in `baton-engine`.
 
+pub use baton_kernels::KvDtype;
+use baton_kernels::KvLayout;
 use std::ops::Range;
 
-/// Element type of the stored K and V.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum KvDtype {
-    /// 32-bit IEEE floats, native byte order (little-endian on every supported machine).
-    F32,
-}
-
-impl KvDtype {
-    /// Size of one element in bytes.
-    pub const fn bytes(self) -> usize {
-        match self {
-            KvDtype::F32 => 4,
-        }
-    }
-
-    /// Stable code in the compatibility digest; never reused.
-    const fn code(self) -> u64 {
-        match self {
-            KvDtype::F32 => 1,
-        }
-    }
-}
-
-/// Which half of a layer of a block: the keys come first, then the values.
+/// Which half of a head of a layer of a block: the keys come first, then the values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum KvHalf {
     /// Keys.
@@ -39,6 +19,9 @@ pub enum KvHalf {
     /// Values.
     V,
 }
+
+/// Order of the dimensions, part of the digest.
+const LAYOUT: &str = "block layer kv_head half slot head_dim";
 
 /// The shape of a KV arena, without its number of blocks.
 ///
@@ -69,19 +52,19 @@ impl KvGeometry {
             .all(|d| (1..=Self::DIM_MAX).contains(d))
     }
 
-    /// Elements of one slot: the K (or V) of one token in one layer, all heads.
-    pub const fn slot_elements(&self) -> usize {
-        self.kv_heads * self.head_dim
-    }
-
-    /// Bytes of one K or V slot of one layer.
+    /// Bytes of one slot: the K (or V) of one token in one layer, one head.
     pub const fn slot_bytes(&self) -> usize {
-        self.slot_elements() * self.dtype.bytes()
+        self.head_dim * self.dtype.bytes()
     }
 
-    /// Bytes of one layer of one block: K and V of `block_size` tokens.
-    pub const fn layer_bytes(&self) -> usize {
+    /// Bytes of one head of one layer of one block: K and V of `block_size` tokens.
+    pub const fn head_bytes(&self) -> usize {
         2 * self.block_size * self.slot_bytes()
+    }
+
+    /// Bytes of one layer of one block: all heads.
+    pub const fn layer_bytes(&self) -> usize {
+        self.kv_heads * self.head_bytes()
     }
 
     /// Bytes of one block: all layers.
@@ -99,13 +82,13 @@ impl KvGeometry {
         tokens.div_ceil(self.block_size)
     }
 
-    /// Byte range in the arena of `slots` of one half of one layer of `block`.
+    /// Byte range in the arena of `slots` of one half of one head of one layer of `block`.
     ///
-    /// The caller keeps `layer < layers` and `slots.end <= block_size`; debug builds check it.
-    pub fn range(&self, block: u32, layer: usize, half: KvHalf, slots: Range<usize>) -> Range<usize> {
-        debug_assert!(layer < self.layers && slots.start <= slots.end && slots.end <= self.block_size);
-        let half_start = block as usize * self.block_bytes()
-            + layer * self.layer_bytes()
+    /// The caller keeps `layer < layers`, `head < kv_heads` and `slots.end <= block_size`; debug builds check it.
+    pub fn range(&self, block: u32, layer: usize, head: usize, half: KvHalf, slots: Range<usize>) -> Range<usize> {
+        debug_assert!(layer < self.layers && head < self.kv_heads);
+        debug_assert!(slots.start <= slots.end && slots.end <= self.block_size);
+        let half_start = self.heads_range(block, layer, head..head + 1).start
             + match half {
                 KvHalf::K => 0,
                 KvHalf::V => self.block_size * self.slot_bytes(),
@@ -113,7 +96,14 @@ impl KvGeometry {
         half_start + slots.start * self.slot_bytes()..half_start + slots.end * self.slot_bytes()
     }
 
-    /// Byte range in the arena of a whole layer of `block`: keys, then values.
+    /// Byte range in the arena of some heads of a layer of `block`: what one tensor-parallel rank computes.
+    pub fn heads_range(&self, block: u32, layer: usize, heads: Range<usize>) -> Range<usize> {
+        debug_assert!(heads.start <= heads.end && heads.end <= self.kv_heads);
+        let start = self.layer_range(block, layer).start;
+        start + heads.start * self.head_bytes()..start + heads.end * self.head_bytes()
+    }
+
+    /// Byte range in the arena of a whole layer of `block`, all heads.
     pub fn layer_range(&self, block: u32, layer: usize) -> Range<usize> {
         debug_assert!(layer < self.layers);
         let start = block as usize * self.block_bytes() + layer * self.layer_bytes();
@@ -126,6 +116,17 @@ impl KvGeometry {
         start..start + self.block_bytes()
     }
 
+    /// The same shape as the kernels see it.
+    pub(crate) fn layout(&self) -> KvLayout {
+        KvLayout {
+            layers: self.layers,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            block_size: self.block_size,
+            dtype: self.dtype,
+        }
+    }
+
     /// Compatibility digest: two workers may exchange KV blocks only if theirs are equal. Covers the protocol
     /// version, this geometry and the model (config and weights, through `model_digest`).
     pub fn digest(&self, model_digest: &[u8; 32]) -> [u8; 32] {
@@ -135,7 +136,8 @@ impl KvGeometry {
         for dim in dims {
             hasher.update(&dim.to_le_bytes());
         }
-        hasher.update(&self.dtype.code().to_le_bytes());
+        hasher.update(LAYOUT.as_bytes());
+        hasher.update(self.dtype.to_string().as_bytes());
         hasher.update(model_digest);
         *hasher.finalize().as_bytes()
     }
@@ -163,13 +165,17 @@ mod tests {
             assert_eq!(g.block_range(block).start, next);
             for layer in 0..g.layers {
                 assert_eq!(g.layer_range(block, layer).start, next);
-                for half in [KvHalf::K, KvHalf::V] {
-                    for slot in 0..g.block_size {
-                        let range = g.range(block, layer, half, slot..slot + 1);
-                        assert_eq!(range.start, next);
-                        assert_eq!(range.len(), g.slot_bytes());
-                        next = range.end;
+                for head in 0..g.kv_heads {
+                    assert_eq!(g.heads_range(block, layer, head..g.kv_heads).start, next);
+                    for half in [KvHalf::K, KvHalf::V] {
+                        for slot in 0..g.block_size {
+                            let range = g.range(block, layer, head, half, slot..slot + 1);
+                            assert_eq!(range.start, next);
+                            assert_eq!(range.len(), g.slot_bytes());
+                            next = range.end;
+                        }
                     }
+                    assert_eq!(g.heads_range(block, layer, 0..head + 1).end, next);
                 }
                 assert_eq!(g.layer_range(block, layer).end, next);
             }
@@ -187,6 +193,10 @@ mod tests {
             KvGeometry { kv_heads: 4, ..base },
             KvGeometry { head_dim: 16, ..base },
             KvGeometry { block_size: 32, ..base },
+            KvGeometry {
+                dtype: KvDtype::Bf16,
+                ..base
+            },
         ];
         assert!(others.iter().all(|g| g.digest(&[7; 32]) != digest));
         assert_ne!(base.digest(&[8; 32]), digest);

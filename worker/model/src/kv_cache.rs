@@ -2,7 +2,7 @@
 
 use crate::error::ModelError;
 use crate::geometry::KvGeometry;
-use baton_kernels::{KvArena, KvLayout};
+use baton_kernels::KvArena;
 use baton_kvtransfer::Region;
 use std::sync::Arc;
 
@@ -55,16 +55,16 @@ impl KvCache {
     /// The arena as the kernels see it.
     #[allow(unsafe_code)]
     pub(crate) fn arena(&self) -> KvArena<'_> {
-        let layout = KvLayout {
-            layers: self.geometry.layers,
-            kv_heads: self.geometry.kv_heads,
-            head_dim: self.geometry.head_dim,
-            block_size: self.geometry.block_size,
-        };
         // SAFETY: an empty slice claims no byte; only its address is used. The region is page-aligned, initialised,
         // has room for `blocks` blocks (see `allocate`) and outlives the view. The block manager gives a batch only
         // blocks that its sequences own, and opens no window over blocks that a batch writes; `Decoder::forward`
         // refuses batches whose spans would write the same block.
-        unsafe { KvArena::new(self.region.slice_mut(0..0).as_mut_ptr().cast(), self.blocks, layout) }
+        unsafe {
+            KvArena::new(
+                self.region.slice_mut(0..0).as_mut_ptr(),
+                self.blocks,
+                self.geometry.layout(),
+            )
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Read-only memory maps of weight files, and tensors that lie in them. The only place where files become memory.
 
 use crate::error::ModelError;
-use baton_kernels::{Elements, StoredType};
+use baton_kernels::{Elements, StoredType, dequantize};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -82,5 +82,56 @@ impl Tensor {
     pub fn elements(&self) -> Elements<'_> {
         // Alignment was checked, or made, in `new`; an empty tensor stands in for the impossible.
         Elements::from_bytes(self.kind, self.bytes()).unwrap_or(Elements::F32(&[]))
+    }
+
+    /// All elements, widened to f32.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.shape.iter().product()];
+        dequantize(self.kind, self.bytes(), &mut out);
+        out
+    }
+
+    /// Elements `start..start + out.len()` of `row` (of the outermost dimension), widened to f32. Rows of quantised types
+    /// are decoded block by block.
+    ///
+    /// # Panics
+    /// If they lie outside, or `start` cuts a block: shapes were checked when the model was loaded.
+    pub fn read_row(&self, row: usize, start: usize, out: &mut [f32]) {
+        let width: usize = self.shape.iter().skip(1).product();
+        assert!(start + out.len() <= width, "a row has {width} elements");
+        if self.kind.is_float() {
+            return self.elements().widen_into(row * width + start, out);
+        }
+        let block = self.kind.block_elements();
+        assert!(
+            width.is_multiple_of(block) && start.is_multiple_of(block),
+            "cuts a block"
+        );
+        let row_bytes = width / block * self.kind.block_bytes();
+        let bytes = &self.bytes()[row * row_bytes + start / block * self.kind.block_bytes()..];
+        let whole = out.len() / block * block;
+        let whole_bytes = whole / block * self.kind.block_bytes();
+        let (head, tail) = out.split_at_mut(whole);
+        dequantize(self.kind, &bytes[..whole_bytes], head);
+        if !tail.is_empty() {
+            let mut last = vec![0.0; block];
+            dequantize(
+                self.kind,
+                &bytes[whole_bytes..whole_bytes + self.kind.block_bytes()],
+                &mut last,
+            );
+            tail.copy_from_slice(&last[..tail.len()]);
+        }
+    }
+
+    /// Gives the pages of the mapped file back to the system; they are read again when needed.
+    #[allow(unsafe_code)]
+    pub fn release_pages(&self) {
+        #[cfg(unix)]
+        if let Storage::Mapped(file, range) = &self.storage {
+            let advice = memmap2::UncheckedAdvice::DontNeed;
+            // SAFETY: the map is file-backed, private and read-only: dropped pages come back with the same contents.
+            let _ = unsafe { file.0.unchecked_advise_range(advice, range.start, range.len()) };
+        }
     }
 }

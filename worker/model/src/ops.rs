@@ -7,13 +7,18 @@
 use crate::error::ModelError;
 use crate::kv_cache::KvCache;
 use crate::mapped::Tensor;
+use std::ops::Range;
 
-/// One stored tensor of a stacked matrix, `[columns, k]`, with its bias.
+/// One stored tensor of a stacked matrix, or a slice of it, with its bias.
 #[derive(Debug, Clone)]
 pub struct StackedPart {
-    /// The weights as stored.
+    /// The weights as stored, `[columns, k]`.
     pub weights: Tensor,
-    /// One value per output column.
+    /// The columns taken.
+    pub columns: Range<usize>,
+    /// The elements taken of each column's row.
+    pub k: Range<usize>,
+    /// One value per column taken.
     pub bias: Option<Vec<f32>>,
 }
 
@@ -48,13 +53,17 @@ pub type OpResult<T = ()> = Result<T, ModelError>;
 pub trait Ops: Send {
     /// A weight matrix on the device: parts stacked along the output columns.
     type Matrix: Send;
+    /// An embedding table on the device.
+    type Table: Send;
     /// A vector of f32 on the device.
     type Vector: Send;
     /// Activations on the device.
     type Rows: Send;
 
-    /// Takes over a weight matrix (and may pack it).
-    fn matrix(&mut self, parts: Vec<StackedPart>) -> OpResult<Self::Matrix>;
+    /// Takes over a weight matrix (and may pack it); `head` for the output head.
+    fn matrix(&mut self, parts: Vec<StackedPart>, head: bool) -> OpResult<Self::Matrix>;
+    /// Takes over an embedding table, `[vocabulary, hidden]`.
+    fn table(&mut self, table: Tensor) -> OpResult<Self::Table>;
     /// Takes over a vector.
     fn vector(&mut self, values: Vec<f32>) -> OpResult<Self::Vector>;
     /// Empty activations, `width` wide.
@@ -64,7 +73,7 @@ pub trait Ops: Send {
     /// angles per position of each pair of a head's elements, `scale` multiplies cosines and sines.
     fn begin(&mut self, step: &Step<'_>, frequencies: &[f32], scale: f32) -> OpResult;
     /// `out = table[tokens]`.
-    fn embed(&mut self, step: &Step<'_>, table: &Self::Matrix, out: &mut Self::Rows) -> OpResult;
+    fn embed(&mut self, step: &Step<'_>, table: &Self::Table, out: &mut Self::Rows) -> OpResult;
     /// `out = rms_norm(x) * weight`.
     fn rms_norm(&mut self, x: &mut Self::Rows, weight: &Self::Vector, eps: f32, out: &mut Self::Rows) -> OpResult;
     /// `x += delta; out = rms_norm(x) * weight`.

@@ -2,8 +2,10 @@
 
 use crate::config::ModelConfig;
 use crate::error::ModelError;
-use crate::files::ModelFiles;
+use crate::files::{EMBEDDING, HEAD, ModelFiles};
+use crate::mapped::Tensor;
 use crate::ops::{Ops, StackedPart};
+use crate::progress::{Progress, Stage};
 
 /// One transformer layer on a device.
 pub(crate) struct LayerWeights<O: Ops> {
@@ -17,20 +19,29 @@ pub(crate) struct LayerWeights<O: Ops> {
 
 /// A model on a device.
 pub(crate) struct Weights<O: Ops> {
-    pub embedding: O::Matrix,
+    pub embedding: O::Table,
     pub layers: Vec<LayerWeights<O>>,
     pub norm: O::Vector,
-    /// `None`: the head is the embedding.
-    pub head: Option<O::Matrix>,
+    pub head: O::Matrix,
 }
 
 impl<O: Ops> Weights<O> {
-    pub fn load(ops: &mut O, files: &ModelFiles, config: &ModelConfig) -> Result<Self, ModelError> {
+    pub fn load(
+        ops: &mut O,
+        files: &ModelFiles,
+        config: &ModelConfig,
+        progress: &dyn Progress,
+    ) -> Result<Self, ModelError> {
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let q = config.heads * config.head_dim;
         let kv = config.kv_heads * config.head_dim;
-        let mut loader = Loader { ops, files };
-        let embedding = loader.matrix(&[("model.embed_tokens", config.vocab_size)], hidden, false)?;
+        let mut loader = Loader {
+            ops,
+            files,
+            progress,
+            done: 0,
+            total: files.weight_bytes(),
+        };
         let layers = (0..config.layers).map(|index| {
             let name = |part: &str| format!("model.layers.{index}.{part}");
             let attention = |part: &str| name(&format!("self_attn.{part}_proj"));
@@ -47,10 +58,12 @@ impl<O: Ops> Weights<O> {
         });
         let layers = layers.collect::<Result<Vec<_>, ModelError>>()?;
         let norm = loader.vector("model.norm.weight", hidden)?;
-        let head = match config.tied_embeddings {
-            true => None,
-            false => Some(loader.matrix(&[("lm_head", config.vocab_size)], hidden, false)?),
-        };
+        let head = if config.tied_embeddings { EMBEDDING } else { HEAD };
+        let head = head.trim_end_matches(".weight");
+        let head = loader.load_matrix(&[(head, config.vocab_size)], hidden, false, true)?;
+        let embedding = files.need(EMBEDDING, &[config.vocab_size, hidden])?;
+        let embedding = loader.ops.table(embedding)?;
+        progress.update(Stage::Load, loader.total, loader.total);
         Ok(Weights {
             embedding,
             layers,
@@ -58,40 +71,55 @@ impl<O: Ops> Weights<O> {
             head,
         })
     }
-
-    /// The output head.
-    pub fn head(&self) -> &O::Matrix {
-        self.head.as_ref().unwrap_or(&self.embedding)
-    }
 }
 
 struct Loader<'a, O: Ops> {
     ops: &'a mut O,
     files: &'a ModelFiles,
+    progress: &'a dyn Progress,
+    done: u64,
+    total: u64,
 }
 
 impl<O: Ops> Loader<'_, O> {
     fn matrix<N: AsRef<str>>(&mut self, parts: &[(N, usize)], k: usize, bias: bool) -> Result<O::Matrix, ModelError> {
+        self.load_matrix(parts, k, bias, false)
+    }
+
+    fn load_matrix<N: AsRef<str>>(
+        &mut self,
+        parts: &[(N, usize)],
+        k: usize,
+        bias: bool,
+        head: bool,
+    ) -> Result<O::Matrix, ModelError> {
         let load = |(name, columns): &(N, usize)| {
             let name = name.as_ref();
             let weights = self.files.need(&format!("{name}.weight"), &[*columns, k])?;
             let bias = match bias {
-                true => Some(
-                    self.files
-                        .need(&format!("{name}.bias"), &[*columns])?
-                        .elements()
-                        .to_f32(),
-                ),
+                true => Some(self.files.need(&format!("{name}.bias"), &[*columns])?.to_f32()),
                 false => None,
             };
-            Ok(StackedPart { weights, bias })
+            Ok(StackedPart {
+                weights,
+                columns: 0..*columns,
+                k: 0..k,
+                bias,
+            })
         };
         let parts = parts.iter().map(load).collect::<Result<Vec<_>, ModelError>>()?;
-        self.ops.matrix(parts)
+        let tensors: Vec<Tensor> = parts.iter().map(|p| p.weights.clone()).collect();
+        let matrix = self.ops.matrix(parts, head)?;
+        for tensor in tensors {
+            self.done += tensor.bytes().len() as u64;
+            tensor.release_pages();
+        }
+        self.progress.update(Stage::Load, self.done.min(self.total), self.total);
+        Ok(matrix)
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<O::Vector, ModelError> {
-        let values = self.files.need(name, &[len])?.elements().to_f32();
+        let values = self.files.need(name, &[len])?.to_f32();
         self.ops.vector(values)
     }
 }

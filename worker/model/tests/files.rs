@@ -2,7 +2,9 @@
 
 mod common;
 
-use baton_model::{Decoder, MemoryNeed, ModelConfig, ModelError, ModelFiles, Progress, Stage, resolve};
+use baton_model::{
+    Decoder, LoadOptions, MemoryNeed, ModelConfig, ModelError, ModelFiles, Progress, Quantization, Stage, resolve,
+};
 use common::Spec;
 use proptest::prelude::*;
 use safetensors::tensor::{Dtype, TensorView};
@@ -26,7 +28,7 @@ fn small() -> Spec {
 fn refusal(dir: &Path) -> String {
     let load = || {
         let config = ModelConfig::from_dir(dir)?;
-        Decoder::load(&ModelFiles::open(dir)?, config, 1, &()).map(|_| ())
+        Decoder::load(&ModelFiles::open(dir)?, config, &LoadOptions::threads(1), &()).map(|_| ())
     };
     let text = load().unwrap_err().to_string();
     assert!(!text.contains('\n'), "{text}");
@@ -36,7 +38,7 @@ fn refusal(dir: &Path) -> String {
 fn digest(dir: &Path) -> [u8; 32] {
     ModelFiles::open(dir)
         .unwrap()
-        .digest(&ModelConfig::from_dir(dir).unwrap(), &())
+        .digest(&ModelConfig::from_dir(dir).unwrap(), Quantization::None, &())
 }
 
 #[test]
@@ -167,7 +169,13 @@ fn unaligned_tensors_are_copied_not_refused() {
     std::fs::write(&path, odd).unwrap();
     assert_eq!(digest(dir.path()), before);
     let config = ModelConfig::from_dir(dir.path()).unwrap();
-    Decoder::load(&ModelFiles::open(dir.path()).unwrap(), config, 1, &()).unwrap();
+    Decoder::load(
+        &ModelFiles::open(dir.path()).unwrap(),
+        config,
+        &LoadOptions::threads(1),
+        &(),
+    )
+    .unwrap();
 }
 
 #[test]
@@ -240,8 +248,8 @@ fn progress_ends_at_the_total() {
     let seen = Mutex::new(Vec::new());
     let progress = |stage: Stage<'_>, done, total| seen.lock().unwrap().push((stage.to_string(), done, total));
     let config = ModelConfig::from_dir(dir.path()).unwrap();
-    files.digest(&config, &progress as &dyn Progress);
-    Decoder::load(&files, config.clone(), 1, &progress).unwrap();
+    files.digest(&config, Quantization::None, &progress as &dyn Progress);
+    Decoder::load(&files, config.clone(), &LoadOptions::threads(1), &progress).unwrap();
     let seen = seen.into_inner().unwrap();
     for stage in ["checking weights", "loading weights"] {
         let last = seen.iter().rev().find(|s| s.0 == stage).unwrap();
@@ -272,7 +280,7 @@ proptest! {
         std::fs::write(&path, bytes).unwrap();
         let config = ModelConfig::from_dir(dir.path()).unwrap();
         if let Ok(files) = ModelFiles::open(dir.path()) {
-            let _ = Decoder::load(&files, config, 1, &()).map(|_| ());
+            let _ = Decoder::load(&files, config, &LoadOptions::threads(1), &()).map(|_| ());
         }
     }
 }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use baton_model::{Decoder, Hub, ModelConfig, ModelFiles, Stage};
+use baton_model::{Decoder, Hub, LoadOptions, ModelConfig, ModelFiles, Stage};
 use common::Spec;
 use serde_json::json;
 use std::collections::HashMap;
@@ -135,7 +135,7 @@ fn downloads_what_is_needed_once_and_then_works_without_the_hub() {
         }
         let config = ModelConfig::from_dir(&dir).unwrap();
         assert_eq!(config.eos_token_ids, [3, 4]);
-        Decoder::load(&ModelFiles::open(&dir).unwrap(), config, 1, &()).unwrap();
+        Decoder::load(&ModelFiles::open(&dir).unwrap(), config, &LoadOptions::threads(1), &()).unwrap();
 
         // Again: only the listing is asked for.
         hub_server.asked();

@@ -2,7 +2,7 @@
 
 mod common;
 
-use baton_model::{ForwardBatch, KvHalf, SeqSpan};
+use baton_model::{ForwardBatch, KvHalf, Quantization, SeqSpan};
 use common::{BLOCK, Runner, Spec, argmax, bits, prompt};
 use safetensors::tensor::Dtype;
 
@@ -39,31 +39,43 @@ fn generate(runner: &mut Runner, prompt_tokens: &[u32], chunk: usize, mates: &[V
 
 #[test]
 fn a_request_has_the_same_bits_alone_batched_chunked_and_on_any_threads() {
-    for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
+    let formats = [
+        (Dtype::F32, Quantization::None),
+        (Dtype::BF16, Quantization::None),
+        (Dtype::F16, Quantization::None),
+        (Dtype::BF16, Quantization::Int8),
+        (Dtype::BF16, Quantization::Int4),
+    ];
+    for (dtype, quantization) in formats {
         let spec = Spec { dtype, ..Spec::qwen2() };
         let dir = tempfile::tempdir().unwrap();
         spec.write(dir.path(), 21);
         let tokens = prompt(53, spec.vocab, 4);
         let mates: Vec<Vec<u32>> = (0..9).map(|i| prompt(1 + 7 * i, spec.vocab, 50 + i as u64)).collect();
-        let alone = generate(&mut Runner::open(dir.path(), 1, 64), &tokens, usize::MAX, &[]);
+        let alone = generate(
+            &mut Runner::quantized(dir.path(), 1, 64, quantization),
+            &tokens,
+            usize::MAX,
+            &[],
+        );
         for threads in [1, 2, 3] {
-            let mut runner = Runner::open(dir.path(), threads, 512);
+            let mut runner = Runner::quantized(dir.path(), threads, 512, quantization);
             for chunk in [1, 5, 16, 53] {
                 assert_eq!(
                     generate(&mut runner, &tokens, chunk, &[]),
                     alone,
-                    "{dtype:?}, chunks of {chunk}"
+                    "{dtype:?} as {quantization}, chunks of {chunk}"
                 );
             }
             assert_eq!(
                 generate(&mut runner, &tokens, 16, &mates),
                 alone,
-                "{dtype:?}, in a batch, chunks of 16"
+                "{dtype:?} as {quantization}, in a batch, chunks of 16"
             );
             assert_eq!(
                 generate(&mut runner, &tokens, 53, &mates),
                 alone,
-                "{dtype:?}, in a batch"
+                "{dtype:?} as {quantization}, in a batch"
             );
         }
     }
@@ -119,11 +131,13 @@ fn layer_done_comes_in_order_and_finds_the_layer_complete() {
         let read = |layer: usize| {
             let mut bytes = Vec::new();
             for (block, slots) in [(5, 0..BLOCK), (2, 0..20 - BLOCK)] {
-                for half in [KvHalf::K, KvHalf::V] {
-                    let range = geometry.range(block, layer, half, slots.clone());
-                    let mut part = vec![0; range.len()];
-                    assert!(kv.region().copy_out(range.start, &mut part));
-                    bytes.extend(part);
+                for head in 0..geometry.kv_heads {
+                    for half in [KvHalf::K, KvHalf::V] {
+                        let range = geometry.range(block, layer, head, half, slots.clone());
+                        let mut part = vec![0; range.len()];
+                        assert!(kv.region().copy_out(range.start, &mut part));
+                        bytes.extend(part);
+                    }
                 }
             }
             bytes

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use baton_engine::{Engine, ModelEngine, SchedulerConfig};
-use baton_model::{ModelConfig, ModelFiles};
+use baton_model::{LoadOptions, ModelConfig, ModelFiles};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use safetensors::tensor::{Dtype, TensorView};
@@ -68,7 +68,7 @@ impl TinyModel {
             self.config.clone(),
             config.block_size,
             config.total_blocks,
-            threads,
+            &LoadOptions::threads(threads),
             &(),
         );
         Box::new(engine.expect("loads"))

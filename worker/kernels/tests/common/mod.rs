@@ -1,8 +1,7 @@
 //! Shared by the kernel tests: deterministic data, a KV arena with its blocks in shuffled order, instruction sets.
 #![allow(dead_code)]
 
-use baton_kernels::{AttentionSpan, Elements, Isa, Kernels, KvArena, KvLayout, StoredType};
-use half::{bf16, f16};
+use baton_kernels::{AttentionSpan, Isa, Kernels, KvArena, KvDtype, KvLayout, PackedMatrix, WeightFormat};
 
 /// Small deterministic generator (xorshift), so that failures reproduce from the numbers alone.
 pub struct Data(u64);
@@ -29,43 +28,22 @@ impl Data {
     }
 }
 
-/// Weights in one stored type.
-pub enum Stored {
-    F32(Vec<f32>),
-    Bf16(Vec<bf16>),
-    F16(Vec<f16>),
+/// Packs `values`, `[columns, k]`.
+pub fn pack(kernels: &Kernels, format: WeightFormat, values: &[f32], k: usize, bias: Option<&[f32]>) -> PackedMatrix {
+    let row = |n: usize, out: &mut [f32]| out.copy_from_slice(&values[n * k..(n + 1) * k]);
+    kernels
+        .pack(format, values.len() / k, k, bias.map(<[f32]>::to_vec), &row)
+        .expect("memory")
 }
-
-impl Stored {
-    pub fn new(kind: StoredType, values: &[f32]) -> Self {
-        match kind {
-            StoredType::F32 => Stored::F32(values.to_vec()),
-            StoredType::Bf16 => Stored::Bf16(values.iter().map(|v| bf16::from_f32(*v)).collect()),
-            StoredType::F16 => Stored::F16(values.iter().map(|v| f16::from_f32(*v)).collect()),
-        }
-    }
-
-    pub fn elements(&self) -> Elements<'_> {
-        match self {
-            Stored::F32(v) => Elements::F32(v),
-            Stored::Bf16(v) => Elements::Bf16(v),
-            Stored::F16(v) => Elements::F16(v),
-        }
-    }
-}
-
-pub const STORED: [StoredType; 3] = [StoredType::F32, StoredType::Bf16, StoredType::F16];
 
 pub fn isas() -> Vec<Isa> {
-    [Isa::Portable, Isa::Avx2]
-        .into_iter()
-        .filter(|isa| isa.available())
-        .collect()
+    Isa::ALL.into_iter().filter(|isa| isa.available()).collect()
 }
 
 /// Sequences with their own shuffled blocks in one arena.
 pub struct Paged {
-    pub memory: Vec<f32>,
+    /// Words, so that it is aligned.
+    pub memory: Vec<u32>,
     pub layout: KvLayout,
     pub tables: Vec<Vec<u32>>,
     pub blocks: u32,
@@ -82,9 +60,9 @@ impl Paged {
         }
         let mut ids = ids.into_iter();
         let tables = needs.iter().map(|n| ids.by_ref().take(*n).collect()).collect();
-        // NaN everywhere: whatever is read without having been written shows.
+        // NaN everywhere, in every type: whatever is read without having been written shows.
         Paged {
-            memory: vec![f32::NAN; blocks as usize * layout.block()],
+            memory: vec![u32::MAX; (blocks as usize * layout.block_bytes()).div_ceil(4)],
             layout,
             tables,
             blocks,
@@ -93,7 +71,7 @@ impl Paged {
 
     pub fn arena(&mut self) -> KvArena<'_> {
         // SAFETY: the memory has exactly this many blocks, and the borrow keeps others away.
-        unsafe { KvArena::new(self.memory.as_mut_ptr(), self.blocks, self.layout) }
+        unsafe { KvArena::new(self.memory.as_mut_ptr().cast(), self.blocks, self.layout) }
     }
 }
 
@@ -127,12 +105,16 @@ pub fn attend(
         }
     }
     let arena = paged.arena();
-    kernels.rope_kv_write(&mut qkv, heads, &cos, &sin, &spans, layer, &arena);
+    let kv_heads = 0..layout.kv_heads;
+    kernels.rope_kv_write(&mut qkv, heads, kv_heads.clone(), &cos, &sin, &spans, layer, &arena);
     let mut out = vec![f32::NAN; rows * heads * layout.head_dim];
-    let stride = heads * layout.head_dim + 2 * layout.slot();
-    kernels.attention(&qkv, stride, heads, &spans, layer, &arena, &mut out);
+    let stride = (heads + 2 * layout.kv_heads) * layout.head_dim;
+    kernels.attention(&qkv, stride, heads, kv_heads, &spans, layer, &arena, &mut out);
     out
 }
+
+/// All KV types.
+pub const KV_DTYPES: [KvDtype; 3] = [KvDtype::F32, KvDtype::F16, KvDtype::Bf16];
 
 /// Bits of floats, to compare exactly.
 pub fn bits(values: &[f32]) -> Vec<u32> {

@@ -1,7 +1,7 @@
 //! Shared by the model tests: small random models written as a real model directory, and sequences run over a cache.
 #![allow(dead_code)]
 
-use baton_model::{Decoder, ForwardBatch, KvCache, ModelConfig, ModelFiles, SeqSpan};
+use baton_model::{Decoder, ForwardBatch, KvCache, LoadOptions, ModelConfig, ModelFiles, Quantization, SeqSpan};
 use half::{bf16, f16};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -186,10 +186,15 @@ pub struct Runner {
 
 impl Runner {
     pub fn open(dir: &Path, threads: usize, blocks: u32) -> Self {
+        Self::quantized(dir, threads, blocks, Quantization::None)
+    }
+
+    pub fn quantized(dir: &Path, threads: usize, blocks: u32, quantization: Quantization) -> Self {
         let config = ModelConfig::from_dir(dir).unwrap();
         let files = ModelFiles::open(dir).unwrap();
         let kv = KvCache::allocate(config.kv_geometry(BLOCK), blocks).unwrap();
-        let decoder = Decoder::load(&files, config, threads, &()).unwrap();
+        let options = LoadOptions { threads, quantization };
+        let decoder = Decoder::load(&files, config, &options, &()).unwrap();
         Runner {
             decoder,
             kv,

@@ -1,0 +1,113 @@
+//! The group-wise formats: quantisation of 32 elements to a scale, maybe a minimum, and small integers.
+//!
+//! Scales are rounded to f16 first and the integers chosen for the rounded scale. The symmetric formats choose them as
+//! ggml does for Q8_0 and Q4_0 (largest magnitude to 127, or the signed largest to -8), so that packing a dequantised
+//! GGUF tensor of the same type gives back its integers and scales exactly.
+
+use super::{GROUP, PANEL, WeightFormat};
+use half::f16;
+
+/// One quantised group: `value = scale * integer + minimum`.
+struct Quantized {
+    scale: f16,
+    minimum: f16,
+    /// Biased to be unsigned, except with a minimum.
+    integers: [u8; GROUP],
+}
+
+/// `rows` is `[PANEL][k]`, `k` a multiple of [`GROUP`].
+pub(super) fn pack(format: WeightFormat, rows: &[f32], k: usize, panel: &mut [u8]) {
+    let bytes = format.group_bytes();
+    for (g, group) in panel.chunks_exact_mut(bytes).take(k / GROUP).enumerate() {
+        for n in 0..PANEL {
+            let mut values = [0f32; GROUP];
+            values.copy_from_slice(&rows[n * k + g * GROUP..][..GROUP]);
+            let q = match format {
+                WeightFormat::Group8 => eight(&values),
+                WeightFormat::Group4 => four(&values),
+                _ => four_with_minimum(&values),
+            };
+            write(format, group, n, &q);
+        }
+    }
+}
+
+fn write(format: WeightFormat, group: &mut [u8], n: usize, q: &Quantized) {
+    let scales = if format == WeightFormat::Group8 {
+        for (at, q) in q.integers.iter().enumerate() {
+            group[(at / 4 * PANEL + n) * 4 + at % 4] = *q;
+        }
+        GROUP * PANEL
+    } else {
+        for at in 0..GROUP / 2 {
+            group[(at / 4 * PANEL + n) * 4 + at % 4] = q.integers[at] | q.integers[at + GROUP / 2] << 4;
+        }
+        GROUP / 2 * PANEL
+    };
+    group[scales + n * 2..][..2].copy_from_slice(&q.scale.to_le_bytes());
+    if format == WeightFormat::Group4Min {
+        group[scales + PANEL * 2 + n * 2..][..2].copy_from_slice(&q.minimum.to_le_bytes());
+    }
+}
+
+/// Element `k` of `column` of a packed panel.
+pub(super) fn dequantized(format: WeightFormat, panel: &[u8], column: usize, k: usize) -> f32 {
+    let group = &panel[k / GROUP * format.group_bytes()..][..format.group_bytes()];
+    let half_at = |at: usize| f16::from_le_bytes([group[at], group[at + 1]]).to_f32();
+    let at = k % GROUP;
+    if format == WeightFormat::Group8 {
+        let byte = group[(at / 4 * PANEL + column) * 4 + at % 4];
+        return (i32::from(byte) - 128) as f32 * half_at(GROUP * PANEL + column * 2);
+    }
+    let byte = group[(at % 16 / 4 * PANEL + column) * 4 + at % 4];
+    let nibble = i32::from(if at < 16 { byte & 15 } else { byte >> 4 });
+    let scale = half_at(GROUP / 2 * PANEL + column * 2);
+    match format {
+        WeightFormat::Group4Min => nibble as f32 * scale + half_at(GROUP / 2 * PANEL + PANEL * 2 + column * 2),
+        _ => (nibble - 8) as f32 * scale,
+    }
+}
+
+fn inverse(scale: f16) -> f32 {
+    let scale = scale.to_f32();
+    if scale == 0.0 { 0.0 } else { 1.0 / scale }
+}
+
+fn eight(values: &[f32; GROUP]) -> Quantized {
+    let largest = values.iter().fold(0f32, |a, v| a.max(v.abs()));
+    let scale = f16::from_f32(largest / 127.0);
+    let inverse = inverse(scale);
+    let integers = values.map(|v| ((v * inverse).round_ties_even().clamp(-127.0, 127.0) as i32 + 128) as u8);
+    Quantized {
+        scale,
+        minimum: f16::ZERO,
+        integers,
+    }
+}
+
+fn four(values: &[f32; GROUP]) -> Quantized {
+    let signed_largest = values.iter().fold(0f32, |a, v| if v.abs() > a.abs() { *v } else { a });
+    let scale = f16::from_f32(signed_largest / -8.0);
+    let inverse = inverse(scale);
+    let integers = values.map(|v| ((v * inverse).round_ties_even().clamp(-8.0, 7.0) as i32 + 8) as u8);
+    Quantized {
+        scale,
+        minimum: f16::ZERO,
+        integers,
+    }
+}
+
+fn four_with_minimum(values: &[f32; GROUP]) -> Quantized {
+    let (low, high) = values
+        .iter()
+        .fold((f32::INFINITY, f32::NEG_INFINITY), |(l, h), v| (l.min(*v), h.max(*v)));
+    let scale = f16::from_f32((high - low) / 15.0);
+    let minimum = f16::from_f32(low);
+    let inverse = inverse(scale);
+    let integers = values.map(|v| ((v - minimum.to_f32()) * inverse).round_ties_even().clamp(0.0, 15.0) as u8);
+    Quantized {
+        scale,
+        minimum,
+        integers,
+    }
+}
