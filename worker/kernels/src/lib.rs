@@ -29,5 +29,5 @@ pub use isa::Isa;
 pub use kernels::Kernels;
 pub use kv::{KvArena, KvLayout};
 pub use linear::{MatrixPart, TILE_ROWS};
-pub use pool::Pool;
+pub use pool::{Pool, PoolConfig};
 pub use weights::{Elements, MisalignedBytes, StoredType};
