@@ -30,5 +30,5 @@ pub use isa::Isa;
 pub use kernels::Kernels;
 pub use kv::{KvArena, KvDtype, KvLayout};
 pub use packed::{OutOfMemory, PackedMatrix, WeightFormat};
-pub use pool::Pool;
+pub use pool::{Pool, PoolConfig};
 pub use weights::{Elements, MisalignedBytes, StoredType};

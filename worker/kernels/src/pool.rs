@@ -1,87 +1,95 @@
-//! A small persistent thread pool: one job at a time, its tasks handed out through a counter.
+//! A small persistent thread pool: one job at a time, in which the caller takes part.
 //!
-//! Workers spin briefly between jobs (a forward pass is some hundred jobs of microseconds to milliseconds), then park,
-//! because worker processes share a machine and must not burn each other's cores. Tasks are claimed dynamically, so
-//! which thread runs which task varies; kernels are written so that this cannot change a bit of the result.
+//! A forward pass is some hundred jobs of microseconds to milliseconds, so between jobs threads spin for a moment and
+//! a job costs a few atomic operations and no system call (`handoff`); then they park, because processes share a
+//! machine. Threads that would only spin against each other never do: see [`PoolConfig::spin`].
 //!
-//! No queue, no nesting, no async: the caller takes part and returns when the last task is done.
+//! Which thread runs which task varies; kernels are written so that this cannot change a bit of the result. Two ways to
+//! cut a job: [`Pool::run`] hands tasks out one by one, [`Pool::run_ranges`] gives each thread one run of a long array.
+//!
+//! # Soundness
+//!
+//! A job is a pointer to the caller's closure with its lifetime erased. Workers follow it only between joining the job
+//! and leaving it; `Handoff::close` returns when nobody can join and nobody is in; and `Finish` calls it before
+//! [`Pool::run`] returns or unwinds. So the closure, and all it borrows, outlives every use. A panic in a worker is
+//! caught there, before it leaves.
+//!
+//! No queue, no nesting, no async.
 
-use std::num::NonZeroUsize;
+mod cores;
+mod handoff;
+
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-/// How many pause instructions a worker (or a caller waiting for the last task) spins before it parks: roughly
-/// 50 microseconds, about the cost of being parked and woken once.
-const SPIN_MAX: u32 = 2_000;
+use handoff::Handoff;
+
+/// How long a worker without a job, or a caller whose workers are not done, spins before it parks: about twice what
+/// parking and waking cost, and longer than what lies between the jobs of a forward pass.
+const SPIN: Duration = Duration::from_micros(100);
 
 /// No more threads than this, whatever is asked for.
 pub const THREADS_MAX: usize = 256;
 
-type Body<'a> = dyn Fn(usize, usize) + Sync + 'a;
+/// Pieces of one thread's range in [`Pool::run_ranges`]: the others can take over at most what is not begun, so the last
+/// thread ends at most about a piece later than the first.
+const PIECES: usize = 8;
 
-/// The job workers may join, with its lifetime erased; see [`Pool::run`] for why that is sound.
+/// What a thread does in a job; the argument is the thread's number.
+type Part<'a> = dyn Fn(usize) + Sync + 'a;
+
+/// The job with its lifetime erased; see the module for why that is sound.
 #[derive(Clone, Copy)]
-struct Job {
-    body: *const Body<'static>,
-    next: *const AtomicUsize,
-    tasks: usize,
-}
+struct Job(*const Part<'static>);
 
-// SAFETY: the pointees are Sync and outlive every use (see `Pool::run`).
+// SAFETY: the pointee is Sync and outlives every use (see the module).
 unsafe impl Send for Job {}
 
-impl Job {
-    /// Claims tasks until none is left.
-    ///
-    /// # Safety
-    /// The pointees must be alive.
-    unsafe fn work(self, worker: usize) {
-        // SAFETY: as the caller promises.
-        let (body, next) = unsafe { (&*self.body, &*self.next) };
-        loop {
-            let task = next.fetch_add(1, Ordering::Relaxed);
-            if task >= self.tasks {
-                return;
-            }
-            body(worker, task);
+/// On a cache line of its own, so that claiming a task does not slow down who reads its neighbours.
+#[repr(align(128))]
+#[derive(Default)]
+struct Counter(AtomicUsize);
+
+/// How many threads, on which cores, and how they wait.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolConfig {
+    /// Threads that take part in a job, the caller included; clamped to `1..=THREADS_MAX`.
+    pub threads: usize,
+    /// Core of each thread by number, the caller's first; empty leaves placement to the system, which is right unless the
+    /// cores are this pool's alone. Threads beyond the list are not pinned.
+    pub cores: Vec<usize>,
+    /// Whether threads may spin between jobs. Turn it off where other busy threads share these cores. They do not spin
+    /// in any case when this process has fewer cores (by its affinity and its cgroup) than the pool has threads.
+    pub spin: bool,
+}
+
+impl From<usize> for PoolConfig {
+    fn from(threads: usize) -> Self {
+        PoolConfig {
+            threads,
+            cores: Vec::new(),
+            spin: true,
         }
     }
 }
 
-#[derive(Default)]
-struct State {
-    epoch: u64,
-    job: Option<Job>,
-    active: usize,
-    sleepers: usize,
-    panicked: bool,
-    stop: bool,
-}
-
-#[derive(Default)]
 struct Shared {
-    state: Mutex<State>,
-    wake: Condvar,
-    idle: Condvar,
-    /// Mirrors of `state.epoch` and `state.active`, to spin on without the lock.
-    epoch: AtomicU64,
-    active: AtomicUsize,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // The state is consistent at every unlock, so a panicking holder leaves nothing half-done.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+    handoff: Handoff<Job>,
+    panicked: AtomicBool,
+    spin: Duration,
 }
 
 /// The pool. Dropping it joins its threads.
 pub struct Pool {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
-    spin: u32,
+    cores: Vec<usize>,
+    /// Pieces claimed of each thread's range; meaningful within `run_ranges`.
+    claimed: Vec<Counter>,
     /// Serialises callers.
     gate: Mutex<()>,
 }
@@ -91,25 +99,47 @@ impl Pool {
     ///
     /// A thread the system refuses to start is done without (results do not depend on their number).
     pub fn new(threads: usize) -> Self {
-        let threads = threads.clamp(1, THREADS_MAX);
-        let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        Self::with_config(&threads.into())
+    }
+
+    /// One thread per core of the list, pinned to it; the caller's is the first, see [`Pool::pin_caller`]. A core that
+    /// this process may not use is logged and its thread left unpinned.
+    pub fn with_cores(cores: &[usize]) -> Self {
+        Self::with_config(&PoolConfig {
+            cores: cores.to_vec(),
+            ..cores.len().into()
+        })
+    }
+
+    /// A pool as described.
+    pub fn with_config(config: &PoolConfig) -> Self {
+        let threads = config.threads.clamp(1, THREADS_MAX);
         // With more threads than cores a spinning thread only keeps a working one off its core.
-        let spin = if threads > cores { 0 } else { SPIN_MAX };
-        let shared = Arc::new(Shared::default());
-        let threads = (1..threads)
-            .filter_map(|worker| {
-                let shared = Arc::clone(&shared);
+        let spins = config.spin && threads <= cores::available() && distinct(&config.cores);
+        let shared = Arc::new(Shared {
+            handoff: Handoff::new(),
+            panicked: AtomicBool::new(false),
+            spin: if spins { SPIN } else { Duration::ZERO },
+        });
+        let threads: Vec<_> = (1..threads)
+            .map_while(|worker| {
+                let (shared, core) = (Arc::clone(&shared), config.cores.get(worker).copied());
+                let serve = move || {
+                    core.into_iter().for_each(pin);
+                    shared.serve(worker);
+                };
                 let name = format!("kernel-{worker}");
-                std::thread::Builder::new()
-                    .name(name)
-                    .spawn(move || serve(&shared, worker, spin))
+                let started = std::thread::Builder::new().name(name).spawn(serve);
+                started
+                    .inspect_err(|error| tracing::warn!(%error, worker, "no more compute threads could be started"))
                     .ok()
             })
             .collect();
         Pool {
             shared,
+            claimed: (0..=threads.len()).map(|_| Counter::default()).collect(),
             threads,
-            spin,
+            cores: config.cores.clone(),
             gate: Mutex::new(()),
         }
     }
@@ -119,119 +149,141 @@ impl Pool {
         self.threads.len() + 1
     }
 
+    /// Pins the calling thread to the first core of the pool, for a thread that is to make all calls. Without a list of
+    /// cores this does nothing.
+    pub fn pin_caller(&self) {
+        self.cores.iter().take(1).copied().for_each(pin);
+    }
+
     /// Runs `body(worker, task)` once for each task in `0..tasks` and returns when all are done. `worker` is below
-    /// [`Pool::threads`] and no two tasks run at once with the same one.
+    /// [`Pool::threads`] and no two tasks run at once with the same one. Tasks are begun in order.
     ///
     /// # Panics
     /// If `body` panics, in whichever thread.
-    pub fn run(&self, tasks: usize, body: &Body<'_>) {
+    pub fn run(&self, tasks: usize, body: &(dyn Fn(usize, usize) + Sync)) {
+        let gate = self.enter();
         if self.threads.is_empty() || tasks <= 1 {
             (0..tasks).for_each(|task| body(0, task));
             return;
         }
-        let _gate = self.gate.lock().unwrap_or_else(PoisonError::into_inner);
-        let next = AtomicUsize::new(0);
-        // SAFETY: only the lifetime changes. A worker uses the pointer only between joining the job under the lock
-        // (`active += 1` while `state.job` is set) and leaving it (`active -= 1`); `Finish` below takes the job away
-        // and waits for `active == 0` before this function returns or unwinds, so `body` and `next` outlive every use.
-        let body = unsafe { std::mem::transmute::<&Body<'_>, &Body<'static>>(body) };
-        let job = Job {
-            body,
-            next: &next,
-            tasks,
-        };
-        {
-            let mut state = self.shared.lock();
-            state.job = Some(job);
-            state.epoch += 1;
-            self.shared.epoch.store(state.epoch, Ordering::Release);
-            if state.sleepers > 0 {
-                self.shared.wake.notify_all();
+        let next = Counter::default();
+        self.join_in(&gate, tasks - 1, &|worker| {
+            loop {
+                let task = next.0.fetch_add(1, Ordering::Relaxed);
+                if task >= tasks {
+                    return;
+                }
+                body(worker, task);
             }
+        });
+    }
+
+    /// Runs `body(worker, range)` over ranges that together cover `0..total` once. They begin at multiples of `align`.
+    ///
+    /// Each thread has one contiguous share of about `total / threads`, which it takes in a few pieces from front to
+    /// back, so that what it reads comes as one stream; a thread that is done takes pieces of the others. `worker` is as in
+    /// [`Pool::run`].
+    ///
+    /// # Panics
+    /// If `body` panics, in whichever thread, or if `align` is 0.
+    pub fn run_ranges(&self, total: usize, align: usize, body: &(dyn Fn(usize, Range<usize>) + Sync)) {
+        let gate = self.enter();
+        let (units, threads) = (total.div_ceil(align), self.threads());
+        if threads == 1 || units <= 1 {
+            if total > 0 {
+                body(0, 0..total);
+            }
+            return;
         }
-        let finish = Finish { pool: self };
-        // SAFETY: both pointees are alive in this scope.
-        unsafe { job.work(0) };
+        let cut = |unit: usize| (unit * align).min(total);
+        self.claimed.iter().for_each(|c| c.0.store(0, Ordering::Relaxed));
+        self.join_in(&gate, units - 1, &|worker| {
+            for owner in (worker..threads).chain(0..worker) {
+                let share = part_of(0..units, owner, threads);
+                let pieces = PIECES.min(share.len());
+                loop {
+                    let piece = self.claimed[owner].0.fetch_add(1, Ordering::Relaxed);
+                    if piece >= pieces {
+                        break;
+                    }
+                    let piece = part_of(share.clone(), piece, pieces);
+                    body(worker, cut(piece.start)..cut(piece.end));
+                }
+            }
+        });
+    }
+
+    fn enter(&self) -> MutexGuard<'_, ()> {
+        // A caller that panicked took its job away first (`Finish`), so nothing is half-done.
+        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs `part(worker)` on this thread and on those that join in time; up to `helpers` sleeping ones are woken.
+    /// `part` must see to it that the whole job is done whoever comes.
+    fn join_in(&self, _gate: &MutexGuard<'_, ()>, helpers: usize, part: &Part<'_>) {
+        self.shared.panicked.store(false, Ordering::Relaxed);
+        // SAFETY: only the lifetime changes; `finish` below closes the job before this function returns or unwinds.
+        let erased = unsafe { std::mem::transmute::<&Part<'_>, &Part<'static>>(part) };
+        let finish = Finish(&self.shared);
+        self.shared.handoff.publish(Job(erased), helpers);
+        part(0);
         drop(finish);
-        if std::mem::take(&mut self.shared.lock().panicked) {
+        if self.shared.panicked.load(Ordering::Relaxed) {
             panic!("a kernel thread panicked; its message was printed above");
         }
     }
 }
 
-/// Takes the job away and waits until no worker is in it, also when the caller's own task panics.
-struct Finish<'a> {
-    pool: &'a Pool,
-}
+/// Takes the job away and waits until no worker is in it, also when the caller's own part panics.
+struct Finish<'a>(&'a Shared);
 
 impl Drop for Finish<'_> {
     fn drop(&mut self) {
-        let shared = &self.pool.shared;
-        shared.lock().job = None;
-        for _ in 0..self.pool.spin {
-            if shared.active.load(Ordering::Acquire) == 0 {
-                break;
-            }
-            std::hint::spin_loop();
-        }
-        let mut state = shared.lock();
-        while state.active > 0 {
-            state = shared.idle.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
+        self.0.handoff.close(self.0.spin);
     }
 }
 
-fn serve(shared: &Shared, worker: usize, spin: u32) {
-    let mut seen = 0;
-    loop {
-        for _ in 0..spin {
-            if shared.epoch.load(Ordering::Acquire) != seen {
-                break;
+impl Shared {
+    fn serve(&self, worker: usize) {
+        let mut seen = 0;
+        while let Some(Job(part)) = self.handoff.next(&mut seen, self.spin) {
+            // SAFETY: this thread has joined the job and has not left it, so the caller of `run` is still waiting.
+            if catch_unwind(AssertUnwindSafe(|| unsafe { (*part)(worker) })).is_err() {
+                self.panicked.store(true, Ordering::Relaxed);
             }
-            std::hint::spin_loop();
-        }
-        let job = {
-            let mut state = shared.lock();
-            while state.epoch == seen && !state.stop {
-                state.sleepers += 1;
-                state = shared.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
-                state.sleepers -= 1;
-            }
-            if state.stop {
-                return;
-            }
-            seen = state.epoch;
-            // None: the others finished it before this thread woke.
-            let Some(job) = state.job else { continue };
-            state.active += 1;
-            shared.active.store(state.active, Ordering::Release);
-            job
-        };
-        // SAFETY: this thread is counted in `active`, so the caller of `run` is still waiting.
-        let outcome = catch_unwind(AssertUnwindSafe(|| unsafe { job.work(worker) }));
-        let mut state = shared.lock();
-        state.panicked |= outcome.is_err();
-        state.active -= 1;
-        shared.active.store(state.active, Ordering::Release);
-        if state.active == 0 {
-            shared.idle.notify_one();
+            self.handoff.leave();
         }
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        {
-            let mut state = self.shared.lock();
-            state.stop = true;
-            // A spinning worker leaves its spin on a new epoch and then sees `stop`.
-            self.shared.epoch.store(u64::MAX, Ordering::Release);
-            self.shared.wake.notify_all();
-        }
+        self.shared.handoff.stop();
         for thread in self.threads.drain(..) {
             // A worker catches panics of its tasks, so there is nothing to learn from the result.
             let _ = thread.join();
         }
+    }
+}
+
+/// Part `index` of `parts` nearly equal, consecutive parts of a range.
+fn part_of(range: Range<usize>, index: usize, parts: usize) -> Range<usize> {
+    // Not `len * index / parts`: that could overflow.
+    let (each, more) = (range.len() / parts, range.len() % parts);
+    let start = range.start + each * index + more.min(index);
+    start..start + each + usize::from(index < more)
+}
+
+fn distinct(cores: &[usize]) -> bool {
+    (1..cores.len()).all(|i| !cores[..i].contains(&cores[i]))
+}
+
+fn pin(core: usize) {
+    if !cores::pin_this_thread(core) {
+        tracing::warn!(
+            core,
+            "this thread could not be pinned; it runs wherever the system puts it"
+        );
     }
 }
 
@@ -260,53 +312,5 @@ impl SharedOut {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_task_runs_exactly_once() {
-        for threads in [1, 2, 5] {
-            let pool = Pool::new(threads);
-            for tasks in [0, 1, 2, 7, 1000] {
-                let counts: Vec<_> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-                let busy: Vec<_> = (0..pool.threads()).map(|_| AtomicUsize::new(0)).collect();
-                pool.run(tasks, &|worker, task| {
-                    assert_eq!(busy[worker].fetch_add(1, Ordering::SeqCst), 0);
-                    counts[task].fetch_add(1, Ordering::SeqCst);
-                    busy[worker].fetch_sub(1, Ordering::SeqCst);
-                });
-                assert!(counts.iter().all(|c| c.load(Ordering::SeqCst) == 1));
-            }
-        }
-    }
-
-    #[test]
-    fn many_small_jobs_with_pauses_between() {
-        let pool = Pool::new(3);
-        let sum = AtomicUsize::new(0);
-        for round in 0..200 {
-            pool.run(4, &|_, task| {
-                sum.fetch_add(task, Ordering::Relaxed);
-            });
-            if round % 50 == 0 {
-                std::thread::sleep(std::time::Duration::from_millis(2)); // long enough to park
-            }
-        }
-        assert_eq!(sum.into_inner(), 200 * 6);
-    }
-
-    #[test]
-    fn a_panicking_task_reaches_the_caller_and_leaves_the_pool_usable() {
-        let pool = Pool::new(2);
-        let outcome = catch_unwind(AssertUnwindSafe(|| {
-            pool.run(64, &|_, task| assert_ne!(task, 40, "expected by this test"));
-        }));
-        assert!(outcome.is_err());
-        let ran = AtomicUsize::new(0);
-        pool.run(8, &|_, _| {
-            ran.fetch_add(1, Ordering::Relaxed);
-        });
-        assert_eq!(ran.into_inner(), 8);
-    }
-}
+#[cfg(all(test, not(loom)))]
+mod tests;
