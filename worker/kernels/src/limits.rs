@@ -6,7 +6,8 @@
 mod peak;
 mod read;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::sync::{Barrier, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,7 +27,7 @@ const PREFETCH_DISTANCES: [usize; 4] = [512, 1024, 2048, 4096];
 const PEAK_ROUND: Duration = Duration::from_millis(60);
 
 /// Bandwidth of one way to read memory.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct ReadFigure {
     /// Whether the memory was asked to be in huge pages.
     pub huge_pages: bool,
@@ -37,7 +38,7 @@ pub struct ReadFigure {
 }
 
 /// A peak of one kind of arithmetic.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct PeakFigure {
     /// Which instruction.
     pub arithmetic: Arithmetic,
@@ -46,7 +47,7 @@ pub struct PeakFigure {
 }
 
 /// Limits of this machine on a number of threads.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Limits {
     /// Threads that took part.
     pub threads: usize,
@@ -182,4 +183,24 @@ fn best_round(threads: usize, work: &(dyn Fn(usize) + Sync)) -> std::io::Result<
         drop(held);
         Ok(rounds(0))
     })
+}
+
+impl fmt::Display for Limits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{} threads, best of {ROUNDS} rounds\n", self.threads)?;
+        let mut line = |name: String, value: f64, unit: &str| writeln!(f, "{name:<44}{value:>10.1} {unit}");
+        for read in &self.memory_reads {
+            let pages = if read.huge_pages { "huge pages" } else { "small pages" };
+            let how = read
+                .prefetch_bytes
+                .map_or("plain".to_owned(), |bytes| format!("prefetch {bytes} B ahead"));
+            line(format!("memory, {pages}, {how}"), read.gb_per_s, "GB/s")?;
+        }
+        line("64 MiB read again and again".into(), self.resident_gb_per_s, "GB/s")?;
+        line("second-level cache".into(), self.l2_gb_per_s, "GB/s")?;
+        for peak in &self.peaks {
+            line(peak.arithmetic.to_string(), peak.gop_per_s, "GOP/s")?;
+        }
+        Ok(())
+    }
 }

@@ -1,6 +1,6 @@
 //! Loops of one arithmetic instruction on registers, with enough independent chains to hide its latency.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::hint::black_box;
 
@@ -14,7 +14,7 @@ const CHAINS_AVX2: usize = 12;
 const PORTABLE_LANES: usize = 4;
 
 /// A kind of arithmetic with a peak of its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Arithmetic {
     /// f32 multiply-add in the widest vectors of the CPU (`vfmadd`, or what the compiler makes of plain Rust).
