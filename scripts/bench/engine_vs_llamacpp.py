@@ -52,8 +52,8 @@ FIGURES = {
 class Session:
     """Runs commands and keeps what they say."""
 
-    def __init__(self, directory, prefix, timeout):
-        self.prefix, self.timeout = shlex.split(prefix), timeout
+    def __init__(self, directory, prefix, timeout, hidden):
+        self.prefix, self.timeout, self.hidden = shlex.split(prefix), timeout, hidden
         self.raw = (directory / "raw.jsonl").open("w")
 
     def run(self, command, **about):
@@ -66,7 +66,10 @@ class Session:
         }
         if done.returncode != 0:
             record["stderr"] = done.stderr[-4000:]
-        self.raw.write(json.dumps(record) + "\n")
+        line = json.dumps(record)
+        for path, name in self.hidden.items():
+            line = line.replace(path, name)
+        self.raw.write(line + "\n")
         self.raw.flush()
         if done.returncode != 0:
             raise RuntimeError(f"{shlex.join(command)} failed: {done.stderr.strip()[-500:]}")
@@ -146,7 +149,7 @@ class Baton:
             "batch": ["--decode-batch", str(size), "--batch-prompt", str(BATCH_PROMPT)],
         }[kind]
         command = [str(self.baton), "bench", "engine", "--model", str(self.model), "--threads", str(self.threads)]
-        command += ["--only-given", "--json", "--repeat", "1", "--decode-tokens", str(GENERATED), *wanted, *self.flags]
+        command += ["--json", "--quiet", "--repeat", "1", "--decode-tokens", str(GENERATED), *wanted, *self.flags]
         command += ["--limits", str(self.limits)]
         return self.session.run(command, side="baton", **about)["figures"][0]
 
@@ -221,7 +224,9 @@ def main():
     directory = Path(__file__).resolve().parents[2] / "docs/benchmarks" / args.name
     directory.mkdir(parents=True, exist_ok=True)
     about = machine(args)
-    session = Session(directory, args.prefix, args.timeout)
+    # What is kept says which program and model, not where they lay on this machine.
+    hidden = {f"{args.llama_bin}/": "", f"{args.models}/": "models/", str(args.baton): "baton", f"{directory}/": ""}
+    session = Session(directory, args.prefix, args.timeout, hidden)
     limits = directory / "limits.json"
     if args.only != "llama":
         found = session.run([str(args.baton), "bench", "machine", "--threads", str(args.threads), "--json"], side="machine")
