@@ -22,7 +22,7 @@ fn main() -> ExitCode {
         cli::Command::Coordinator(args) => serve::coordinator(&args),
         cli::Command::Worker(args) => serve::worker(&args),
         cli::Command::Status(args) => status::run(&args),
-        cli::Command::Bench(args) => cli::bench::run(args),
+        cli::Command::Bench(args) => cli::bench::run(*args),
     };
     match result {
         Ok(code) => code,

@@ -1,17 +1,31 @@
-//! `baton bench`: flags to options, report to stdout, exit code.
+//! `baton bench`: flags to options, report to stdout, exit code. Without a subcommand it loads a URL.
 
 use super::Remote;
+use super::bench_engine::{self, BenchEngineArgs, BenchMachineArgs};
 use anyhow::Context;
 use baton_loadtest::{BenchOptions, Lengths, Load, ProgressStyle, Stop, Trace};
-use clap::Args;
+use clap::{Args, Subcommand};
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+/// `baton bench` measures a URL; its subcommands measure without one.
+#[derive(Debug, Clone, Subcommand)]
+pub enum BenchCommand {
+    /// Measures the engine alone, in this process: prefill and decode in the definitions of llama.cpp's benchmarks.
+    Engine(BenchEngineArgs),
+    /// Measures what this machine can do at most: memory bandwidth and arithmetic.
+    Machine(BenchMachineArgs),
+}
+
 /// Flags of `baton bench`.
 #[derive(Debug, Clone, Args)]
+#[command(args_conflicts_with_subcommands = true, disable_help_subcommand = true)]
 pub struct BenchArgs {
+    /// What to measure instead of a URL.
+    #[command(subcommand)]
+    pub command: Option<BenchCommand>,
     #[command(flatten)]
     pub remote: Remote,
     /// Model to ask for [default: the first one the server lists]
@@ -175,7 +189,12 @@ impl BenchArgs {
 }
 
 /// Runs the benchmark.
-pub fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
+pub fn run(mut args: BenchArgs) -> anyhow::Result<ExitCode> {
+    match args.command.take() {
+        Some(BenchCommand::Engine(engine)) => return bench_engine::engine(engine),
+        Some(BenchCommand::Machine(machine)) => return bench_engine::machine(machine),
+        None => {}
+    }
     let (json, fail_on_error) = (args.json, args.fail_on_error);
     let options = args.options()?;
     let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;

@@ -2,6 +2,7 @@
 //! and compared in the test run.
 
 pub mod bench;
+pub mod bench_engine;
 #[cfg(test)]
 mod docs;
 pub mod size;
@@ -36,7 +37,7 @@ pub enum Command {
     /// Shows the workers of a running cluster: role, process, state, load, blocks, last heartbeat.
     Status(StatusArgs),
     /// Measures any OpenAI URL with streaming chat requests, and reports what its clients saw.
-    Bench(bench::BenchArgs),
+    Bench(Box<bench::BenchArgs>),
 }
 
 /// Flags of `baton up`.

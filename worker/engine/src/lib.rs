@@ -7,11 +7,13 @@
 //! - [`model_engine`]: the engine with a real model.
 //! - [`mock`]: an engine without a model, honest about KV bytes.
 //! - [`spans`]: which bytes a transfer moves for a run of positions.
+//! - [`bench`]: how fast an engine is.
 //! - [`request`], [`config`], [`stats`], [`error`]: the plain data at the edges.
 //!
 //! Not here: the network, KV transfers (the worker server drives them), model arithmetic (`baton-model`).
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod blocks;
 mod chunks;
 pub mod config;
