@@ -14,9 +14,10 @@ use crate::isa::Isa;
 use crate::packed::{PANEL, PackedMatrix, WeightFormat};
 use crate::pool::{Pool, SharedOut};
 use crate::rows::{self, PreparedRows, RowScratch};
+use std::ops::Range;
 
-/// Least bytes of weights per task, so that a thread reads long runs and hand-outs cost nothing beside them.
-const TASK_BYTES: usize = 128 * 1024;
+/// Up to this many rows a product waits for the memory, and each thread reads one long run of it.
+const STREAM_ROWS_MAX: usize = 32;
 /// Rows per task where one panel is shared between tasks: enough that its weights are used many times from cache.
 const TASK_ROWS: usize = 96;
 /// How far ahead of its use weights are asked of the memory.
@@ -49,26 +50,16 @@ pub(crate) fn linear(
     }
     let prepared = rows::prepare(pool, isa, weights.format(), x, rows, k, scratch);
     let panels = weights.panels();
-    let panels_per_task = (TASK_BYTES / (weights.bytes() / panels).max(1)).clamp(1, panels.div_ceil(pool.threads()));
-    let panel_tasks = panels.div_ceil(panels_per_task);
-    // Few panels and many rows: divide the rows as well, so that no thread is left without work.
-    let row_tasks = if panel_tasks < 8 * pool.threads() {
-        rows.div_ceil(TASK_ROWS)
-    } else {
-        1
-    };
-    let rows_per_task = rows.div_ceil(row_tasks);
     let out = SharedOut::new(out);
-    pool.run(panel_tasks * row_tasks, &|_, task| {
-        let (panel_task, row_task) = (task / row_tasks, task % row_tasks);
+    let multiply = |first_row: usize, last_row: usize, range: Range<usize>| {
         let share = Share {
             weights,
             rows: prepared,
             out,
-            first_row: row_task * rows_per_task,
-            last_row: rows.min((row_task + 1) * rows_per_task),
+            first_row,
+            last_row,
         };
-        for panel in panel_task * panels_per_task..panels.min((panel_task + 1) * panels_per_task) {
+        for panel in range {
             // SAFETY: `Kernels` checked the instruction set; shapes were checked above and the packing made panels of
             // the format's size; tasks write disjoint rows and columns.
             unsafe {
@@ -80,6 +71,23 @@ pub(crate) fn linear(
                 }
             }
         }
+    };
+    if rows <= STREAM_ROWS_MAX {
+        // One contiguous run of weights per thread.
+        pool.run_ranges(panels, 1, &|_, range| multiply(0, rows, range));
+        return;
+    }
+    // Few panels: divide the rows as well, so that no thread is left without work.
+    let row_tasks = if panels < 8 * pool.threads() {
+        rows.div_ceil(TASK_ROWS)
+    } else {
+        1
+    };
+    let rows_per_task = rows.div_ceil(row_tasks);
+    pool.run(panels * row_tasks, &|_, task| {
+        let (panel, row_task) = (task / row_tasks, task % row_tasks);
+        let (first, last) = (row_task * rows_per_task, rows.min((row_task + 1) * rows_per_task));
+        multiply(first, last, panel..panel + 1);
     });
 }
 
