@@ -11,6 +11,7 @@
 
 mod activation;
 mod attention;
+mod ggml;
 pub mod isa;
 mod kernels;
 pub mod kv;
@@ -25,6 +26,7 @@ mod simd_portable;
 pub mod weights;
 
 pub use attention::AttentionSpan;
+pub use ggml::dequantize;
 pub use isa::Isa;
 pub use kernels::Kernels;
 pub use kv::{KvArena, KvLayout};

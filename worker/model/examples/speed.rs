@@ -120,8 +120,8 @@ fn write(dir: &std::path::Path, layers: usize, kind: StoredType) -> Result<(), B
     let mut rng = SmallRng::seed_from_u64(1);
     let (dtype, exponent) = match kind {
         StoredType::F32 => (Dtype::F32, 0x3c80_0000u32),
-        StoredType::Bf16 => (Dtype::BF16, 0x3c80),
         StoredType::F16 => (Dtype::F16, 0x2400),
+        _ => (Dtype::BF16, 0x3c80),
     };
     let stored: Vec<_> = shapes
         .into_iter()

@@ -42,6 +42,7 @@ impl Stored {
             StoredType::F32 => Stored::F32(values.to_vec()),
             StoredType::Bf16 => Stored::Bf16(values.iter().map(|v| bf16::from_f32(*v)).collect()),
             StoredType::F16 => Stored::F16(values.iter().map(|v| f16::from_f32(*v)).collect()),
+            quantised => panic!("{quantised} elements cannot be viewed"),
         }
     }
 
