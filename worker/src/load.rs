@@ -38,7 +38,9 @@ fn load(
     }
     if let Some(available) = available_memory() {
         let (tokens, rows) = (config.batch_tokens_max, config.seqs_max);
-        MemoryNeed::estimate(&model, files.weight_bytes(), config.kv_bytes, tokens, rows).check(available)?;
+        let mut need = MemoryNeed::estimate(&model, files.weight_bytes(), config.kv_bytes, tokens, rows);
+        need.scratch = need.scratch.saturating_add(files.copied_bytes());
+        need.check(available)?;
     }
     let progress = |_: Stage<'_>, done, total| startup(Startup::Loading { done, total });
     let digest = files.digest(&model, &progress);

@@ -1,7 +1,8 @@
-//! The weight files of a model directory: found, mapped, validated, and digested. Nothing is converted: weights stay
-//! as stored until a kernel reads them.
+//! The weight files of a model: found, mapped, validated, and digested. Nothing is converted: weights stay as stored
+//! until a kernel reads them. What GGUF files look like is known to `gguf/`.
 
 use crate::error::ModelError;
+use crate::gguf::{self, gguf_file};
 use crate::json::read_bounded;
 use crate::mapped::{MappedFile, Tensor};
 use crate::progress::{Progress, Stage};
@@ -32,17 +33,16 @@ pub struct ModelFiles {
 }
 
 impl ModelFiles {
-    /// Maps and validates the safetensors of `dir`: `model.safetensors.index.json` and its shards, or
-    /// `model.safetensors`, or a lone `*.safetensors`.
+    /// Maps and validates the weights at `dir`: a GGUF file (see [`gguf_file`](crate::gguf::gguf_file)), or of a directory
+    /// `model.safetensors.index.json` and its shards, or `model.safetensors`, or a lone `*.safetensors`.
     ///
     /// # Errors
     /// [`ModelError::Weights`] if files are missing or damaged, [`ModelError::UnsupportedFormat`] if the weights are
     /// there in another format only.
     pub fn open(dir: &Path) -> Result<Self, ModelError> {
-        let index = dir.join("model.safetensors.index.json");
-        let tensors = match read_bounded(&index, INDEX_BYTES_MAX)? {
-            Some(bytes) => open_sharded(dir, &index, &bytes)?,
-            None => open_file(&single_file(dir)?)?,
+        let tensors = match gguf_file(dir)? {
+            Some(path) => gguf::tensors(&path)?,
+            None => open_safetensors(dir)?,
         };
         if tensors.is_empty() || tensors.len() > TENSORS_MAX {
             return Err(ModelError::weights(dir, format!("it has {} tensors", tensors.len())));
@@ -53,7 +53,7 @@ impl ModelFiles {
         })
     }
 
-    /// The directory.
+    /// The directory, or the GGUF file.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -84,9 +84,14 @@ impl ModelFiles {
         Ok(tensor.clone())
     }
 
-    /// Bytes of all tensors.
+    /// Bytes of all tensors, as stored.
     pub fn weight_bytes(&self) -> u64 {
-        self.tensors.values().map(|t| t.bytes().len() as u64).sum()
+        self.tensors.values().map(|t| t.stored_bytes().len() as u64).sum()
+    }
+
+    /// Bytes of the copies that each process makes of tensors it cannot compute on where they are mapped.
+    pub fn copied_bytes(&self) -> u64 {
+        self.tensors.values().map(Tensor::copied_bytes).sum()
     }
 
     /// What two workers must have in common to exchange KV blocks: blake3 over the configuration, all tensor names,
@@ -103,10 +108,13 @@ impl ModelFiles {
             hasher.update(&(name.len() as u64).to_le_bytes());
             hasher.update(name.as_bytes());
             hasher.update(tensor.kind().to_string().as_bytes());
+            if tensor.is_reordered() {
+                hasher.update(b" reordered");
+            }
             for dim in tensor.shape() {
                 hasher.update(&(*dim as u64).to_le_bytes());
             }
-            let bytes = tensor.bytes();
+            let bytes = tensor.stored_bytes();
             if full || bytes.len() <= SAMPLES_PER_TENSOR * SAMPLE_BYTES {
                 hasher.update(bytes);
             } else {
@@ -131,13 +139,21 @@ impl ModelFiles {
         let total = self.weight_bytes();
         let mut done = 0;
         for tensor in self.tensors.values() {
-            for piece in tensor.bytes().chunks(REPORT_BYTES) {
+            for piece in tensor.stored_bytes().chunks(REPORT_BYTES) {
                 let touched = piece.iter().step_by(PAGE).fold(0u8, |a, b| a ^ b);
                 std::hint::black_box(touched);
                 done += piece.len() as u64;
                 progress.update(Stage::Load, done, total);
             }
         }
+    }
+}
+
+fn open_safetensors(dir: &Path) -> Result<BTreeMap<String, Tensor>, ModelError> {
+    let index = dir.join("model.safetensors.index.json");
+    match read_bounded(&index, INDEX_BYTES_MAX)? {
+        Some(bytes) => open_sharded(dir, &index, &bytes),
+        None => open_file(&single_file(dir)?),
     }
 }
 
@@ -164,16 +180,11 @@ fn single_file(dir: &Path) -> Result<PathBuf, ModelError> {
             return Err(ModelError::weights(dir, reason));
         }
     }
-    for (extension, what) in [
-        ("gguf", "GGUF, which is not supported yet"),
-        ("bin", "PyTorch pickles, which can run code"),
-    ] {
-        if let Some(file) = with(extension).first() {
-            return Err(ModelError::UnsupportedFormat {
-                path: (*file).clone(),
-                reason: format!("holds weights as {what}; use the model's safetensors version"),
-            });
-        }
+    if let Some(file) = with("bin").first() {
+        return Err(ModelError::UnsupportedFormat {
+            path: (*file).clone(),
+            reason: "holds weights as PyTorch pickles, which can run code; use the model's safetensors version".into(),
+        });
     }
     Err(ModelError::weights(
         dir,

@@ -74,14 +74,10 @@ impl<O: Ops> Loader<'_, O> {
     fn matrix<N: AsRef<str>>(&mut self, parts: &[(N, usize)], k: usize, bias: bool) -> Result<O::Matrix, ModelError> {
         let load = |(name, columns): &(N, usize)| {
             let name = name.as_ref();
-            let weights = self.files.need(&format!("{name}.weight"), &[*columns, k])?;
+            // The kernels take floats: quantised weights become f32 copies here, and nowhere else.
+            let weights = self.files.need(&format!("{name}.weight"), &[*columns, k])?.to_float();
             let bias = match bias {
-                true => Some(
-                    self.files
-                        .need(&format!("{name}.bias"), &[*columns])?
-                        .elements()
-                        .to_f32(),
-                ),
+                true => Some(self.files.need(&format!("{name}.bias"), &[*columns])?.to_f32()),
                 false => None,
             };
             Ok(StackedPart { weights, bias })
@@ -91,7 +87,7 @@ impl<O: Ops> Loader<'_, O> {
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Result<O::Vector, ModelError> {
-        let values = self.files.need(name, &[len])?.elements().to_f32();
+        let values = self.files.need(name, &[len])?.to_f32();
         self.ops.vector(values)
     }
 }
