@@ -242,6 +242,39 @@ fn a_path_means_a_file_or_a_directory_with_one() {
 }
 
 #[test]
+fn a_model_in_parts_is_put_together() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = model(&Spec::llama(), GgmlDType::F32, 6, dir.path());
+    let parts = tempfile::tempdir().unwrap();
+    let path = |number: usize| parts.path().join(format!("m-{number:05}-of-00003.gguf"));
+    let write = |number: usize, said: u32, tensors: &[Stored]| {
+        let mut file = File {
+            keys: if number == 1 { whole.keys.clone() } else { vec![] },
+            tensors: tensors.to_vec(),
+        };
+        file.set("split.count", Value::U32(3));
+        file.set("split.no", Value::U32(said));
+        file.write(&path(number));
+    };
+    // As `gguf-split` may do, the first part has no tensors.
+    write(1, 0, &[]);
+    write(2, 1, &whole.tensors[..10]);
+    write(3, 2, &whole.tensors[10..]);
+    let wanted = logits(dir.path());
+    for spec in [parts.path().to_owned(), path(1), path(3)] {
+        assert_eq!(logits(&spec), wanted, "{}", spec.display());
+    }
+    write(3, 1, &whole.tensors[10..]);
+    assert!(error(&path(1)).contains("not the part"));
+    write(3, 2, &whole.tensors[9..]);
+    assert!(error(&path(1)).contains("of another part"));
+    write(3, 2, &whole.tensors[11..]);
+    assert!(error(&path(1)).contains("is missing"));
+    std::fs::remove_file(path(3)).unwrap();
+    assert!(error(&path(1)).contains("m-00003-of-00003.gguf"));
+}
+
+#[test]
 fn memory_for_copies_is_counted() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("model.gguf");
@@ -296,7 +329,8 @@ fn each_fault_is_one_clear_sentence() {
             f.set("llama.rope.dimension_count", Value::U32(4))
         }),
         ("not causal", |f| f.set("llama.attention.causal", Value::Bool(false))),
-        ("split", |f| f.set("split.count", Value::U32(3))),
+        ("must end like", |f| f.set("split.count", Value::U32(3))),
+        ("2000 parts", |f| f.set("split.count", Value::U32(2000))),
         ("embedding_length", |f| f.set("llama.embedding_length", Value::U32(65))),
         ("num_attention_heads", |f| {
             f.set("llama.attention.head_count", Value::U32(0))

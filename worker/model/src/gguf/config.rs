@@ -3,10 +3,11 @@
 
 use super::header::{Header, shown};
 use super::metadata::Metadata;
+use super::parts::Parts;
 use super::vocabulary::end_tokens;
 use crate::config::{ModelConfig, SUPPORTED};
 use crate::error::ModelError;
-use crate::mapped::{MappedFile, Tensor};
+use crate::mapped::Tensor;
 use crate::rope::RopeScaling;
 use serde_json::{Map, Value as Json, json};
 use std::path::Path;
@@ -19,8 +20,8 @@ pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
 /// # Errors
 /// [`ModelError::Gguf`] for damaged files, [`ModelError::Unsupported`] for models this engine does not compute.
 pub(crate) fn config(path: &Path) -> Result<ModelConfig, ModelError> {
-    let file = MappedFile::open(path)?;
-    let header = Header::parse(path, file.bytes())?;
+    let files = Parts::open(path)?;
+    let header = files.header()?;
     let mut config = ModelConfig::from_value(path, &config_json(&header)?)?;
     let any = |ending: &str| header.tensors.keys().any(|name| name.ends_with(ending));
     config.qkv_bias |= ["q", "k", "v"].iter().any(|part| any(&format!(".attn_{part}.bias")));
@@ -29,7 +30,7 @@ pub(crate) fn config(path: &Path) -> Result<ModelConfig, ModelError> {
         .iter()
         .any(|part| any(&format!(".ffn_{part}.bias")));
     if let Some(info) = header.tensors.get(ROPE_FACTORS) {
-        let factors = Tensor::new(info.kind, info.shape.clone(), &file, info.range.clone()).to_f32();
+        let factors = Tensor::new(info.kind, info.shape.clone(), files.file(info.part), info.range.clone()).to_f32();
         if factors.len() != config.head_dim / 2 || !factors.iter().all(|f| (1e-6..=1e6).contains(f)) {
             return Err(ModelError::gguf(path, format!("its `{ROPE_FACTORS}` is not usable")));
         }
@@ -132,13 +133,6 @@ pub(super) fn has_paired_rows(metadata: &Metadata<'_>) -> Result<bool, ModelErro
 
 /// Names the first feature in use that the decoder does not compute.
 fn refuse_unsupported(metadata: &Metadata<'_>, name: &str) -> Result<(), ModelError> {
-    if metadata.unsigned("split.count")?.is_some_and(|count| count > 1) {
-        return Err(ModelError::UnsupportedFormat {
-            path: metadata.path.to_owned(),
-            reason: "is one part of a split GGUF; join the parts into one file (`llama-gguf-split --merge`) first"
-                .into(),
-        });
-    }
     // Key, and the value that changes nothing.
     for (key, neutral) in [
         ("expert_count", 0.0),

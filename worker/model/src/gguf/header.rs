@@ -39,16 +39,18 @@ pub(crate) struct TensorInfo {
     pub kind: StoredType,
     /// Dimensions, outermost first (the file has them innermost first); at least one, none of them zero.
     pub shape: Vec<usize>,
+    /// Which of the model's files it is in.
+    pub part: usize,
     /// Bytes in the file; inside it, and apart from those of all other tensors.
     pub range: Range<usize>,
 }
 
 impl<'a> Header<'a> {
-    /// Parses the header of the file `path` with these `bytes`.
+    /// Parses the header of the file `path` with these `bytes`, the model's file number `part`.
     ///
     /// # Errors
     /// [`ModelError::Gguf`] for anything damaged, [`ModelError::Unsupported`] for versions and weights not read here.
-    pub fn parse(path: &'a Path, bytes: &'a [u8]) -> Result<Self, ModelError> {
+    pub fn parse(path: &'a Path, bytes: &'a [u8], part: usize) -> Result<Self, ModelError> {
         let bad = |reason: String| ModelError::gguf(path, reason);
         let truncated = |_: Truncated| bad("its header is not whole".into());
         let mut cursor = Cursor::new(&bytes[..bytes.len().min(HEADER_BYTES_MAX)]);
@@ -97,6 +99,7 @@ impl<'a> Header<'a> {
             let info = TensorInfo {
                 kind: tensor.kind,
                 shape: tensor.shape,
+                part,
                 range,
             };
             if tensors.insert(tensor.name, info).is_some() {

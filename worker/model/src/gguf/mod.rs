@@ -14,6 +14,7 @@ mod config;
 mod cursor;
 mod header;
 mod metadata;
+mod parts;
 mod tensors;
 mod text_files;
 mod tokenizer;
@@ -30,7 +31,7 @@ use std::path::{Path, PathBuf};
 const ENTRIES_MAX: usize = 10_000;
 
 /// The GGUF file that a model path means: the path itself if it is a `.gguf` file, or the only one of a directory that
-/// has no safetensors. `None`: the path is something else.
+/// has no safetensors; of a model in parts (`-00001-of-00003.gguf`) the first. `None`: the path is something else.
 ///
 /// # Errors
 /// [`ModelError::UnsupportedFormat`] if a directory has several of them and no safetensors.
@@ -50,6 +51,7 @@ pub fn gguf_file(path: &Path) -> Result<Option<PathBuf>, ModelError> {
             found.push(entry);
         }
     }
+    found.retain(|file| parts::part_name(file).is_none_or(|(_, number, _)| number == 1));
     match found.len() {
         0 => Ok(None),
         1 => Ok(found.pop()),

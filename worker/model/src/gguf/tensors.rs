@@ -1,14 +1,15 @@
 //! The tensors of a GGUF file under the names the loader asks for, with the rows of q and k in the order it expects.
 
 use super::config::{ROPE_FACTORS, has_paired_rows};
-use super::header::{Header, shown};
+use super::header::shown;
+use super::parts::Parts;
 use crate::config::SUPPORTED;
 use crate::error::ModelError;
-use crate::mapped::{MappedFile, Tensor};
+use crate::mapped::Tensor;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// Maps a GGUF file and names its tensors as Hugging Face does.
+/// Maps a GGUF model and names its tensors as Hugging Face does.
 ///
 /// llama.cpp's converter stores q and k of llama models with the two halves of each head interleaved, because ggml
 /// rotates neighbouring rows; that is undone (see [`Tensor::paired`]).
@@ -16,8 +17,8 @@ use std::path::Path;
 /// # Errors
 /// As [`super::config`]; [`ModelError::Unsupported`] for tensors that the decoder would ignore.
 pub(crate) fn tensors(path: &Path) -> Result<BTreeMap<String, Tensor>, ModelError> {
-    let file = MappedFile::open(path)?;
-    let header = Header::parse(path, file.bytes())?;
+    let files = Parts::open(path)?;
+    let header = files.header()?;
     let metadata = &header.metadata;
     let paired = has_paired_rows(metadata)?;
     let architecture = metadata.need_text("general.architecture")?;
@@ -37,6 +38,7 @@ pub(crate) fn tensors(path: &Path) -> Result<BTreeMap<String, Tensor>, ModelErro
             );
             ModelError::unsupported(reason)
         })?;
+        let file = files.file(info.part);
         let (range, shape) = (info.range.clone(), info.shape.clone());
         let heads = match name.rsplit('.').nth(1) {
             Some("attn_q") => Some(heads),
@@ -62,9 +64,9 @@ pub(crate) fn tensors(path: &Path) -> Result<BTreeMap<String, Tensor>, ModelErro
                     );
                     return Err(ModelError::gguf(path, reason));
                 }
-                Tensor::paired(info.kind, shape, &file, range, rows / heads as usize)
+                Tensor::paired(info.kind, shape, file, range, rows / heads as usize)
             }
-            None => Tensor::new(info.kind, shape, &file, range),
+            None => Tensor::new(info.kind, shape, file, range),
         };
         tensors.insert(found, tensor);
     }

@@ -1,12 +1,11 @@
 //! The text side of a GGUF file as the files of a Hugging Face model directory: what a coordinator reads of a model.
 
 use super::config::config_json;
-use super::header::Header;
+use super::parts::Parts;
 use super::tokenizer::tokenizer_json;
 use super::vocabulary::Vocabulary;
 use crate::config::SUPPORTED;
 use crate::error::ModelError;
-use crate::mapped::MappedFile;
 use serde_json::{Map, Value as Json, json};
 use std::path::Path;
 
@@ -27,8 +26,8 @@ const CONFIG_KEYS: [&str; 6] = [
 /// [`ModelError::Gguf`] for damaged files, [`ModelError::Unsupported`] for models and tokenizers that baton cannot serve,
 /// or that have no chat template.
 pub fn text_files(path: &Path) -> Result<[(&'static str, String); 4], ModelError> {
-    let file = MappedFile::open(path)?;
-    let header = Header::parse(path, file.bytes())?;
+    let files = Parts::open(path)?;
+    let header = files.header()?;
     let metadata = &header.metadata;
     let mut config = config_json(&header)?;
     if let Some(keys) = config.as_object_mut() {
