@@ -15,7 +15,7 @@ use std::path::Path;
 /// rotates neighbouring rows; that is undone (see [`Tensor::paired`]).
 ///
 /// # Errors
-/// As [`super::config`]; [`ModelError::Unsupported`] for tensors that the decoder would ignore.
+/// As [`config()`](super::config()); [`ModelError::Unsupported`] for tensors that the decoder would ignore.
 pub(crate) fn tensors(path: &Path) -> Result<BTreeMap<String, Tensor>, ModelError> {
     let files = Parts::open(path)?;
     let header = files.header()?;
