@@ -79,7 +79,7 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// Reads the configuration of the model at `dir`: of a GGUF file (see [`gguf_file`](crate::gguf::gguf_file)) its
+    /// Reads the configuration of the model at `dir`: of a GGUF file (see [`gguf_file`]) its
     /// metadata, else `config.json` and, if there, `generation_config.json` (whose end tokens win).
     ///
     /// # Errors

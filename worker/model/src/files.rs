@@ -33,7 +33,7 @@ pub struct ModelFiles {
 }
 
 impl ModelFiles {
-    /// Maps and validates the weights at `dir`: a GGUF file (see [`gguf_file`](crate::gguf::gguf_file)), or of a directory
+    /// Maps and validates the weights at `dir`: a GGUF file (see [`gguf_file`]), or of a directory
     /// `model.safetensors.index.json` and its shards, or `model.safetensors`, or a lone `*.safetensors`.
     ///
     /// # Errors
