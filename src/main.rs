@@ -7,6 +7,7 @@
 mod cli;
 mod config_file;
 mod demo;
+mod model_dir;
 mod process;
 mod serve;
 mod status;
@@ -22,6 +23,9 @@ fn main() -> ExitCode {
         cli::Command::Coordinator(args) => serve::coordinator(&args),
         cli::Command::Worker(args) => serve::worker(&args),
         cli::Command::Status(args) => status::run(&args),
+        cli::Command::ConvertTokenizer(args) => {
+            model_dir::convert_tokenizer(&args.file, &args.directory).map(|()| ExitCode::SUCCESS)
+        }
         cli::Command::Bench(args) => cli::bench::run(*args),
     };
     match result {

@@ -36,6 +36,11 @@ pub enum Command {
     Worker(ServeArgs),
     /// Shows the workers of a running cluster: role, process, state, load, blocks, last heartbeat.
     Status(StatusArgs),
+    /// Writes a GGUF file's tokenizer, chat template and context length to a directory that a coordinator can read.
+    ///
+    /// `baton up` does this by itself. On real hosts, run it once, give the directory as the model's `path` in the
+    /// coordinator's configuration, and the GGUF file as `model_path` in the workers'.
+    ConvertTokenizer(ConvertTokenizerArgs),
     /// Measures any OpenAI URL with streaming chat requests, and reports what its clients saw.
     Bench(Box<bench::BenchArgs>),
 }
@@ -43,11 +48,16 @@ pub enum Command {
 /// Flags of `baton up`.
 #[derive(Debug, Clone, Args)]
 pub struct UpArgs {
-    /// Model to serve: a directory with config.json, *.safetensors and tokenizer.json, or a Hugging Face hub id such
-    /// as Qwen/Qwen2.5-0.5B-Instruct [default: the bundled demo model]
-    #[arg(long, value_name = "DIR|HUB ID", env = "BATON_MODEL", hide_env_values = true)]
+    /// Model to serve: a directory with config.json, *.safetensors and tokenizer.json, a GGUF file, or a Hugging Face
+    /// hub id such as Qwen/Qwen2.5-0.5B-Instruct [default: the bundled demo model]
+    #[arg(
+        long,
+        value_name = "DIR|FILE.gguf|HUB ID",
+        env = "BATON_MODEL",
+        hide_env_values = true
+    )]
     pub model: Option<String>,
-    /// Name clients use for the model [default: the hub id, or the directory's name]
+    /// Name clients use for the model [default: the hub id, or the directory's or file's name]
     #[arg(long, value_name = "NAME")]
     pub model_name: Option<String>,
     /// Workers that compute prompts; 0 lets the decode workers do it themselves
@@ -111,6 +121,17 @@ pub struct ServeArgs {
     /// Set by `baton up` on its children: reports go to stdout as JSON lines, the process ends with that parent.
     #[arg(long, value_name = "PID", hide = true)]
     pub supervisor: Option<u32>,
+}
+
+/// Arguments of `baton convert-tokenizer`.
+#[derive(Debug, Clone, Args)]
+pub struct ConvertTokenizerArgs {
+    /// The GGUF file; it is only read
+    #[arg(value_name = "FILE.gguf")]
+    pub file: PathBuf,
+    /// Where to write; must not hold such files yet
+    #[arg(value_name = "DIR")]
+    pub directory: PathBuf,
 }
 
 /// How to reach a running cluster.

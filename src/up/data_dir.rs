@@ -6,7 +6,7 @@
 //! <data-dir>/identity/       the cluster's CA and the processes' certificates
 //! <data-dir>/config/         the TOML each process was started with
 //! <data-dir>/logs/           one log per process
-//! <data-dir>/models/         the demo model
+//! <data-dir>/models/         the demo model, and tokenizers of GGUF files
 //! <data-dir>/coordinator-0/  the coordinator's Raft log and ledger
 //! ```
 

@@ -18,7 +18,7 @@ const KV_TOKENS_MIN: u64 = 1024;
 pub struct ModelNeeds {
     /// Bytes of the weights once packed; each worker has its own.
     pub weight_bytes: u64,
-    /// Activations, logits and scratch of each worker.
+    /// Activations, logits and scratch of each worker, and its copies of weights that it cannot compute on as stored.
     pub scratch_bytes: u64,
     /// KV bytes of one token.
     pub kv_token_bytes: u64,

@@ -341,7 +341,7 @@ fn coordinator_config(plan: &Plan, data: &DataDir, http: SocketAddr, cluster: So
         "http_addr": http,
         "cluster_addr": cluster,
         "identity_dir": utf8(&data.identity()),
-        "models": [{"name": plan.model_name, "path": utf8(&plan.model_path)}],
+        "models": [{"name": plan.model_name, "path": utf8(&plan.text_path)}],
     });
     if let Some(key) = &plan.api_key {
         config["api_key"] = json!(key);

@@ -5,8 +5,9 @@ use super::data_dir::DataDir;
 use super::memory::{self, ModelNeeds};
 use super::progress::Progress;
 use crate::cli::UpArgs;
-use crate::demo;
+use crate::{demo, model_dir};
 use anyhow::{Context, bail};
+use baton_model::gguf::gguf_file;
 use baton_model::{MemoryNeed, ModelConfig, ModelFiles, Quantization, Stage};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -46,8 +47,10 @@ impl Role {
 pub struct Plan {
     /// Where the API is to listen.
     pub http_addr: SocketAddr,
-    /// The model's directory.
+    /// The model's directory or GGUF file, as workers load it.
     pub model_path: PathBuf,
+    /// The directory with the model's tokenizer, chat template and configuration, as the coordinator loads it.
+    pub text_path: PathBuf,
     /// The model's name for clients.
     pub model_name: String,
     /// Names and roles of the workers.
@@ -119,6 +122,10 @@ impl Plan {
         // Both refuse what the workers would refuse, with the same sentence.
         let config = ModelConfig::from_dir(&model_path)?;
         let files = ModelFiles::open(&model_path)?;
+        let text_path = match gguf_file(&model_path)? {
+            Some(file) => model_dir::place_gguf_text(&file, &data.models())?,
+            None => model_path.clone(),
+        };
         let need = MemoryNeed::estimate(
             &config,
             files.packed_bytes(&config, args.quantize),
@@ -144,6 +151,7 @@ impl Plan {
         Ok(Self {
             http_addr,
             model_path,
+            text_path,
             model_name,
             threads: args.threads.map_or((cores / workers.len()).max(1), usize::from),
             workers,
@@ -177,14 +185,18 @@ fn workers(prefill: u16, decode: u16) -> Vec<(String, Role)> {
         .collect()
 }
 
-/// A hub id is its own name; a directory is called by its last component.
+/// A hub id is its own name; a directory is called by its last component, a GGUF file likewise but without its ending.
 fn model_name(spec: &str, path: &Path) -> String {
     if !Path::new(spec).exists() {
         return spec.to_owned();
     }
     let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    path.file_name()
-        .map_or_else(|| spec.to_owned(), |name| name.to_string_lossy().into_owned())
+    let name = if path.is_file() {
+        path.file_stem()
+    } else {
+        path.file_name()
+    };
+    name.map_or_else(|| spec.to_owned(), |name| name.to_string_lossy().into_owned())
 }
 
 #[cfg(test)]
@@ -205,6 +217,9 @@ mod tests {
         std::fs::create_dir(&path).expect("writable");
         let spec = format!("{}/./", path.display());
         assert_eq!(model_name(&spec, &path), "tiny-llama");
+        let file = directory.path().join("tiny.Q4_K_M.gguf");
+        std::fs::write(&file, "").expect("writable");
+        assert_eq!(model_name(&file.to_string_lossy(), &file), "tiny.Q4_K_M");
         assert_eq!(
             model_name("org/no-such-model", Path::new("/cache/x")),
             "org/no-such-model"

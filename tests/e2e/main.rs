@@ -6,6 +6,7 @@ mod bad_input;
 mod clients;
 mod disaggregated;
 mod failures;
+mod gguf;
 mod serving;
 mod support;
 mod survival;

@@ -1,6 +1,7 @@
 //! What the tests stand on: running clusters, HTTP requests byte by byte, and looking at processes.
 
 pub mod cluster;
+pub mod gguf;
 pub mod http;
 
 use std::time::{Duration, Instant};

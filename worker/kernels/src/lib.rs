@@ -23,7 +23,7 @@ pub mod packed;
 pub mod pool;
 mod rope;
 mod rows;
-pub mod weights;
+mod weights;
 
 pub use attention::AttentionSpan;
 pub use ggml::dequantize;
@@ -33,4 +33,4 @@ pub use kv::{KvArena, KvDtype, KvLayout};
 pub use limits::Limits;
 pub use packed::{OutOfMemory, PackedMatrix, WeightFormat};
 pub use pool::{Pool, PoolConfig};
-pub use weights::{Elements, MisalignedBytes, StoredType};
+pub use weights::StoredType;

@@ -5,6 +5,7 @@
 
 use crate::error::ModelError;
 use crate::geometry::{KvDtype, KvGeometry};
+use crate::gguf::{self, gguf_file};
 use crate::json::{Object, config_error, read_bounded};
 use crate::rope::RopeConfig;
 use serde_json::Value;
@@ -27,7 +28,7 @@ const EOS_IDS_MAX: usize = 64;
 
 /// What is supported, for messages.
 pub(crate) const SUPPORTED: &str = "supported are LlamaForCausalLM and Qwen2ForCausalLM with dense layers, full \
-                                    attention, and unquantized f32, f16 or bf16 weights in safetensors";
+                                    attention, in f32, f16 or bf16 safetensors or in GGUF";
 
 /// A family of decoders that this engine computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,11 +81,15 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// Reads `config.json` and, if there, `generation_config.json` (whose end tokens win).
+    /// Reads the configuration of the model at `dir`: of a GGUF file (see [`gguf_file`]) its
+    /// metadata, else `config.json` and, if there, `generation_config.json` (whose end tokens win).
     ///
     /// # Errors
     /// [`ModelError::Config`] for damaged files, [`ModelError::Unsupported`] for models this engine does not compute.
     pub fn from_dir(dir: &Path) -> Result<Self, ModelError> {
+        if let Some(path) = gguf_file(dir)? {
+            return gguf::config(&path);
+        }
         let path = dir.join("config.json");
         let bytes = read_bounded(&path, CONFIG_BYTES_MAX)?.ok_or_else(|| ModelError::Config {
             path: path.clone(),
@@ -111,8 +116,12 @@ impl ModelConfig {
     }
 
     fn parse(path: &Path, bytes: &[u8]) -> Result<Self, ModelError> {
-        let value = parse_object(path, bytes)?;
-        let object = as_object(path, &value)?;
+        Self::from_value(path, &parse_object(path, bytes)?)
+    }
+
+    /// From the JSON of a `config.json`, however it was come by; `path` is for messages.
+    pub(crate) fn from_value(path: &Path, value: &Value) -> Result<Self, ModelError> {
+        let object = as_object(path, value)?;
         let architecture = architecture(&object)?;
         refuse_unsupported(&object, architecture)?;
 

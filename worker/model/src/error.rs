@@ -50,6 +50,14 @@ pub enum ModelError {
         /// What is wrong.
         reason: String,
     },
+    /// A GGUF file is damaged.
+    #[error("`{path}` is not a usable GGUF file: {reason}; the download may be incomplete")]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
     /// The model is of a kind, or uses a feature, that this engine does not compute.
     #[error("this model is not supported: {reason}")]
     Unsupported {
@@ -82,6 +90,13 @@ impl ModelError {
 
     pub(crate) fn weights(path: &Path, reason: impl Into<String>) -> Self {
         ModelError::Weights {
+            path: path.to_owned(),
+            reason: reason.into(),
+        }
+    }
+
+    pub(crate) fn gguf(path: &Path, reason: impl Into<String>) -> Self {
+        ModelError::Gguf {
             path: path.to_owned(),
             reason: reason.into(),
         }

@@ -1,7 +1,8 @@
-//! The weight files of a model directory: found, mapped, validated, and digested. Nothing is converted: weights stay
-//! as stored until a kernel reads them.
+//! The weight files of a model: found, mapped, validated, and digested. Nothing is converted: weights stay as stored
+//! until a kernel reads them. What GGUF files look like is known to `gguf/`.
 
 use crate::error::ModelError;
+use crate::gguf::{self, gguf_file};
 use crate::json::read_bounded;
 use crate::mapped::{MappedFile, Tensor};
 use crate::options::Quantization;
@@ -38,17 +39,16 @@ pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 pub(crate) const HEAD: &str = "lm_head.weight";
 
 impl ModelFiles {
-    /// Maps and validates the safetensors of `dir`: `model.safetensors.index.json` and its shards, or
-    /// `model.safetensors`, or a lone `*.safetensors`.
+    /// Maps and validates the weights at `dir`: a GGUF file (see [`gguf_file`]), or of a directory
+    /// `model.safetensors.index.json` and its shards, or `model.safetensors`, or a lone `*.safetensors`.
     ///
     /// # Errors
     /// [`ModelError::Weights`] if files are missing or damaged, [`ModelError::UnsupportedFormat`] if the weights are
     /// there in another format only.
     pub fn open(dir: &Path) -> Result<Self, ModelError> {
-        let index = dir.join("model.safetensors.index.json");
-        let tensors = match read_bounded(&index, INDEX_BYTES_MAX)? {
-            Some(bytes) => open_sharded(dir, &index, &bytes)?,
-            None => open_file(&single_file(dir)?)?,
+        let tensors = match gguf_file(dir)? {
+            Some(path) => gguf::tensors(&path)?,
+            None => open_safetensors(dir)?,
         };
         if tensors.is_empty() || tensors.len() > TENSORS_MAX {
             return Err(ModelError::weights(dir, format!("it has {} tensors", tensors.len())));
@@ -59,7 +59,7 @@ impl ModelFiles {
         })
     }
 
-    /// The directory.
+    /// The directory, or the GGUF file.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -90,9 +90,9 @@ impl ModelFiles {
         Ok(tensor.clone())
     }
 
-    /// Bytes of all tensors.
+    /// Bytes of all tensors, as stored.
     pub fn weight_bytes(&self) -> u64 {
-        self.tensors.values().map(|t| t.bytes().len() as u64).sum()
+        self.tensors.values().map(|t| t.stored_bytes().len() as u64).sum()
     }
 
     /// Bytes of memory the weights take once loaded: matrices packed in their formats, and the embedding table as stored.
@@ -104,11 +104,11 @@ impl ModelFiles {
                 let format = quantization.format(tensor.kind(), head);
                 let packed = format.bytes(columns, k).map_or(u64::MAX, |b| b as u64);
                 match embedding && !config.tied_embeddings {
-                    true => tensor.bytes().len() as u64,
+                    true => tensor.stored_bytes().len() as u64,
                     false => packed,
                 }
             }
-            _ => tensor.bytes().len() as u64,
+            _ => tensor.stored_bytes().len() as u64,
         };
         let sizes = self.tensors.iter().map(|(name, tensor)| packed(name, tensor));
         sizes.fold(0, u64::saturating_add)
@@ -129,10 +129,13 @@ impl ModelFiles {
             hasher.update(&(name.len() as u64).to_le_bytes());
             hasher.update(name.as_bytes());
             hasher.update(tensor.kind().to_string().as_bytes());
+            if tensor.is_reordered() {
+                hasher.update(b" reordered");
+            }
             for dim in tensor.shape() {
                 hasher.update(&(*dim as u64).to_le_bytes());
             }
-            let bytes = tensor.bytes();
+            let bytes = tensor.stored_bytes();
             if full || bytes.len() <= SAMPLES_PER_TENSOR * SAMPLE_BYTES {
                 hasher.update(bytes);
             } else {
@@ -146,6 +149,14 @@ impl ModelFiles {
             progress.update(Stage::Digest, done, total);
         }
         *hasher.finalize().as_bytes()
+    }
+}
+
+fn open_safetensors(dir: &Path) -> Result<BTreeMap<String, Tensor>, ModelError> {
+    let index = dir.join("model.safetensors.index.json");
+    match read_bounded(&index, INDEX_BYTES_MAX)? {
+        Some(bytes) => open_sharded(dir, &index, &bytes),
+        None => open_file(&single_file(dir)?),
     }
 }
 
@@ -172,16 +183,11 @@ fn single_file(dir: &Path) -> Result<PathBuf, ModelError> {
             return Err(ModelError::weights(dir, reason));
         }
     }
-    for (extension, what) in [
-        ("gguf", "GGUF, which is not supported yet"),
-        ("bin", "PyTorch pickles, which can run code"),
-    ] {
-        if let Some(file) = with(extension).first() {
-            return Err(ModelError::UnsupportedFormat {
-                path: (*file).clone(),
-                reason: format!("holds weights as {what}; use the model's safetensors version"),
-            });
-        }
+    if let Some(file) = with("bin").first() {
+        return Err(ModelError::UnsupportedFormat {
+            path: (*file).clone(),
+            reason: "holds weights as PyTorch pickles, which can run code; use the model's safetensors version".into(),
+        });
     }
     Err(ModelError::weights(
         dir,

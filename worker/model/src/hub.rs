@@ -1,4 +1,4 @@
-//! From what a person types as a model to a local directory: an existing directory as it is, a hub id by downloading
+//! From what a person types as a model to a local path: an existing directory or GGUF file as it is, a hub id by downloading
 //! it (config, tokenizer, chat template, safetensors) into the usual Hugging Face cache.
 //!
 //! Never loads a model, never downloads anything that is not needed to serve one, and refuses a model that cannot be
@@ -7,6 +7,7 @@
 use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::files::is_plain_name;
+use crate::gguf::gguf_file;
 use crate::json::read_bounded;
 use crate::progress::{Progress, Stage};
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
@@ -37,7 +38,7 @@ const OPTIONAL_FILES: [&str; 5] = [
 ];
 const INDEX: &str = "model.safetensors.index.json";
 
-/// Turns a directory or a hub id (`org/name` or `org/name@revision`) into a directory with the model's files.
+/// Turns a directory, a GGUF file or a hub id (`org/name` or `org/name@revision`) into the path of the model's files.
 ///
 /// The hub honours `HF_ENDPOINT`, `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE`. Without a connection a complete earlier
 /// download is used.
@@ -52,7 +53,7 @@ pub fn resolve(spec: &str, progress: &dyn Progress) -> Result<PathBuf, ModelErro
     }
 }
 
-/// A local directory, or `None` if `spec` can only be a hub id.
+/// A local directory or GGUF file, or `None` if `spec` can only be a hub id.
 fn local(spec: &str) -> Result<Option<PathBuf>, ModelError> {
     let path = Path::new(spec);
     let refuse = |reason: &str| {
@@ -64,16 +65,19 @@ fn local(spec: &str) -> Result<Option<PathBuf>, ModelError> {
     if path.is_dir() {
         return Ok(Some(path.to_owned()));
     }
+    if let Some(file) = gguf_file(path)? {
+        return Ok(Some(file));
+    }
     match path.extension().and_then(|e| e.to_str()) {
-        Some("gguf") => {
-            return refuse("is a GGUF file, which is not supported yet; give a directory or hub id with safetensors");
-        }
+        Some("gguf") => return refuse("does not exist"),
         Some("safetensors") if path.is_file() => {
             return refuse(
                 "is one file of a model; give the directory that also holds its config.json and tokenizer.json",
             );
         }
-        _ if path.is_file() => return refuse("is a file; a model is a directory with config.json and safetensors"),
+        _ if path.is_file() => {
+            return refuse("is a file; a model is a directory with config.json and safetensors, or a .gguf file");
+        }
         _ => {}
     }
     if parse_id(spec).is_none() {

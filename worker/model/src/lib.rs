@@ -11,6 +11,7 @@ mod decoder;
 mod error;
 mod files;
 mod geometry;
+pub mod gguf;
 mod hub;
 mod json;
 mod kv_cache;

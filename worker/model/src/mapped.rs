@@ -1,7 +1,7 @@
 //! Read-only memory maps of weight files, and tensors that lie in them. The only place where files become memory.
 
 use crate::error::ModelError;
-use baton_kernels::{Elements, StoredType, dequantize};
+use baton_kernels::{StoredType, dequantize};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -33,8 +33,27 @@ impl MappedFile {
 #[derive(Debug, Clone)]
 enum Storage {
     Mapped(MappedFile, Range<usize>),
-    /// A copy, for tensors that the file does not align to their elements (old writers).
-    Copied(Arc<Vec<u32>>, usize),
+    /// In a file, with the rows of each head in ggml's rotary order.
+    Paired(Arc<PairedRows>),
+}
+
+/// Rows of heads of `head_rows` rows each, stored pair by pair: rows `i` and `i + head_rows / 2` of a head, which the
+/// rotary embedding turns together, lie next to each other.
+#[derive(Debug)]
+struct PairedRows {
+    file: MappedFile,
+    range: Range<usize>,
+    head_rows: usize,
+    row_bytes: usize,
+}
+
+impl PairedRows {
+    fn row(&self, row: usize) -> &[u8] {
+        let (head, row) = (row / self.head_rows, row % self.head_rows);
+        let half = self.head_rows / 2;
+        let stored = head * self.head_rows + 2 * (row % half) + row / half;
+        &self.file.bytes()[self.range.clone()][stored * self.row_bytes..][..self.row_bytes]
+    }
 }
 
 /// A stored tensor: type, shape and elements, kept alive by reference counting.
@@ -48,15 +67,26 @@ pub struct Tensor {
 impl Tensor {
     /// A tensor over `range` of a mapped file; the caller has checked that it fits the shape and the file.
     pub(crate) fn new(kind: StoredType, shape: Vec<usize>, file: &MappedFile, range: Range<usize>) -> Self {
-        let bytes = &file.bytes()[range.clone()];
-        let storage = if Elements::from_bytes(kind, bytes).is_ok() {
-            Storage::Mapped(file.clone(), range)
-        } else {
-            // Whole words, so that the copy is aligned for every element type.
-            let mut words = vec![0u32; bytes.len().div_ceil(4)];
-            bytemuck::cast_slice_mut::<u32, u8>(&mut words)[..bytes.len()].copy_from_slice(bytes);
-            Storage::Copied(Arc::new(words), bytes.len())
-        };
+        let storage = Storage::Mapped(file.clone(), range);
+        Tensor { kind, shape, storage }
+    }
+
+    /// A matrix, or a vector of floats, over `range` of a mapped file whose rows (the vector's elements), in heads of
+    /// `head_rows`, lie pair by pair: `i` and `i + head_rows / 2` of a head are neighbours. The caller has checked that the
+    /// range fits the shape and the file, that heads are whole and that `head_rows` is even and not zero.
+    pub(crate) fn paired(
+        kind: StoredType,
+        shape: Vec<usize>,
+        file: &MappedFile,
+        range: Range<usize>,
+        head_rows: usize,
+    ) -> Self {
+        let storage = Storage::Paired(Arc::new(PairedRows {
+            file: file.clone(),
+            head_rows,
+            row_bytes: range.len() / shape[0],
+            range,
+        }));
         Tensor { kind, shape, storage }
     }
 
@@ -70,56 +100,75 @@ impl Tensor {
         &self.shape
     }
 
-    /// The bytes as stored.
-    pub fn bytes(&self) -> &[u8] {
+    /// Whether the file has the rows in another order than [`Tensor::row_bytes`].
+    pub(crate) fn is_reordered(&self) -> bool {
+        matches!(self.storage, Storage::Paired(_))
+    }
+
+    /// All bytes, in the order of the file.
+    pub fn stored_bytes(&self) -> &[u8] {
         match &self.storage {
             Storage::Mapped(file, range) => &file.bytes()[range.clone()],
-            Storage::Copied(words, len) => &bytemuck::cast_slice(words)[..*len],
+            Storage::Paired(rows) => &rows.file.bytes()[rows.range.clone()],
         }
     }
 
-    /// The elements as stored.
-    pub fn elements(&self) -> Elements<'_> {
-        // Alignment was checked, or made, in `new`; an empty tensor stands in for the impossible.
-        Elements::from_bytes(self.kind, self.bytes()).unwrap_or(Elements::F32(&[]))
+    /// Number of rows, which run along the innermost dimension; a vector is one row.
+    pub fn rows(&self) -> usize {
+        self.shape.split_last().map_or(1, |(_, outer)| outer.iter().product())
     }
 
-    /// All elements, widened to f32.
+    /// The bytes of one row; whole blocks, if the type has any. Copies nothing.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn row_bytes(&self, row: usize) -> &[u8] {
+        match &self.storage {
+            Storage::Paired(rows) if self.shape.len() == 2 => rows.row(row),
+            _ => {
+                let bytes = self.stored_bytes();
+                let len = bytes.len() / self.rows();
+                &bytes[row * len..][..len]
+            }
+        }
+    }
+
+    /// All elements as f32: exact for the float types, decoded for the quantised ones.
     pub fn to_f32(&self) -> Vec<f32> {
-        let mut out = vec![0.0; self.shape.iter().product()];
-        dequantize(self.kind, self.bytes(), &mut out);
-        out
+        let mut values = vec![0.0; self.shape.iter().product()];
+        if values.is_empty() {
+            return values;
+        }
+        // Of a reordered vector every element is a row of its own.
+        let rows = if self.is_reordered() {
+            self.shape[0]
+        } else {
+            self.rows()
+        };
+        let row_len = values.len() / rows;
+        for (row, out) in values.chunks_exact_mut(row_len).enumerate() {
+            match &self.storage {
+                Storage::Paired(paired) => dequantize(self.kind, paired.row(row), out),
+                Storage::Mapped(..) => dequantize(self.kind, self.row_bytes(row), out),
+            }
+        }
+        values
     }
 
-    /// Elements `start..start + out.len()` of `row` (of the outermost dimension), widened to f32. Rows of quantised types
-    /// are decoded block by block.
+    /// Elements `start..start + out.len()` of `row`, widened to f32. Of quantised types `start` is a whole number of blocks.
     ///
     /// # Panics
     /// If they lie outside, or `start` cuts a block: shapes were checked when the model was loaded.
     pub fn read_row(&self, row: usize, start: usize, out: &mut [f32]) {
-        let width: usize = self.shape.iter().skip(1).product();
-        assert!(start + out.len() <= width, "a row has {width} elements");
-        if self.kind.is_float() {
-            return self.elements().widen_into(row * width + start, out);
-        }
-        let block = self.kind.block_elements();
-        assert!(
-            width.is_multiple_of(block) && start.is_multiple_of(block),
-            "cuts a block"
-        );
-        let row_bytes = width / block * self.kind.block_bytes();
-        let bytes = &self.bytes()[row * row_bytes + start / block * self.kind.block_bytes()..];
-        let whole = out.len() / block * block;
-        let whole_bytes = whole / block * self.kind.block_bytes();
-        let (head, tail) = out.split_at_mut(whole);
-        dequantize(self.kind, &bytes[..whole_bytes], head);
+        let (block, block_bytes) = (self.kind.block_elements(), self.kind.block_bytes());
+        assert!(start.is_multiple_of(block), "cuts a block");
+        let bytes = &self.row_bytes(row)[start / block * block_bytes..];
+        let (whole, tail) = out.split_at_mut(out.len() / block * block);
+        let (whole_bytes, rest) = bytes.split_at(whole.len() / block * block_bytes);
+        dequantize(self.kind, whole_bytes, whole);
         if !tail.is_empty() {
             let mut last = vec![0.0; block];
-            dequantize(
-                self.kind,
-                &bytes[whole_bytes..whole_bytes + self.kind.block_bytes()],
-                &mut last,
-            );
+            dequantize(self.kind, &rest[..block_bytes], &mut last);
             tail.copy_from_slice(&last[..tail.len()]);
         }
     }
@@ -128,7 +177,11 @@ impl Tensor {
     #[allow(unsafe_code)]
     pub fn release_pages(&self) {
         #[cfg(unix)]
-        if let Storage::Mapped(file, range) = &self.storage {
+        {
+            let (file, range) = match &self.storage {
+                Storage::Mapped(file, range) => (file, range),
+                Storage::Paired(rows) => (&rows.file, &rows.range),
+            };
             let advice = memmap2::UncheckedAdvice::DontNeed;
             // SAFETY: the map is file-backed, private and read-only: dropped pages come back with the same contents.
             let _ = unsafe { file.0.unchecked_advise_range(advice, range.start, range.len()) };

@@ -11,7 +11,8 @@ pub struct MemoryNeed {
     pub weights: u64,
     /// KV arena.
     pub kv: u64,
-    /// Activations of the largest batch, logits, and kernel scratch.
+    /// Activations of the largest batch, logits, and kernel scratch. Copies of weights that cannot be computed on as
+    /// stored (`ModelFiles::copied_bytes`) are for the caller to add.
     pub scratch: u64,
 }
 

@@ -4,9 +4,10 @@
 use crate::error::ModelError;
 use crate::json::Object;
 use std::f64::consts::PI;
+use std::sync::Arc;
 
 /// How frequencies are stretched for contexts longer than the model was first trained on.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
     /// None.
     Plain,
@@ -41,10 +42,15 @@ pub enum RopeScaling {
         /// Round the borders of the transition to whole dimensions.
         truncate: bool,
     },
+    /// Each frequency divided by its own factor (how GGUF files store Llama 3.1's scaling).
+    Divided {
+        /// One divisor for each pair of a head's elements.
+        factors: Arc<[f32]>,
+    },
 }
 
 /// Rotary position embedding of a model.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct RopeConfig {
     /// Base of the geometric series of wavelengths.
     pub theta: f64,
@@ -129,6 +135,7 @@ impl RopeConfig {
         let mut scale = 1.0;
         let scaled = |i: usize| match self.scaling {
             RopeScaling::Plain => plain(i),
+            RopeScaling::Divided { ref factors } => plain(i) / factors.get(i).copied().map_or(1.0, f64::from),
             RopeScaling::Linear { factor } => plain(i) / factor,
             RopeScaling::Llama3 {
                 factor,

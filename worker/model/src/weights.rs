@@ -111,7 +111,7 @@ impl<O: Ops> Loader<'_, O> {
         let tensors: Vec<Tensor> = parts.iter().map(|p| p.weights.clone()).collect();
         let matrix = self.ops.matrix(parts, head)?;
         for tensor in tensors {
-            self.done += tensor.bytes().len() as u64;
+            self.done += tensor.stored_bytes().len() as u64;
             tensor.release_pages();
         }
         self.progress.update(Stage::Load, self.done.min(self.total), self.total);

@@ -28,7 +28,7 @@ impl Costs {
         let embedding = files.tensor("model.embed_tokens.weight");
         let lookup_bytes = match config.tied_embeddings {
             true => 0,
-            false => embedding.map_or(0, |table| table.bytes().len() as u64),
+            false => embedding.map_or(0, |table| table.stored_bytes().len() as u64),
         };
         let layer = files.tensor("model.layers.0.mlp.up_proj.weight");
         let arithmetic = match layer.map(|matrix| quantization.format(matrix.kind(), false)) {

@@ -98,10 +98,11 @@ fn four(values: &[f32; GROUP]) -> Quantized {
 }
 
 fn four_with_minimum(values: &[f32; GROUP]) -> Quantized {
-    let (low, high) = values
-        .iter()
-        .fold((f32::INFINITY, f32::NEG_INFINITY), |(l, h), v| (l.min(*v), h.max(*v)));
-    let scale = f16::from_f32((high - low) / 15.0);
+    let mut sorted = *values;
+    sorted.sort_unstable_by(f32::total_cmp);
+    let (low, high) = (sorted[0], sorted[GROUP - 1]);
+    let steps = grid_steps(&sorted).unwrap_or(15.0);
+    let scale = f16::from_f32((high - low) / steps);
     let minimum = f16::from_f32(low);
     let inverse = inverse(scale);
     let integers = values.map(|v| ((v - minimum.to_f32()) * inverse).round_ties_even().clamp(0.0, 15.0) as u8);
@@ -110,4 +111,25 @@ fn four_with_minimum(values: &[f32; GROUP]) -> Quantized {
         minimum,
         integers,
     }
+}
+
+/// If the values already lie on a grid of at most 16 levels (a dequantised 4-bit group), how many steps of it lie between
+/// the lowest and the highest: quantising to that grid again adds only the rounding of its scale and minimum to f16.
+fn grid_steps(sorted: &[f32; GROUP]) -> Option<f32> {
+    let (low, range) = (sorted[0], sorted[GROUP - 1] - sorted[0]);
+    // Differences below this are rounding errors of equal levels.
+    let noise = range * 1e-4;
+    let gaps = sorted.windows(2).map(|w| w[1] - w[0]).filter(|gap| *gap > noise);
+    let ratio = range / gaps.fold(f32::INFINITY, f32::min);
+    // The smallest gap may be several steps wide.
+    let candidates = (1..=15).map(|width| (ratio * width as f32).round());
+    candidates
+        .take_while(|steps| (1.0..=15.0).contains(steps))
+        .find(|steps| {
+            let on_grid = |v: &f32| {
+                let level = (v - low) / range * steps;
+                (level - level.round()).abs() < 0.01
+            };
+            sorted.iter().all(on_grid)
+        })
 }

@@ -1,6 +1,8 @@
 //! Shared by the model tests: small random models written as a real model directory, and sequences run over a cache.
 #![allow(dead_code)]
 
+pub mod gguf;
+
 use baton_model::{Decoder, ForwardBatch, KvCache, LoadOptions, ModelConfig, ModelFiles, Quantization, SeqSpan};
 use half::{bf16, f16};
 use rand::rngs::SmallRng;
