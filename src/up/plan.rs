@@ -54,6 +54,9 @@ pub struct Plan {
     pub workers: Vec<(String, Role)>,
     /// Compute threads of each worker.
     pub threads: usize,
+    /// Whether workers together have more threads than there are cores, so that none may spin. Cores are divided by
+    /// number only, not pinned: on a machine that people also use, the system places threads better than a plan can.
+    pub cores_shared: bool,
     /// KV memory of each worker.
     pub kv_bytes: u64,
     /// Key that clients must send.
@@ -133,11 +136,13 @@ impl Plan {
             baton_model::available_memory(),
         )?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = args.threads.map_or((cores / workers.len()).max(1), usize::from);
         Ok(Self {
             http_addr,
             model_path,
             model_name,
-            threads: args.threads.map_or((cores / workers.len()).max(1), usize::from),
+            threads,
+            cores_shared: threads * workers.len() > cores,
             workers,
             kv_bytes,
             api_key: args.api_key.clone(),

@@ -56,6 +56,12 @@ pub struct WorkerConfig {
     /// Compute threads; 0 takes every core. Workers that share a machine divide its cores between them.
     #[serde(default)]
     pub threads: usize,
+    /// Other busy processes use the same cores, for example workers that together have more threads than the machine has
+    /// cores. Threads then park as soon as they have nothing to do instead of spinning for a moment: some 20 microseconds
+    /// more per job of a lone worker, but those who share a core do not wait for each other's spinning. With more
+    /// threads than cores in one worker this is so without asking.
+    #[serde(default)]
+    pub cores_shared: bool,
     /// Memory for KV blocks, in bytes.
     #[serde(default = "default_kv_bytes")]
     pub kv_bytes: u64,

@@ -3,7 +3,7 @@
 use crate::server::{Startup, serve};
 use crate::{WorkerConfig, WorkerError};
 use baton_engine::{ModelEngine, blocks_for_bytes};
-use baton_model::{MemoryNeed, ModelConfig, ModelFiles, Stage, available_memory};
+use baton_model::{MemoryNeed, ModelConfig, ModelFiles, PoolConfig, Stage, available_memory};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
@@ -45,6 +45,10 @@ fn load(
     let threads = match config.threads {
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         threads => threads,
+    };
+    let threads = PoolConfig {
+        spin: !config.cores_shared,
+        ..threads.into()
     };
     let budget = usize::try_from(config.kv_bytes).unwrap_or(usize::MAX);
     let total_blocks = blocks_for_bytes(&geometry, budget).map_err(|error| WorkerError::Config(error.to_string()))?;

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use baton_kvtransfer::Region;
 use baton_model::{
-    CpuOps, Decoder, ForwardBatch, KvCache, KvGeometry, ModelConfig, ModelError, ModelFiles, Ops, Progress, SeqSpan,
+    CpuOps, Decoder, ForwardBatch, KvCache, KvGeometry, ModelConfig, ModelError, ModelFiles, Ops, PoolConfig, Progress,
+    SeqSpan,
 };
 
 use crate::error::EngineError;
@@ -30,7 +31,7 @@ impl ModelEngine<CpuOps> {
         config: ModelConfig,
         block_size: usize,
         total_blocks: u32,
-        threads: usize,
+        threads: impl Into<PoolConfig>,
         progress: &dyn Progress,
     ) -> Result<Self, ModelError> {
         // The pool first: it fails at once where memory is short, loading takes a while.

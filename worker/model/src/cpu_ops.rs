@@ -2,7 +2,7 @@
 //! is done. The arithmetic is in `baton-kernels`.
 
 use crate::ops::{OpResult, Ops, StackedPart, Step};
-use baton_kernels::{AttentionSpan, Kernels, MatrixPart};
+use baton_kernels::{AttentionSpan, Kernels, MatrixPart, PoolConfig};
 
 /// Runs ops on the CPU.
 pub struct CpuOps {
@@ -14,7 +14,7 @@ pub struct CpuOps {
 
 impl CpuOps {
     /// On `threads` threads (the caller's included), for a model with this many query heads.
-    pub fn new(threads: usize, heads: usize) -> Self {
+    pub fn new(threads: impl Into<PoolConfig>, heads: usize) -> Self {
         Self::with_kernels(Kernels::new(threads), heads)
     }
 

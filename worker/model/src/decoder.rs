@@ -11,6 +11,7 @@ use crate::kv_cache::KvCache;
 use crate::ops::{Ops, Step, StepSpan};
 use crate::progress::Progress;
 use crate::weights::Weights;
+use baton_kernels::PoolConfig;
 
 /// Activations reused from step to step; they grow to the largest batch seen.
 struct Scratch<O: Ops> {
@@ -49,7 +50,7 @@ impl Decoder<CpuOps> {
     pub fn load(
         files: &ModelFiles,
         config: ModelConfig,
-        threads: usize,
+        threads: impl Into<PoolConfig>,
         progress: &dyn Progress,
     ) -> Result<Self, ModelError> {
         let ops = CpuOps::new(threads, config.heads);

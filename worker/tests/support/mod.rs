@@ -150,6 +150,7 @@ impl Cell {
             advertise_ip: None,
             identity_dir: self.dir.path().into(),
             threads: 1,
+            cores_shared: false,
             kv_bytes: 1 << 20,
             block_size: 16,
             batch_tokens_max: 64,
