@@ -154,6 +154,7 @@ impl Cell {
             kv_bytes: 1 << 20,
             block_size: 16,
             batch_tokens_max: 64,
+            step_target_ms: 150,
             seqs_max: 32,
             waiting_max: 1024,
             fill_timeout_ms: 20_000,
