@@ -22,6 +22,7 @@ mod simd;
 #[cfg(target_arch = "x86_64")]
 mod simd_avx2;
 mod simd_portable;
+pub mod vocab;
 pub mod weights;
 
 pub use attention::AttentionSpan;
