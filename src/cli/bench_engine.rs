@@ -124,10 +124,7 @@ pub fn engine(args: BenchEngineArgs) -> anyhow::Result<ExitCode> {
     };
     let options = OpenOptions {
         path: args.model.clone(),
-        load: LoadOptions {
-            threads,
-            quantization: args.quantize,
-        },
+        load: LoadOptions { quantization: args.quantize, ..LoadOptions::threads(threads) },
         block_size: args.block_size,
     };
     let display = Display::new(args.output.quiet);

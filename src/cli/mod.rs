@@ -90,7 +90,8 @@ pub struct UpArgs {
     /// of the available memory over all workers]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     pub kv_mem: Option<u64>,
-    /// Compute threads per worker [default: the cores of this machine divided by the number of workers]
+    /// Compute threads per worker [default: the cores of this machine divided by the number of workers]. With more,
+    /// workers share cores: one that is alone in being busy gets more of the machine, and several slow each other down
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
     /// What the model's weights become in memory: as they are stored, int8 (W8A8: about half the size of bf16 and twice

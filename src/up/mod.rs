@@ -363,6 +363,7 @@ fn worker_config(plan: &Plan, data: &DataDir, name: &str, role: &str, coordinato
         "identity_dir": utf8(&data.identity()),
         "threads": plan.threads,
         "quantization": plan.quantization,
+        "cores_shared": plan.cores_shared,
         "kv_bytes": plan.kv_bytes,
         "block_size": BLOCK_TOKENS,
         "batch_tokens_max": BATCH_TOKENS_MAX,

@@ -59,6 +59,9 @@ pub struct Plan {
     pub threads: usize,
     /// What weights become in memory.
     pub quantization: Quantization,
+    /// Whether workers together have more threads than there are cores, so that none may spin. Cores are divided by
+    /// number only, not pinned: on a machine that people also use, the system places threads better than a plan can.
+    pub cores_shared: bool,
     /// KV memory of each worker.
     pub kv_bytes: u64,
     /// Key that clients must send.
@@ -148,12 +151,14 @@ impl Plan {
             baton_model::available_memory(),
         )?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = args.threads.map_or((cores / workers.len()).max(1), usize::from);
         Ok(Self {
             http_addr,
             model_path,
             text_path,
             model_name,
-            threads: args.threads.map_or((cores / workers.len()).max(1), usize::from),
+            threads,
+            cores_shared: threads * workers.len() > cores,
             workers,
             quantization: args.quantize,
             kv_bytes,

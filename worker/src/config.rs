@@ -61,15 +61,25 @@ pub struct WorkerConfig {
     /// blocks over must agree.
     #[serde(default)]
     pub quantization: Quantization,
+    /// Other busy processes use the same cores, for example workers that together have more threads than the machine has
+    /// cores. Threads then park as soon as they have nothing to do instead of spinning for a moment: some 20 microseconds
+    /// more per job of a lone worker, but those who share a core do not wait for each other's spinning. With more
+    /// threads than cores in one worker this is so without asking.
+    #[serde(default)]
+    pub cores_shared: bool,
     /// Memory for KV blocks, in bytes.
     #[serde(default = "default_kv_bytes")]
     pub kv_bytes: u64,
     /// Tokens per KV block. Workers that hand blocks over must agree.
     #[serde(default = "default_block_size")]
     pub block_size: usize,
-    /// Most tokens computed in one engine step: the prefill chunk, and so the longest wait of a running stream.
+    /// Most tokens computed in one engine step, and so the longest prefill chunk. Working memory grows with it.
     #[serde(default = "default_batch_tokens_max")]
     pub batch_tokens_max: usize,
+    /// Time a step shall take while streams run, in milliseconds: prompts are computed in chunks that fit, so that no stream
+    /// waits much longer for its next token. Smaller is smoother, larger computes prompts a little faster. 0: no such limit.
+    #[serde(default = "default_step_target_ms")]
+    pub step_target_ms: u64,
     /// Most sequences in one engine step.
     #[serde(default = "default_seqs_max")]
     pub seqs_max: usize,
@@ -108,6 +118,9 @@ fn default_block_size() -> usize {
 }
 fn default_batch_tokens_max() -> usize {
     512
+}
+fn default_step_target_ms() -> u64 {
+    u64::try_from(baton_engine::STEP_TARGET_DEFAULT.as_millis()).unwrap_or(0)
 }
 fn default_seqs_max() -> usize {
     64

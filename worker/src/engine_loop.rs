@@ -436,6 +436,7 @@ impl EngineLoop {
             }
         }
         let jobs = &mut self.jobs;
+        let started = Instant::now();
         let sampled = self.engine.step(&plan.batch, &mut |layer| {
             for &index in &pushing {
                 let span = &plan.batch.seqs[index];
@@ -448,6 +449,7 @@ impl EngineLoop {
                 }
             }
         });
+        self.scheduler.observe_step(&plan.batch, started.elapsed());
         let outputs = match sampled {
             Ok(sampled) => self.scheduler.commit(&plan.batch, &sampled),
             Err(error) => {

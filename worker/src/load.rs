@@ -49,6 +49,7 @@ fn load(
     };
     let options = LoadOptions {
         threads,
+        spin: !config.cores_shared,
         quantization: config.quantization,
     };
     let budget = usize::try_from(config.kv_bytes).unwrap_or(usize::MAX);

@@ -115,6 +115,7 @@ pub async fn serve(
     };
     let scheduler = SchedulerConfig {
         batch_tokens_max: config.batch_tokens_max,
+        step_target: Duration::from_millis(config.step_target_ms),
         prefill_chunk_tokens_max: config.batch_tokens_max,
         seqs_max: config.seqs_max,
         waiting_max: config.waiting_max,

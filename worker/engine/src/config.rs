@@ -1,8 +1,14 @@
 //! Limits of a scheduler, and the size of a KV pool from a byte budget.
 
+use std::time::Duration;
+
 use baton_model::KvGeometry;
 
 use crate::error::ConfigError;
+
+/// Default of [`SchedulerConfig::step_target`]. A step is what streams wait for between two tokens: half of the 300 ms
+/// that still read as fluent, because a step's time is only estimated before.
+pub const STEP_TARGET_DEFAULT: Duration = Duration::from_millis(150);
 
 /// Limits and sizes of a scheduler. Start from [`SchedulerConfig::new`] and change fields.
 #[derive(Debug, Clone)]
@@ -18,6 +24,9 @@ pub struct SchedulerConfig {
     /// Most tokens in one step: decodes take one each, prefill chunks share the rest. Larger steps prefill faster and
     /// make running streams wait longer for their next token. Must exceed `seqs_max`.
     pub batch_tokens_max: usize,
+    /// How long a step that carries running streams shall take: prefill chunks are cut to fit, by the step times told to
+    /// [`Scheduler::observe_step`](crate::Scheduler::observe_step). Zero sets no such limit.
+    pub step_target: Duration,
     /// Longest prefill chunk of one sequence in one step.
     pub prefill_chunk_tokens_max: usize,
     /// Most sequences that hold blocks at once: running, filling, pushing and draining.
@@ -43,6 +52,7 @@ impl SchedulerConfig {
             context_length,
             vocab_size,
             batch_tokens_max: 512,
+            step_target: STEP_TARGET_DEFAULT,
             prefill_chunk_tokens_max: 512,
             seqs_max: 64,
             waiting_max: 1024,

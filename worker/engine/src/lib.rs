@@ -29,7 +29,7 @@ pub mod spans;
 pub mod stats;
 pub mod step;
 
-pub use config::{SchedulerConfig, blocks_for_bytes};
+pub use config::{STEP_TARGET_DEFAULT, SchedulerConfig, blocks_for_bytes};
 pub use error::{AdmitError, ConfigError, EngineError, SamplingError};
 pub use mock::{MockConfig, MockEngine, MockTiming};
 pub use model_engine::ModelEngine;

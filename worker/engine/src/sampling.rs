@@ -11,22 +11,22 @@
 //! 6. The draw is `u * total` with `u` from [`rng::uniform`] of `(seed, position)`, walked
 //!    best-first when `top_k` or `top_p` is set and drops something, else in id order.
 //!
-//! The vocabulary is never sorted: `top_k` selects, `top_p` selects ever larger heads until one is heavy enough, and
-//! only the selected head is sorted. `exp` is this file's own polynomial, because libm differs between platforms and
-//! does not vectorise. Penalties and grammar masks are not here: they change logits before.
+//! The vocabulary is never sorted, however flat the distribution: see `ranking`. The passes over all logits are
+//! [`baton_kernels::vocab`]'s, which agree to the bit on every machine. Penalties and grammar masks are not here: they
+//! change logits before.
 
+use baton_kernels::vocab::{self, BLOCK, Weighed};
 use baton_proto::worker;
 
 use crate::error::SamplingError;
 use crate::rng;
 
+mod ranking;
+
+use ranking::Ranking;
+
 /// Above this every distribution is flat to within a float's precision; a larger number is a mistake.
 pub const TEMPERATURE_MAX: f32 = 100.0;
-
-/// First head that `top_p` alone sorts. A language model's nucleus is nearly always smaller.
-const HEAD_FIRST: usize = 128;
-/// Growth of the head while it is too light; selection is linear, so a larger step costs fewer passes.
-const HEAD_GROWTH: usize = 8;
 
 /// How to pick a token. Valid by construction.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -102,18 +102,11 @@ impl From<&SamplingParams> for worker::Sampling {
     }
 }
 
-/// A candidate of a filtered draw.
-#[derive(Clone, Copy)]
-struct Candidate {
-    logit: f32,
-    id: u32,
-}
-
 /// Samples tokens; holds nothing but scratch memory, so that a step allocates nothing per token.
 #[derive(Default)]
 pub struct Sampler {
-    candidates: Vec<Candidate>,
-    weights: Vec<f32>,
+    weighed: Weighed,
+    ranking: Ranking,
 }
 
 impl Sampler {
@@ -124,163 +117,53 @@ impl Sampler {
 
     /// The token for `position` (its absolute index in the sequence), or `None` when no logit is a candidate.
     pub fn sample(&mut self, logits: &[f32], params: &SamplingParams, position: u64) -> Option<u32> {
-        let (best, max) = argmax(logits)?;
-        if params.temperature == 0.0 {
-            return Some(best);
+        let max = vocab::largest(logits);
+        if max == f32::NEG_INFINITY {
+            return None;
         }
+        let best = || vocab::first_at_least(logits, max).map(|id| id as u32);
+        if params.temperature == 0.0 {
+            return best();
+        }
+        vocab::weigh(logits, max, params.temperature, &mut self.weighed);
         let u = rng::uniform(params.seed, position);
-        let scale = Scale {
-            max,
-            temperature: params.temperature,
-        };
         let top_k = match params.top_k as usize {
             0 => logits.len(),
             k => k.min(logits.len()),
         };
-        if top_k == logits.len() && params.top_p >= 1.0 {
-            return Some(self.draw_from_all(logits, scale, u).unwrap_or(best));
-        }
-        Some(
-            self.draw_from_head(logits, scale, top_k, params.top_p, u)
-                .unwrap_or(best),
-        )
-    }
-
-    fn draw_from_all(&mut self, logits: &[f32], scale: Scale, u: f64) -> Option<u32> {
-        self.weights.clear();
-        self.weights.extend(logits.iter().map(|&logit| scale.weight(logit)));
-        let total: f64 = self.weights.iter().map(|&w| f64::from(w)).sum();
-        draw(
-            self.weights.iter().enumerate().map(|(id, &w)| (id as u32, w)),
-            u * total,
-        )
-    }
-
-    fn draw_from_head(&mut self, logits: &[f32], scale: Scale, top_k: usize, top_p: f32, u: f64) -> Option<u32> {
-        let all = &mut self.candidates;
-        all.clear();
-        all.extend(logits.iter().enumerate().filter_map(|(id, &logit)| {
-            (logit > f32::NEG_INFINITY).then_some(Candidate {
-                logit: logit.min(f32::MAX),
-                id: id as u32,
-            })
-        }));
-        let ranked = top_k < all.len();
-        if ranked {
-            all.select_nth_unstable_by(top_k - 1, best_first);
-            all.truncate(top_k);
-            all.sort_unstable_by(best_first);
-        }
-        if top_p >= 1.0 {
-            return draw_from(all, scale, u);
-        }
-        // In id order or best-first, as it stands: an order that depends on the logits alone.
-        let total: f64 = all.iter().map(|c| f64::from(scale.weight(c.logit))).sum();
-        let enough = f64::from(top_p) * total;
-        let mut head = HEAD_FIRST;
-        while head < all.len() {
-            if !ranked {
-                all.select_nth_unstable_by(head - 1, best_first);
-                all[..head].sort_unstable_by(best_first);
-            }
-            if let Some(kept) = nucleus(&all[..head], scale, enough) {
-                return draw_from(&all[..kept], scale, u);
-            }
-            head *= HEAD_GROWTH;
-        }
-        if !ranked {
-            all.sort_unstable_by(best_first);
-        }
-        // Rounding can leave the whole a hair under its own total.
-        let kept = nucleus(all, scale, enough).unwrap_or(all.len());
-        draw_from(&all[..kept], scale, u)
+        let drawn = if top_k == logits.len() && params.top_p >= 1.0 {
+            draw_from_all(&self.weighed, u)
+        } else {
+            self.ranking.draw(logits, &self.weighed, top_k, params.top_p, u)
+        };
+        drawn.or_else(best)
     }
 }
 
-fn best_first(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
-    b.logit.total_cmp(&a.logit).then(a.id.cmp(&b.id))
-}
-
-/// Length of the shortest prefix of `sorted` that weighs `enough`, if it does.
-fn nucleus(sorted: &[Candidate], scale: Scale, enough: f64) -> Option<usize> {
-    let mut sum = 0.0;
-    sorted
-        .iter()
-        .position(|c| {
-            sum += f64::from(scale.weight(c.logit));
-            sum >= enough
-        })
-        .map(|i| i + 1)
-}
-
-fn draw_from(kept: &[Candidate], scale: Scale, u: f64) -> Option<u32> {
-    let total: f64 = kept.iter().map(|c| f64::from(scale.weight(c.logit))).sum();
-    draw(kept.iter().map(|c| (c.id, scale.weight(c.logit))), u * total)
-}
-
-/// The first id whose cumulated weight exceeds `target`; rounding past the end takes the last that weighs anything.
-fn draw(weights: impl Iterator<Item = (u32, f32)>, target: f64) -> Option<u32> {
-    let (mut sum, mut last) = (0.0, None);
-    for (id, weight) in weights {
-        if weight > 0.0 {
-            sum += f64::from(weight);
-            last = Some(id);
-            if sum > target {
-                break;
+/// The first id whose cumulated weight exceeds `u` of the total; rounding past the end takes the last that weighs anything.
+fn draw_from_all(weighed: &Weighed, u: f64) -> Option<u32> {
+    let target = u * weighed.block_sums.iter().sum::<f64>();
+    let mut before = 0.0;
+    let blocks = weighed.weights.chunks(BLOCK).zip(&weighed.block_sums);
+    let mut last = None;
+    for (start, (block, sum)) in (0u32..).step_by(BLOCK).zip(blocks) {
+        if before + sum > target {
+            let mut sum = before;
+            for (id, &weight) in (start..).zip(block).filter(|(_, w)| **w > 0.0) {
+                sum += f64::from(weight);
+                last = Some(id);
+                if sum > target {
+                    break;
+                }
             }
+            return last;
         }
+        if let Some(at) = block.iter().rposition(|w| *w > 0.0).filter(|_| *sum > 0.0) {
+            last = Some(start + at as u32);
+        }
+        before += sum;
     }
     last
-}
-
-/// Lowest id of the largest candidate, and its value.
-fn argmax(logits: &[f32]) -> Option<(u32, f32)> {
-    let (mut best, mut max) = (None, f32::NEG_INFINITY);
-    for (id, &logit) in logits.iter().enumerate() {
-        // False for NaN, and for equals: the lowest id stays.
-        if logit.min(f32::MAX) > max && !logit.is_nan() {
-            (best, max) = (Some(id as u32), logit.min(f32::MAX));
-        }
-    }
-    best.map(|id| (id, max))
-}
-
-/// From logit to weight.
-#[derive(Clone, Copy)]
-struct Scale {
-    max: f32,
-    temperature: f32,
-}
-
-impl Scale {
-    /// In `0..=1`; 0 for what is no candidate.
-    #[inline]
-    fn weight(self, logit: f32) -> f32 {
-        let x = (logit.min(f32::MAX) - self.max) / self.temperature;
-        // `f32::min` drops NaN, so a NaN logit came out as f32::MAX above: tell it apart here.
-        if logit.is_nan() { 0.0 } else { exp_nonpositive(x) }
-    }
-}
-
-/// `exp(x)` for `x <= 0` within 3 ulp, 0 below -87: range reduction to `2^n * 2^f` and a polynomial for `2^f`.
-/// Only IEEE adds and multiplies, in a fixed order, so every machine agrees to the bit.
-#[inline]
-fn exp_nonpositive(x: f32) -> f32 {
-    const LOG2_E: f32 = std::f32::consts::LOG2_E;
-    // ln 2 in two parts, so that `x - n * ln 2` keeps its low bits.
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    let clamped = x.max(-87.0);
-    let n = (clamped * LOG2_E + 0.5).floor();
-    let r = clamped - n * LN2_HIGH - n * LN2_LOW;
-    // Taylor coefficients suffice on |r| <= ln 2 / 2.
-    let p = 1.0
-        + r * (1.0
-            + r * (0.5
-                + r * (0.166_666_67
-                    + r * (0.041_666_668 + r * (8.333_334e-3 + r * (1.388_888_9e-3 + r * 1.984_127e-4))))));
-    let scale = f32::from_bits(((n as i32 + 127) as u32) << 23);
-    if x < -87.0 { 0.0 } else { p * scale }
 }
 
 #[cfg(test)]

@@ -22,9 +22,16 @@
 //! # Rules
 //!
 //! - **Decode first.** Every sequence whose only uncomputed token is its last gets one token of the step; prefill chunks
-//!   share the rest: half to the oldest, the other half to the shortest.
-//! - **Admission** is strictly by age. A sequence gets the blocks of all its tokens at once, so a prefill never stalls half-way,
+//!   share the rest.
+//! - **Prefill budget.** What decodes leave of `batch_tokens_max`, cut so that a step takes [`SchedulerConfig::step_target`]
+//!   by the times seen so far (`pace`), but never to nothing. Half goes to the oldest prompt, so that every one
+//!   ends in bounded time; the other half to the shortest, one after another, so that a short prompt never waits
+//!   behind the whole of a long one, and prompts that arrive together end one by one instead of all at the last one's time.
+//! - **Admission** is by age. A sequence gets the blocks of all its tokens at once, so a prefill never stalls half-way,
 //!   and one spare block per running sequence must remain, so that admitting does not lead straight to preempting.
+//! - **Passing.** While the oldest waiting one does not fit, younger ones that do may pass it, together with no more blocks
+//!   than it needs itself: so a long prompt does not close the door for short ones, and waits for at most its own
+//!   size of them. A preempted sequence is not passed: blocks are short then, and its client is in mid-stream.
 //! - **Preemption by recompute.** A decode that needs a block when none is left sends the youngest younger sequence back
 //!   to the queue, with all its tokens; one that has no younger waits where it is. So the oldest always progresses.
 //!   Sequences whose blocks a transport may touch, or prefill-only ones, are never preempted; those need no further
@@ -37,11 +44,12 @@
 //!
 //! # Invariants ([`Scheduler::check`])
 //!
-//! Those of the [block manager](crate::blocks) and of sequences; the queue, the running set and the transport set
+//! Those of the [block manager](crate::blocks) and of sequences; nobody was passed by more blocks than it needs; the queue, the running set and the transport set
 //! partition the sequences by state; a waiting sequence holds nothing; at most `seqs_max` sequences hold blocks.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
+use std::time::Duration;
 
 use baton_proto::block_hash;
 use baton_proto::limits::STOP_TOKEN_IDS_MAX;
@@ -56,7 +64,10 @@ use crate::stats::Stats;
 use crate::step::{SeqId, StepBatch};
 
 mod accounting;
+mod pace;
 mod planning;
+
+use pace::Pace;
 
 /// See the module.
 #[derive(Debug)]
@@ -73,6 +84,7 @@ pub struct Scheduler {
     step_open: bool,
     /// The head of the queue and the situation in which it did not fit: not tried again before that changes.
     blocked: Option<(SeqId, u64, usize)>,
+    pace: Pace,
     /// Totals; gauges are filled in by `stats`.
     totals: Stats,
 }
@@ -83,6 +95,7 @@ impl Scheduler {
         config.validate()?;
         Ok(Scheduler {
             blocks: BlockManager::new(config.total_blocks),
+            pace: Pace::new(config.step_target),
             config,
             seqs: HashMap::new(),
             waiting: BTreeSet::new(),
@@ -201,6 +214,14 @@ impl Scheduler {
         }
         self.totals.steps += u64::from(!batch.is_empty());
         outputs
+    }
+
+    /// Says how long the engine took for `batch`. Only sizes of later prefill chunks depend on it, never a token.
+    pub fn observe_step(&mut self, batch: &StepBatch, took: Duration) {
+        if !batch.is_empty() {
+            let decodes = batch.seqs.iter().filter(|span| span.tokens.len() == 1).count();
+            self.pace.observe(batch.tokens() - decodes, took);
+        }
     }
 
     /// Ends every sequence of a step that the engine could not compute, with [`FinishReason::Error`] and `error` as the

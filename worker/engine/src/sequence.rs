@@ -60,6 +60,8 @@ pub(crate) struct Sequence {
     pub resumed: bool,
     /// Has a span in the step that is being computed.
     pub in_step: bool,
+    /// Blocks given to younger sequences while this one, the head of the queue, did not fit.
+    pub passed_blocks: usize,
     block_size: usize,
     root: BlockHash,
     hashes: Vec<BlockHash>,
@@ -87,6 +89,7 @@ impl Sequence {
             cached_tokens: 0,
             resumed: false,
             in_step: false,
+            passed_blocks: 0,
             block_size,
             root,
             hashes: Vec::new(),

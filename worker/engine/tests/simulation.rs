@@ -6,6 +6,7 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use baton_engine::spans::{Table, pieces};
 use baton_engine::{
@@ -53,6 +54,9 @@ struct Simulation {
     pushes: BTreeMap<SeqId, Push>,
     ended: Vec<(Live, FinishReason)>,
     emitted: u64,
+    /// Who has not been admitted yet: blocks it needs, and blocks of those who passed it at the head of the queue.
+    queued: BTreeMap<SeqId, (usize, usize)>,
+    passed: usize,
 }
 
 impl Simulation {
@@ -74,6 +78,8 @@ impl Simulation {
             pushes: BTreeMap::new(),
             ended: Vec::new(),
             emitted: 0,
+            queued: BTreeMap::new(),
+            passed: 0,
         }
     }
 
@@ -121,14 +127,7 @@ impl Simulation {
                 let remote = self.rng.random_bool(0.4);
                 let waiting = self.scheduler.stats().waiting;
                 match self.scheduler.submit(job.request(remote)) {
-                    Ok(id) => drop(self.live.insert(
-                        id,
-                        Live {
-                            job,
-                            prefill_only: false,
-                            tokens: Vec::new(),
-                        },
-                    )),
+                    Ok(id) => self.enqueued(id, job, false),
                     Err(e) => assert!(e.retryable() && waiting >= self.config.waiting_max, "{e}"),
                 }
             }
@@ -149,14 +148,7 @@ impl Simulation {
                         due: None,
                     };
                     self.pushes.insert(id, push);
-                    self.live.insert(
-                        id,
-                        Live {
-                            job,
-                            prefill_only: true,
-                            tokens: Vec::new(),
-                        },
-                    );
+                    self.enqueued(id, job, true);
                 }
             }
             6 if !self.live.is_empty() => self.cancel(),
@@ -165,11 +157,24 @@ impl Simulation {
         self.scheduler.check().expect("invariants after an event");
     }
 
+    fn enqueued(&mut self, id: SeqId, job: Job, prefill_only: bool) {
+        let blocks = job.prompt.len().div_ceil(self.config.block_size);
+        self.queued.insert(id, (blocks, 0));
+        let tokens = Vec::new();
+        let live = Live {
+            job,
+            prefill_only,
+            tokens,
+        };
+        self.live.insert(id, live);
+    }
+
     fn cancel(&mut self) {
         let nth = self.rng.random_range(0..self.live.len());
         let id = *self.live.keys().nth(nth).expect("in range");
         let live = self.live.remove(&id).expect("known");
         let cancelled = self.scheduler.cancel(id).expect("alive");
+        self.queued.remove(&id);
         assert_eq!(cancelled.finish.completion_tokens, live.tokens.len());
         let due = self.clock + self.rng.random_range(0..20);
         match (self.fills.get_mut(&id), self.pushes.get_mut(&id)) {
@@ -299,6 +304,12 @@ impl Simulation {
                 self.event();
                 assert_eq!(self.scheduler.plan(), Plan::default(), "one step at a time");
             }
+            // A machine of changing mood: chunks are cut anew all the time.
+            if self.rng.random_bool(0.9) {
+                let per_token = 1 << self.rng.random_range(0..7);
+                let took_ms = self.rng.random_range(0..100) + per_token * plan.batch.tokens() as u64;
+                self.scheduler.observe_step(&plan.batch, Duration::from_millis(took_ms));
+            }
             let outputs = self.scheduler.commit(&plan.batch, &tokens);
             self.take(outputs);
         }
@@ -314,6 +325,15 @@ impl Simulation {
 
     fn note(&mut self, plan: &Plan) {
         assert!(plan.batch.tokens() <= self.config.batch_tokens_max);
+        for id in &plan.admitted {
+            let (blocks, _) = self.queued.remove(id).expect("admitted once, after it was queued");
+            if let Some(mut head) = self.queued.first_entry().filter(|head| head.key() < id) {
+                let (needed, passed) = head.get_mut();
+                *passed += blocks;
+                assert!(passed <= needed, "{} was passed by too many", head.key());
+                self.passed += 1;
+            }
+        }
         for request in &plan.fills {
             let due = self.clock + self.rng.random_range(0..25);
             let fill = Fill {
@@ -346,17 +366,18 @@ impl Simulation {
         }
     }
 
-    fn run(mut self, steps: usize) -> (Stats, Vec<FinishReason>) {
+    /// Answers the totals, how each request ended, and how often one passed another in the queue.
+    fn run(mut self, steps: usize) -> (Stats, Vec<FinishReason>, usize) {
         for _ in 0..steps {
             for _ in 0..self.rng.random_range(0..3) {
                 self.event();
             }
             self.step(true);
         }
-        // No starvation: the oldest gets at least one token of every step that no transport delays, so all that is left
-        // ends within the sum of its tokens.
+        // No starvation: the oldest gets at least one token of every step that no transport delays (but one in 32, which
+        // looks for the time of decodes alone), so all that is left ends within the sum of its tokens and a bit.
         let work: usize = self.live.values().map(|l| l.job.prompt.len() + l.job.max_tokens).sum();
-        let mut left = work + 30 * (self.live.len() + self.fills.len() + self.pushes.len() + 1);
+        let mut left = work + work / 16 + 30 * (self.live.len() + self.fills.len() + self.pushes.len() + 1);
         while !self.scheduler.is_idle() {
             assert!(left > 0, "{} sequences starve: {:?}", self.live.len(), self.scheduler);
             left -= 1;
@@ -381,6 +402,7 @@ impl Simulation {
         (
             self.scheduler.stats(),
             self.ended.into_iter().map(|(_, reason)| reason).collect(),
+            self.passed,
         )
     }
 }
@@ -421,8 +443,9 @@ fn a_long_life_under_pressure() {
         waiting_max: 16,
         ..SchedulerConfig::new(4, 24, 90, 64)
     };
-    let (stats, reasons) = Simulation::new(config, 7).run(3000);
+    let (stats, reasons, passed) = Simulation::new(config, 7).run(3000);
     // The workload did reach what it is meant to reach.
+    assert!(passed > 30, "{passed}");
     assert!(stats.preemptions > 30 && stats.cached_tokens > 500, "{stats:?}");
     for reason in [
         FinishReason::Stop,

@@ -1,15 +1,20 @@
 //! Measures what handing a job to the pool costs: an empty job, back to back and after a pause long enough to park.
 //!
-//! `cargo run --release -p baton-kernels --example pool [threads]`
+//! `cargo run --release -p baton-kernels --example pool [threads] [park]`; with `park` threads do not spin. Run two at once to
+//! see what sharing cores costs.
 
-use baton_kernels::Pool;
+use baton_kernels::{Pool, PoolConfig};
 use std::time::{Duration, Instant};
 
 const ROUNDS: usize = 20_000;
 
 fn main() {
     let threads = std::env::args().nth(1).and_then(|a| a.parse().ok()).unwrap_or(2);
-    let pool = Pool::new(threads);
+    let spin = std::env::args().nth(2).as_deref() != Some("park");
+    let pool = Pool::with_config(&PoolConfig {
+        spin,
+        ..PoolConfig::from(threads)
+    });
     println!(
         "{} threads; microseconds per job, median and 99th percentile",
         pool.threads()

@@ -4,7 +4,7 @@ use crate::attention::{self, AttentionSpan};
 use crate::isa::Isa;
 use crate::kv::KvArena;
 use crate::packed::{OutOfMemory, PackedMatrix, WeightFormat};
-use crate::pool::Pool;
+use crate::pool::{Pool, PoolConfig};
 use crate::rows::RowScratch;
 use crate::{activation, linear, norm, rope};
 use std::ops::Range;
@@ -23,7 +23,7 @@ pub struct Kernels {
 
 impl Kernels {
     /// The best kernels for this CPU on `threads` threads (the caller's included).
-    pub fn new(threads: usize) -> Self {
+    pub fn new(threads: impl Into<PoolConfig>) -> Self {
         Self::with_isa(threads, Isa::detect())
     }
 
@@ -31,9 +31,9 @@ impl Kernels {
     ///
     /// # Panics
     /// If this CPU does not have it.
-    pub fn with_isa(threads: usize, isa: Isa) -> Self {
+    pub fn with_isa(threads: impl Into<PoolConfig>, isa: Isa) -> Self {
         assert!(isa.available(), "this CPU cannot run the {isa} kernels");
-        let pool = Pool::new(threads);
+        let pool = Pool::with_config(&threads.into());
         let attention = (0..pool.threads()).map(|_| Mutex::default()).collect();
         Kernels {
             isa,

@@ -23,6 +23,7 @@ pub mod packed;
 pub mod pool;
 mod rope;
 mod rows;
+pub mod vocab;
 mod weights;
 
 pub use attention::AttentionSpan;

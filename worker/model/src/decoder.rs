@@ -54,7 +54,7 @@ impl Decoder<CpuOps> {
         options: &LoadOptions,
         progress: &dyn Progress,
     ) -> Result<Self, ModelError> {
-        let ops = CpuOps::new(Kernels::new(options.threads), &config, options.quantization);
+        let ops = CpuOps::new(Kernels::new(options.pool()), &config, options.quantization);
         Self::with_ops(ops, files, config, progress)
     }
 }

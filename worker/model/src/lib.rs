@@ -24,6 +24,7 @@ mod rope;
 mod weights;
 
 pub use batch::{ForwardBatch, Logits, SeqSpan};
+pub use baton_kernels::PoolConfig;
 pub use config::{Architecture, ModelConfig};
 pub use cpu_ops::{CpuOps, CpuRows};
 pub use decoder::Decoder;

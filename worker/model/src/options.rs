@@ -1,6 +1,6 @@
 //! How a model is to be loaded: threads, and what its weights become in memory.
 
-use baton_kernels::{StoredType, WeightFormat};
+use baton_kernels::{PoolConfig, StoredType, WeightFormat};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -64,6 +64,8 @@ impl std::str::FromStr for Quantization {
 pub struct LoadOptions {
     /// Compute threads, the one that calls [`Decoder::forward`](crate::Decoder::forward) included.
     pub threads: usize,
+    /// Whether threads may spin between jobs (see [`PoolConfig::spin`]).
+    pub spin: bool,
     /// What the weights become.
     pub quantization: Quantization,
 }
@@ -73,7 +75,16 @@ impl LoadOptions {
     pub fn threads(threads: usize) -> Self {
         LoadOptions {
             threads,
+            spin: true,
             quantization: Quantization::None,
+        }
+    }
+
+    /// The kernels' thread pool.
+    pub(crate) fn pool(&self) -> PoolConfig {
+        PoolConfig {
+            spin: self.spin,
+            ..self.threads.into()
         }
     }
 }

@@ -71,6 +71,10 @@ impl Scheduler {
                 "took its whole prompt from the cache",
             ),
             (seq.len() <= self.config.length_max(), "is longer than the limit"),
+            (
+                seq.passed_blocks <= seq.blocks_needed(),
+                "was passed by more blocks than it needs",
+            ),
             (!seq.in_step || self.step_open, "is in a step, but none is open"),
         ];
         match rules.iter().find(|(holds, _)| !holds) {

@@ -1,5 +1,6 @@
 //! The planning half of the scheduler: decodes, then admission, then prefill chunks. Costs O(batch) per plan, plus one
-//! match of the prefix cache for the head of the queue when the pool changed since it last did not fit.
+//! match of the prefix cache for the head of the queue when the pool changed since it last did not fit, and a look at
+//! those next behind it.
 
 use std::collections::HashMap;
 
@@ -10,6 +11,9 @@ use crate::chunks::{self, Want};
 use crate::request::{FillRequest, Plan, Reuse};
 use crate::sequence::{State, Task};
 use crate::step::{SeqId, StepSeq};
+
+/// How far behind a head that does not fit one is looked for that does: keeps a plan cheap under a long queue.
+const PASSERS_LOOKED_AT: usize = 64;
 
 impl Scheduler {
     /// What to do next. While a step is open (planned, neither committed nor failed) there is nothing to do.
@@ -77,20 +81,39 @@ impl Scheduler {
         }
     }
 
-    /// Lets sequences in, strictly by age, while a place and all their blocks are to be had.
+    /// Lets sequences in, by age, while a place and all their blocks are to be had; see the rule of passing.
     fn admit(&mut self, plan: &mut Plan) {
-        while let Some(&id) = self.waiting.first() {
-            let situation = (id, self.blocks.version(), self.running.len());
-            if self.running.len() + self.transport.len() >= self.config.seqs_max || self.blocked == Some(situation) {
+        while let Some(&head) = self.waiting.first() {
+            if self.running.len() + self.transport.len() >= self.config.seqs_max {
                 return;
             }
-            if !self.take_blocks(id, plan) {
+            let situation = (head, self.blocks.version(), self.running.len());
+            let admitted = if self.blocked != Some(situation) && self.take_blocks(head, plan) {
+                head
+            } else {
                 self.blocked = Some(situation);
-                return;
-            }
-            self.waiting.remove(&id);
-            self.start(id, plan);
+                match self.passer(head) {
+                    Some(id) if self.take_blocks(id, plan) => id,
+                    _ => return,
+                }
+            };
+            self.waiting.remove(&admitted);
+            self.start(admitted, plan);
         }
+    }
+
+    /// The oldest that may pass the head of the queue, which does not fit, and does fit itself even without a cached
+    /// block. It is charged to the head.
+    fn passer(&mut self, head: SeqId) -> Option<SeqId> {
+        let waiting = self.seqs.get(&head).filter(|seq| !seq.resumed)?;
+        let allowed = waiting.blocks_needed().saturating_sub(waiting.passed_blocks);
+        let room = self.blocks.available().saturating_sub(self.running.len()).min(allowed);
+        let needs = |id: &SeqId| self.seqs[id].blocks_needed();
+        let behind = self.waiting.iter().skip(1).take(PASSERS_LOOKED_AT);
+        let passer = behind.copied().find(|id| needs(id) <= room)?;
+        let blocks = needs(&passer);
+        self.seqs.get_mut(&head)?.passed_blocks += blocks;
+        Some(passer)
     }
 
     /// Gives the sequence the blocks of all its tokens, as many as possible from the cache; all or nothing.
@@ -169,7 +192,9 @@ impl Scheduler {
 
     /// Shares what decodes left of the token budget between prompts.
     fn plan_prefills(&mut self, plan: &mut Plan) {
-        let budget = self.config.batch_tokens_max.saturating_sub(plan.batch.seqs.len());
+        let decodes = plan.batch.seqs.len();
+        let budget = self.config.batch_tokens_max.saturating_sub(decodes);
+        let budget = budget.min(self.pace.prefill_tokens_max(decodes));
         let ids: Vec<SeqId> = self
             .running
             .iter()
