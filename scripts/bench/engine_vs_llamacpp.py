@@ -120,6 +120,7 @@ class LlamaCpp:
                 str(size * (BATCH_PROMPT + GENERATED)), "-b", "2048", "-ub", "512", "--output-format", "jsonl",
             ]
             rows = self.session.run(command, side="llama.cpp", **about)
+            rows = rows if isinstance(rows, list) else [rows]  # one line of jsonl is a document
             found += [({"fa": [fa]}, row["speed_tg"]) for row in rows if row["pl"] == size]
         return found
 
@@ -130,7 +131,7 @@ class LlamaCpp:
         return {"fa": [fa], "ubatch": [row["n_ubatch"]]} if kind == "prefill" else {"fa": [fa]}
 
     def best_setting(self, kind, size, **about):
-        tried = {"fa": ["off", "on"], "ubatch": sorted({min(u, size) for u in (128, 256, 512, 1024, 2048)})}
+        tried = {"fa": ["off", "on"], "ubatch": sorted({min(u, size) for u in (256, 512, 2048)})}
         found = self.measure(kind, size, tried, phase="tuning", **about)
         return max(found, key=lambda item: item[1])[0]
 
