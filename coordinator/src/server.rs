@@ -16,8 +16,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
-use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
+use tonic::transport::server::TcpIncoming;
 
 /// How often the registry is told the time: a tenth of the shortest sensible heartbeat interval would be waste, and
 /// this delays a loss by no more than a twentieth of the usual limit.
@@ -107,12 +107,11 @@ pub(crate) async fn serve_cluster(cluster: Arc<Cluster>, listener: TcpListener) 
     let server = tonic::transport::Server::builder()
         .tls_config(cluster.identity().tonic_server())
         .map_err(failed)?
-        .tcp_nodelay(true)
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
         .max_concurrent_streams(Some(STREAMS_PER_CONNECTION_MAX))
         .add_service(ClusterServer::new(Service(cluster)).max_decoding_message_size(REPORT_BYTES_MAX))
-        .serve_with_incoming(TcpListenerStream::new(listener));
+        .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
     // Not a graceful end: a worker's stream has none by itself.
     tokio::select! {
         ended = server => ended.map_err(failed),

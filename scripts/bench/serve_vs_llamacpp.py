@@ -221,7 +221,7 @@ def main():
             sys.exit(str(error))
         finally:
             if results:
-                heading = f"{args.shape}, llama.cpp {args.format} {args.llama_flags}, baton {args.baton_flags}, "
+                heading = f"{args.shape}, llama.cpp: {args.format} {args.llama_flags}; baton: {args.baton_flags or 'bf16'}; "
                 heading += f"{args.threads} threads, {time.strftime('%Y-%m-%d %H:%M %Z')}; medians of {args.rounds} rounds.\n\n"
                 (directory / "serve.md").write_text(heading + table(results))
     print(table(results))

@@ -124,7 +124,10 @@ pub fn engine(args: BenchEngineArgs) -> anyhow::Result<ExitCode> {
     };
     let options = OpenOptions {
         path: args.model.clone(),
-        load: LoadOptions { quantization: args.quantize, ..LoadOptions::threads(threads) },
+        load: LoadOptions {
+            quantization: args.quantize,
+            ..LoadOptions::threads(threads)
+        },
         block_size: args.block_size,
     };
     let display = Display::new(args.output.quiet);

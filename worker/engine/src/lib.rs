@@ -7,7 +7,7 @@
 //! - [`model_engine`]: the engine with a real model.
 //! - [`mock`]: an engine without a model, honest about KV bytes.
 //! - [`spans`]: which bytes a transfer moves for a run of positions.
-//! - [`bench`]: how fast an engine is.
+//! - [`mod@bench`]: how fast an engine is.
 //! - [`request`], [`config`], [`stats`], [`error`]: the plain data at the edges.
 //!
 //! Not here: the network, KV transfers (the worker server drives them), model arithmetic (`baton-model`).

@@ -204,3 +204,42 @@ impl fmt::Display for Limits {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[test]
+    fn every_thread_works_in_every_round() {
+        let counts: Vec<_> = (0..3).map(|_| AtomicUsize::new(0)).collect();
+        let pause = Duration::from_millis(2);
+        let seconds = best_round(3, &|thread| {
+            counts[thread].fetch_add(1, Ordering::Relaxed);
+            std::thread::sleep(pause);
+        });
+        assert!(seconds.expect("threads start") >= pause.as_secs_f64());
+        assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == ROUNDS));
+    }
+
+    #[test]
+    fn a_buffer_holds_equal_parts_in_whole_pages() {
+        let buffer = read::Buffer::new(100_000, 3, false).expect("memory");
+        let parts: Vec<_> = (0..3).map(|part| buffer.part(part)).collect();
+        assert_eq!(parts.iter().map(|part| part.len()).sum::<usize>(), buffer.len());
+        assert!(buffer.len() >= 100_000 - 3);
+        for part in parts {
+            assert_eq!(part.len() % 4096, 0);
+            read::read(part, Some(1024));
+            read::read(part, None);
+        }
+    }
+
+    #[test]
+    fn arithmetic_runs_where_the_cpu_has_it() {
+        for arithmetic in Arithmetic::ALL.into_iter().filter(|a| a.available()) {
+            arithmetic.run(1000);
+            assert!(arithmetic.operations_per_iteration() > 0);
+        }
+    }
+}

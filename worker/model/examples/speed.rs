@@ -32,7 +32,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let config = ModelConfig::from_dir(dir.path())?;
     let kv = KvCache::allocate(config.kv_geometry(16), 1024)?;
     let weight_bytes = files.packed_bytes(&config, quantization);
-    let options = LoadOptions { quantization, ..LoadOptions::threads(threads) };
+    let options = LoadOptions {
+        quantization,
+        ..LoadOptions::threads(threads)
+    };
     let mut decoder = Decoder::load(&files, config, &options, &())?;
     println!(
         "{threads} threads, {}, {layers} layers in {kind}, {} MiB of weights",

@@ -1,4 +1,5 @@
-//! From a path to a model that can be measured. The one place that knows how a model is opened for a benchmark.
+//! From a path to a model that can be measured. The one place that knows how a model is opened for a benchmark; how its
+//! weights are to be held would be said here too, and costs in [`Costs`].
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;

@@ -195,7 +195,10 @@ impl Runner {
         let config = ModelConfig::from_dir(dir).unwrap();
         let files = ModelFiles::open(dir).unwrap();
         let kv = KvCache::allocate(config.kv_geometry(BLOCK), blocks).unwrap();
-        let options = LoadOptions { quantization, ..LoadOptions::threads(threads) };
+        let options = LoadOptions {
+            quantization,
+            ..LoadOptions::threads(threads)
+        };
         let decoder = Decoder::load(&files, config, &options, &()).unwrap();
         Runner {
             decoder,
