@@ -1,8 +1,8 @@
 //! Products without groups: f32, f16, bf16 and W8A8 int8. One register tile for all of them, over a small trait that says
 //! what a step of `k` is.
 
-use super::{PREFETCH_BYTES, Share};
-use crate::lanes::{Lanes, dispatch};
+use super::{Ahead, BLOCK_BYTES, ROW_BLOCK, STREAM_AHEAD_BYTES, Share, Sums, TILE_ROWS};
+use crate::lanes::{Lanes, dispatch, prefetch};
 use crate::packed::{PANEL, WeightFormat};
 use std::marker::PhantomData;
 
@@ -25,6 +25,8 @@ trait Dense<L: Lanes> {
     unsafe fn weights(p: *const u8) -> Self::W;
     unsafe fn row(p: *const u8) -> Self::X;
     unsafe fn step(acc: Self::Acc, w: Self::W, x: Self::X) -> Self::Acc;
+    unsafe fn load(p: *const u32) -> Self::Acc;
+    unsafe fn store(acc: Self::Acc, p: *mut u32);
     /// As f32, before scales and bias. `correction` as in [`crate::rows`].
     unsafe fn finish(acc: Self::Acc, correction: i32) -> L::F;
 }
@@ -64,6 +66,14 @@ impl<L: Lanes> Dense<L> for F32<L> {
         L::fma(w, x, acc)
     }
     #[inline(always)]
+    unsafe fn load(p: *const u32) -> L::F {
+        L::load(p.cast())
+    }
+    #[inline(always)]
+    unsafe fn store(acc: L::F, p: *mut u32) {
+        L::store(acc, p.cast());
+    }
+    #[inline(always)]
     unsafe fn finish(acc: L::F, _: i32) -> L::F {
         acc
     }
@@ -93,6 +103,14 @@ impl<L: Lanes> Dense<L> for F16<L> {
     #[inline(always)]
     unsafe fn step(acc: L::F, w: L::F, x: L::F) -> L::F {
         L::fma(w, x, acc)
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u32) -> L::F {
+        L::load(p.cast())
+    }
+    #[inline(always)]
+    unsafe fn store(acc: L::F, p: *mut u32) {
+        L::store(acc, p.cast());
     }
     #[inline(always)]
     unsafe fn finish(acc: L::F, _: i32) -> L::F {
@@ -128,6 +146,14 @@ impl<L: Lanes> Dense<L> for WideBf16<L> {
         L::fma(w.1, x.1, L::fma(w.0, x.0, acc))
     }
     #[inline(always)]
+    unsafe fn load(p: *const u32) -> L::F {
+        L::load(p.cast())
+    }
+    #[inline(always)]
+    unsafe fn store(acc: L::F, p: *mut u32) {
+        L::store(acc, p.cast());
+    }
+    #[inline(always)]
     unsafe fn finish(acc: L::F, _: i32) -> L::F {
         acc
     }
@@ -157,6 +183,14 @@ impl<L: Lanes> Dense<L> for Bf16<L> {
     #[inline(always)]
     unsafe fn step(acc: L::F, w: L::I, x: L::I) -> L::F {
         L::dot_bf16(acc, w, x)
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const u32) -> L::F {
+        L::load(p.cast())
+    }
+    #[inline(always)]
+    unsafe fn store(acc: L::F, p: *mut u32) {
+        L::store(acc, p.cast());
     }
     #[inline(always)]
     unsafe fn finish(acc: L::F, _: i32) -> L::F {
@@ -190,6 +224,14 @@ impl<L: Lanes> Dense<L> for Int8<L> {
         L::dot_u8_s8(acc, w, x)
     }
     #[inline(always)]
+    unsafe fn load(p: *const u32) -> L::I {
+        L::load_i(p.cast())
+    }
+    #[inline(always)]
+    unsafe fn store(acc: L::I, p: *mut u32) {
+        L::store_i(acc, p.cast());
+    }
+    #[inline(always)]
     unsafe fn finish(acc: L::I, correction: i32) -> L::F {
         L::to_f(L::add_i(acc, L::splat_i(correction)))
     }
@@ -220,86 +262,143 @@ unsafe fn panel_body<L: Lanes>(share: &Share<'_>, panel: usize) {
     }
 }
 
-/// All rows, tile by tile. Wide registers: tiles of 6 rows by 64 columns; else 4 rows by two vectors.
+/// All rows, a block of them at a time; for each, the panel block by block, all register tiles on one before the next.
 #[inline(always)]
 unsafe fn rows<L: Lanes, D: Dense<L>>(share: &Share<'_>, panel: usize) {
-    let mut m = share.first_row;
-    while m < share.last_row {
-        let left = share.last_row - m;
-        // SAFETY: the caller's contract is passed on; `m` plus the tile's rows stay within the share.
-        unsafe {
-            m += if L::WIDE {
-                match left {
-                    1 => columns::<L, D, 1, 4>(share, panel, m),
-                    2 => columns::<L, D, 2, 4>(share, panel, m),
-                    3 => columns::<L, D, 3, 4>(share, panel, m),
-                    // Seven and eight rows go better as two even tiles than as six and a rest.
-                    4 | 7 | 8 => columns::<L, D, 4, 4>(share, panel, m),
-                    5 | 9 | 10 => columns::<L, D, 5, 4>(share, panel, m),
-                    _ => columns::<L, D, 6, 4>(share, panel, m),
+    let steps = share.weights.format().padded(share.weights.k()) / D::STEP;
+    let step_bytes = PANEL * D::WEIGHT_BYTES;
+    let mut sums = Sums::new();
+    for first in (share.first_row..share.last_row).step_by(ROW_BLOCK) {
+        let rows = ROW_BLOCK.min(share.last_row - first);
+        let passes = rows.div_ceil(TILE_ROWS);
+        let block = if passes == 1 { steps } else { BLOCK_BYTES / step_bytes };
+        for start in (0..steps).step_by(block) {
+            let len = block.min(steps - start);
+            // SAFETY: the panel has `steps` steps of PANEL columns and the rows are `steps` steps long; tiles lie
+            // within the block of rows, which the sums have room for.
+            unsafe {
+                let at = At {
+                    w: share.weights.panel(panel).add(start * step_bytes),
+                    x: share.rows.data.add(first * share.rows.stride + start * D::ROW_BYTES),
+                    stride: share.rows.stride,
+                    steps: len,
+                    first: start == 0,
+                };
+                let mut m = 0;
+                for pass in 0.. {
+                    if m == rows {
+                        break;
+                    }
+                    let ahead = Ahead::of_pass(at.w, len * step_bytes, pass, passes, len / STRIDE);
+                    m += match passes {
+                        1 => tile_of::<L, D, true>(&at, m, rows - m, &mut sums, &ahead),
+                        _ => tile_of::<L, D, false>(&at, m, rows - m, &mut sums, &ahead),
+                    };
                 }
-            } else {
-                match left {
-                    1 => columns::<L, D, 1, 2>(share, panel, m),
-                    2 => columns::<L, D, 2, 2>(share, panel, m),
-                    3 => columns::<L, D, 3, 2>(share, panel, m),
-                    _ => columns::<L, D, 4, 2>(share, panel, m),
-                }
-            };
+            }
+        }
+        // SAFETY: the rows and columns exist and are this task's.
+        unsafe { finish::<L, D>(share, panel, first, rows, &sums) };
+    }
+}
+
+/// Steps between two requests of several tiles to the memory.
+const STRIDE: usize = 16;
+
+/// A block of weights and the rows' elements that meet it.
+struct At {
+    w: *const u8,
+    x: *const u8,
+    /// Bytes from row to row.
+    stride: usize,
+    steps: usize,
+    /// Whether sums start here.
+    first: bool,
+}
+
+/// One register tile over all columns of the block, for rows `m` on, of which `left` are left. Returns its rows. Wide
+/// registers: up to 6 rows by 64 columns; else up to 4 rows by two vectors.
+#[inline(always)]
+unsafe fn tile_of<L: Lanes, D: Dense<L>, const LONE: bool>(
+    at: &At,
+    m: usize,
+    left: usize,
+    sums: &mut Sums,
+    ahead: &Ahead,
+) -> usize {
+    // SAFETY: the caller's contract is passed on.
+    unsafe {
+        if L::WIDE {
+            match left {
+                1 => tile::<L, D, 1, 4, LONE>(at, m, sums, ahead),
+                2 => tile::<L, D, 2, 4, LONE>(at, m, sums, ahead),
+                3 => tile::<L, D, 3, 4, LONE>(at, m, sums, ahead),
+                // Seven and eight rows go better as two even tiles than as six and a rest.
+                4 | 7 | 8 => tile::<L, D, 4, 4, LONE>(at, m, sums, ahead),
+                5 | 9 | 10 => tile::<L, D, 5, 4, LONE>(at, m, sums, ahead),
+                _ => tile::<L, D, 6, 4, LONE>(at, m, sums, ahead),
+            }
+        } else {
+            match left {
+                1 => tile::<L, D, 1, 2, LONE>(at, m, sums, ahead),
+                2 => tile::<L, D, 2, 2, LONE>(at, m, sums, ahead),
+                3 => tile::<L, D, 3, 2, LONE>(at, m, sums, ahead),
+                _ => tile::<L, D, 4, 2, LONE>(at, m, sums, ahead),
+            }
         }
     }
 }
 
-/// `M` rows from `m` on times all columns of the panel, `V` vectors at a time. Returns `M`.
+/// `M` rows by all columns, `V` vectors of columns at a time. Returns `M`. `LONE`: no other tile passes over the block, so
+/// this one asks for its own weights.
 #[inline(always)]
-unsafe fn columns<L: Lanes, D: Dense<L>, const M: usize, const V: usize>(
-    share: &Share<'_>,
-    panel: usize,
+unsafe fn tile<L: Lanes, D: Dense<L>, const M: usize, const V: usize, const LONE: bool>(
+    at: &At,
     m: usize,
+    sums: &mut Sums,
+    ahead: &Ahead,
 ) -> usize {
-    let columns = share.columns(panel);
-    let steps = share.weights.format().padded(share.weights.k()) / D::STEP;
-    let scales = share.weights.scales(panel);
-    // The first tile brings the panel from memory.
-    let ahead = if m == share.first_row { PREFETCH_BYTES } else { 0 };
     for vector in (0..PANEL / L::N).step_by(V) {
         let n = vector * L::N;
-        if n >= columns {
-            break;
-        }
-        // SAFETY: the panel has `steps` steps of PANEL columns, the rows are `steps` steps long; outputs are checked
-        // against the columns that exist.
+        // SAFETY: the caller's contract.
         unsafe {
-            let w = share.weights.panel(panel).add(n * D::WEIGHT_BYTES);
-            let x = share.rows.data.add(m * share.rows.stride);
-            let acc = tile::<L, D, M, V>(w, x, share.rows.stride, steps, ahead);
-            for (i, row) in acc.iter().enumerate() {
-                let (mut correction, mut scale) = (0, 1.0);
-                if !scales.is_empty() {
-                    correction = *share.rows.corrections.add(m + i);
-                    scale = *share.rows.scales.add(m + i);
+            let to = sums.row(m).add(n);
+            let mut acc = [[D::zero(); V]; M];
+            if !at.first {
+                for (m, row) in acc.iter_mut().enumerate() {
+                    for (v, acc) in row.iter_mut().enumerate() {
+                        *acc = D::load(to.add(m * PANEL + v * L::N));
+                    }
                 }
+            }
+            let (w, x) = (at.w.add(n * D::WEIGHT_BYTES), at.x.add(m * at.stride));
+            for start in (0..at.steps).step_by(STRIDE) {
+                if !LONE && vector == 0 {
+                    ahead.ask(start / STRIDE);
+                }
+                for step in start..at.steps.min(start + STRIDE) {
+                    let w = w.add(step * PANEL * D::WEIGHT_BYTES);
+                    let x = x.add(step * D::ROW_BYTES);
+                    if LONE {
+                        for line in (0..V * L::N * D::WEIGHT_BYTES).step_by(64) {
+                            prefetch(w.wrapping_add(STREAM_AHEAD_BYTES + line));
+                        }
+                    }
+                    let mut weights = [D::weights(w); V];
+                    for (v, weights) in weights.iter_mut().enumerate().skip(1) {
+                        *weights = D::weights(w.add(v * L::N * D::WEIGHT_BYTES));
+                    }
+                    for (m, row) in acc.iter_mut().enumerate() {
+                        let x = D::row(x.add(m * at.stride));
+                        for (acc, w) in row.iter_mut().zip(weights) {
+                            *acc = D::step(*acc, w, x);
+                        }
+                    }
+                }
+            }
+            for (m, row) in acc.iter().enumerate() {
                 for (v, acc) in row.iter().enumerate() {
-                    let n = n + v * L::N;
-                    if n >= columns {
-                        break;
-                    }
-                    let mut value = D::finish(*acc, correction);
-                    if !scales.is_empty() {
-                        value = L::mul(value, L::mul(L::splat(scale), L::load(scales.as_ptr().add(n))));
-                    }
-                    let (to, bias) = (share.out(m + i, panel, n), share.bias(panel, n));
-                    if n + L::N <= columns {
-                        if !bias.is_null() {
-                            value = L::add(value, L::load(bias));
-                        }
-                        L::store(value, to);
-                    } else {
-                        if !bias.is_null() {
-                            value = L::add(value, L::load_head(bias, columns - n));
-                        }
-                        L::store_head(value, to, columns - n);
-                    }
+                    D::store(*acc, to.add(m * PANEL + v * L::N));
                 }
             }
         }
@@ -307,43 +406,25 @@ unsafe fn columns<L: Lanes, D: Dense<L>, const M: usize, const V: usize>(
     M
 }
 
-/// The register tile: `M` rows by `V` vectors of columns over all of `k`.
+/// Scales, adds the bias and writes the outputs of `rows` rows from `first` on.
 #[inline(always)]
-unsafe fn tile<L: Lanes, D: Dense<L>, const M: usize, const V: usize>(
-    w: *const u8,
-    x: *const u8,
-    stride: usize,
-    steps: usize,
-    ahead: usize,
-) -> [[D::Acc; V]; M] {
-    // SAFETY: the caller's contract.
-    unsafe {
-        let mut acc = [[D::zero(); V]; M];
-        for step in 0..steps {
-            let w = w.add(step * PANEL * D::WEIGHT_BYTES);
-            let x = x.add(step * D::ROW_BYTES);
-            if ahead > 0 {
-                prefetch::<L, D, V>(w.wrapping_add(ahead));
+unsafe fn finish<L: Lanes, D: Dense<L>>(share: &Share<'_>, panel: usize, first: usize, rows: usize, sums: &Sums) {
+    let scales = share.weights.scales(panel);
+    for m in 0..rows {
+        // SAFETY: the rows exist; `store` checks columns.
+        unsafe {
+            let (mut correction, mut scale) = (0, 1.0);
+            if !scales.is_empty() {
+                correction = *share.rows.corrections.add(first + m);
+                scale = *share.rows.scales.add(first + m);
             }
-            let mut weights = [D::weights(w); V];
-            for (v, weights) in weights.iter_mut().enumerate().skip(1) {
-                *weights = D::weights(w.add(v * L::N * D::WEIGHT_BYTES));
-            }
-            for (m, row) in acc.iter_mut().enumerate() {
-                let x = D::row(x.add(m * stride));
-                for (acc, w) in row.iter_mut().zip(weights) {
-                    *acc = D::step(*acc, w, x);
+            for n in (0..share.columns(panel)).step_by(L::N) {
+                let mut value = D::finish(D::load(sums.row_ref(m).add(n)), correction);
+                if !scales.is_empty() {
+                    value = L::mul(value, L::mul(L::splat(scale), L::load(scales.as_ptr().add(n))));
                 }
+                share.store::<L>(value, first + m, panel, n);
             }
         }
-        acc
-    }
-}
-
-/// Asks for the cache lines that `V` vectors of weights lie in.
-#[inline(always)]
-fn prefetch<L: Lanes, D: Dense<L>, const V: usize>(w: *const u8) {
-    for line in (0..V * L::N * D::WEIGHT_BYTES).step_by(64) {
-        crate::lanes::prefetch(w.wrapping_add(line));
     }
 }

@@ -1,7 +1,7 @@
 //! Products of the group-wise formats: per group of 32 an exact integer sum, scaled and added in f32 in group order.
 
-use super::{PREFETCH_BYTES, Share};
-use crate::lanes::{Lanes, dispatch, prefetch};
+use super::{Ahead, BLOCK_BYTES, ROW_BLOCK, STREAM_AHEAD_BYTES, Share, Sums};
+use crate::lanes::{Lanes, dispatch};
 use crate::packed::{GROUP, PANEL, WeightFormat};
 
 /// Bytes of one step of four elements, all columns.
@@ -43,7 +43,6 @@ trait Layout {
         w: *const u8,
         x: *const u8,
         stride: usize,
-        ahead: usize,
     );
 }
 
@@ -60,7 +59,6 @@ impl Layout for Eight {
         w: *const u8,
         x: *const u8,
         stride: usize,
-        ahead: usize,
     ) {
         for step in 0..GROUP / 4 {
             // SAFETY: the group has eight steps of weights and of every row.
@@ -68,9 +66,6 @@ impl Layout for Eight {
                 let w = w.add(step * STEP_BYTES);
                 let mut weights = [L::load_i(w.cast()); V];
                 for (v, weights) in weights.iter_mut().enumerate() {
-                    if ahead > 0 && v * L::N % 16 == 0 {
-                        prefetch(w.wrapping_add(ahead + v * L::N * 4));
-                    }
                     *weights = L::load_i(w.add(v * L::N * 4).cast());
                 }
                 for (m, row) in acc.iter_mut().enumerate() {
@@ -94,7 +89,6 @@ impl<const MINIMA: bool> Layout for Four<MINIMA> {
         w: *const u8,
         x: *const u8,
         stride: usize,
-        ahead: usize,
     ) {
         for step in 0..GROUP / 8 {
             // SAFETY: the group has four double steps of weights and eight steps of every row.
@@ -103,9 +97,6 @@ impl<const MINIMA: bool> Layout for Four<MINIMA> {
                 let w = w.add(step * STEP_BYTES);
                 let (mut low, mut high) = ([mask; V], [mask; V]);
                 for v in 0..V {
-                    if ahead > 0 && v * L::N % 16 == 0 {
-                        prefetch(w.wrapping_add(ahead + v * L::N * 4));
-                    }
                     let both = L::load_i(w.add(v * L::N * 4).cast());
                     low[v] = L::and_i(both, mask);
                     high[v] = L::and_i(L::shift_right_4(both), mask);
@@ -123,82 +114,143 @@ impl<const MINIMA: bool> Layout for Four<MINIMA> {
     }
 }
 
-/// All rows, tile by tile: integer and f32 accumulators share the registers, so tiles are half as high as dense ones.
+/// Integer and f32 accumulators share the registers, so tiles are half as high as dense ones.
+const TILE_ROWS: usize = 3;
+
+/// All rows, a block of them at a time; for each, the panel block by block, all register tiles on one before the next.
 #[inline(always)]
 unsafe fn rows<L: Lanes, G: Layout>(share: &Share<'_>, panel: usize) {
-    let mut m = share.first_row;
-    while m < share.last_row {
-        let left = share.last_row - m;
-        // SAFETY: the caller's contract is passed on; `m` plus the tile's rows stay within the share.
-        unsafe {
-            m += if L::WIDE {
-                match left {
-                    1 => columns::<L, G, 1, 4>(share, panel, m),
-                    2 | 4 => columns::<L, G, 2, 4>(share, panel, m),
-                    _ => columns::<L, G, 3, 4>(share, panel, m),
+    let (groups, stride) = (share.rows.groups, share.rows.stride);
+    let group_bytes = share.weights.format().group_bytes();
+    let mut sums = Sums::new();
+    for first in (share.first_row..share.last_row).step_by(ROW_BLOCK) {
+        let rows = ROW_BLOCK.min(share.last_row - first);
+        let passes = rows.div_ceil(TILE_ROWS);
+        let block = if passes == 1 { groups } else { BLOCK_BYTES / group_bytes };
+        for start in (0..groups).step_by(block) {
+            let len = block.min(groups - start);
+            // SAFETY: the panel has `groups` groups, the rows as many groups of bytes, scales and corrections; tiles lie
+            // within the block of rows, which the sums have room for.
+            unsafe {
+                let at = At {
+                    w: share.weights.panel(panel).add(start * group_bytes),
+                    group_bytes,
+                    x: share.rows.data.add(first * stride + start * GROUP),
+                    stride,
+                    scales: share.rows.scales.add(first * groups + start),
+                    corrections: share.rows.corrections.add(first * groups + start),
+                    row_groups: groups,
+                    groups: len,
+                    first: start == 0,
+                };
+                let mut m = 0;
+                for pass in 0.. {
+                    if m == rows {
+                        break;
+                    }
+                    let mut ahead = Ahead::of_pass(at.w, len * group_bytes, pass, passes, len);
+                    if passes == 1 {
+                        ahead.from = at.w.wrapping_add(STREAM_AHEAD_BYTES);
+                    }
+                    m += tile_of::<L, G>(&at, m, rows - m, &mut sums, &ahead);
                 }
-            } else {
-                match left {
-                    1 => columns::<L, G, 1, 2>(share, panel, m),
-                    _ => columns::<L, G, 2, 2>(share, panel, m),
-                }
-            };
+            }
+        }
+        for m in 0..rows {
+            for n in (0..share.columns(panel)).step_by(L::N) {
+                // SAFETY: the row and column exist and are this task's.
+                unsafe { share.store::<L>(L::load(sums.row_ref(m).add(n).cast()), first + m, panel, n) };
+            }
         }
     }
 }
 
-/// `M` rows from `m` on times all columns of the panel, `V` vectors at a time. Returns `M`.
+/// A block of groups and the rows' elements that meet it.
+struct At {
+    w: *const u8,
+    group_bytes: usize,
+    x: *const u8,
+    /// Bytes from row to row.
+    stride: usize,
+    scales: *const f32,
+    corrections: *const i32,
+    /// Scales and corrections from row to row.
+    row_groups: usize,
+    groups: usize,
+    /// Whether sums start here.
+    first: bool,
+}
+
+/// One register tile over all columns of the block, for rows `m` on, of which `left` are left. Returns its rows.
 #[inline(always)]
-unsafe fn columns<L: Lanes, G: Layout, const M: usize, const V: usize>(
-    share: &Share<'_>,
-    panel: usize,
+unsafe fn tile_of<L: Lanes, G: Layout>(at: &At, m: usize, left: usize, sums: &mut Sums, ahead: &Ahead) -> usize {
+    // SAFETY: the caller's contract is passed on.
+    unsafe {
+        if L::WIDE {
+            match left {
+                1 => tile::<L, G, 1, 4>(at, m, sums, ahead),
+                2 | 4 => tile::<L, G, 2, 4>(at, m, sums, ahead),
+                _ => tile::<L, G, 3, 4>(at, m, sums, ahead),
+            }
+        } else {
+            match left {
+                1 => tile::<L, G, 1, 2>(at, m, sums, ahead),
+                _ => tile::<L, G, 2, 2>(at, m, sums, ahead),
+            }
+        }
+    }
+}
+
+/// `M` rows by all columns, `V` vectors of columns at a time. Returns `M`.
+#[inline(always)]
+unsafe fn tile<L: Lanes, G: Layout, const M: usize, const V: usize>(
+    at: &At,
     m: usize,
+    sums: &mut Sums,
+    ahead: &Ahead,
 ) -> usize {
-    let columns = share.columns(panel);
-    let (groups, stride) = (share.rows.groups, share.rows.stride);
-    let group_bytes = share.weights.format().group_bytes();
-    // The first tile brings the panel from memory.
-    let ahead = if m == share.first_row { PREFETCH_BYTES } else { 0 };
     for vector in (0..PANEL / L::N).step_by(V) {
         let n = vector * L::N;
-        if n >= columns {
-            break;
-        }
-        // SAFETY: the panel has `groups` groups, the rows as many groups of bytes, scales and corrections; outputs are
-        // checked against the columns that exist.
+        // SAFETY: the caller's contract.
         unsafe {
-            let (x, scales, corrections) = (
-                share.rows.data.add(m * stride),
-                share.rows.scales.add(m * groups),
-                share.rows.corrections.add(m * groups),
-            );
+            let to = sums.row(m).add(n).cast::<f32>();
+            let x = at.x.add(m * at.stride);
+            let (scales, corrections) = (at.scales.add(m * at.row_groups), at.corrections.add(m * at.row_groups));
             let mut acc = [[L::splat(0.0); V]; M];
-            for g in 0..groups {
-                let w = share.weights.panel(panel).add(g * group_bytes);
-                let mut sums = [[L::splat_i(0); V]; M];
-                if !G::MINIMA {
-                    for (i, row) in sums.iter_mut().enumerate() {
-                        *row = [L::splat_i(*corrections.add(i * groups + g)); V];
+            if !at.first {
+                for (m, row) in acc.iter_mut().enumerate() {
+                    for (v, acc) in row.iter_mut().enumerate() {
+                        *acc = L::load(to.add(m * PANEL + v * L::N));
                     }
                 }
-                G::sums::<L, M, V>(&mut sums, w.add(n * 4), x.add(g * GROUP), stride, ahead);
-                let halves = w.add(G::INTEGERS + n * 2).cast::<u16>();
-                if ahead > 0 {
-                    prefetch(halves.cast::<u8>().wrapping_add(ahead));
+            }
+            for g in 0..at.groups {
+                if vector == 0 {
+                    ahead.ask(g);
                 }
+                let w = at.w.add(g * at.group_bytes);
+                let mut products = [[L::splat_i(0); V]; M];
+                if !G::MINIMA {
+                    for (i, row) in products.iter_mut().enumerate() {
+                        *row = [L::splat_i(*corrections.add(i * at.row_groups + g)); V];
+                    }
+                }
+                G::sums::<L, M, V>(&mut products, w.add(n * 4), x.add(g * GROUP), at.stride);
+                let halves = w.add(G::INTEGERS + n * 2).cast::<u16>();
                 let mut factors = [L::splat(0.0); V];
                 for (v, factor) in factors.iter_mut().enumerate() {
                     *factor = L::load_f16(halves.add(v * L::N));
                 }
                 for (i, row) in acc.iter_mut().enumerate() {
-                    let scale = L::splat(*scales.add(i * groups + g));
+                    let scale = L::splat(*scales.add(i * at.row_groups + g));
                     for v in 0..V {
-                        row[v] = L::fma(L::to_f(sums[i][v]), L::mul(factors[v], scale), row[v]);
+                        row[v] = L::fma(L::to_f(products[i][v]), L::mul(factors[v], scale), row[v]);
                     }
                 }
                 if G::MINIMA {
                     for (i, row) in acc.iter_mut().enumerate() {
-                        let sum = *corrections.add(i * groups + g) as f32 * *scales.add(i * groups + g);
+                        let index = i * at.row_groups + g;
+                        let sum = *corrections.add(index) as f32 * *scales.add(index);
                         for (v, acc) in row.iter_mut().enumerate() {
                             let minimum = L::load_f16(halves.add(PANEL + v * L::N));
                             *acc = L::fma(minimum, L::splat(sum), *acc);
@@ -206,24 +258,9 @@ unsafe fn columns<L: Lanes, G: Layout, const M: usize, const V: usize>(
                     }
                 }
             }
-            for (i, row) in acc.iter().enumerate() {
-                for (v, value) in row.iter().enumerate() {
-                    let (n, mut value) = (n + v * L::N, *value);
-                    if n >= columns {
-                        break;
-                    }
-                    let (to, bias) = (share.out(m + i, panel, n), share.bias(panel, n));
-                    if n + L::N <= columns {
-                        if !bias.is_null() {
-                            value = L::add(value, L::load(bias));
-                        }
-                        L::store(value, to);
-                    } else {
-                        if !bias.is_null() {
-                            value = L::add(value, L::load_head(bias, columns - n));
-                        }
-                        L::store_head(value, to, columns - n);
-                    }
+            for (m, row) in acc.iter().enumerate() {
+                for (v, acc) in row.iter().enumerate() {
+                    L::store(*acc, to.add(m * PANEL + v * L::N));
                 }
             }
         }
