@@ -210,7 +210,8 @@ def tokenizer_json(s, tokens, merges):
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
             "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False,
-            "vocab": {text: i for i, text in enumerate(tokens) if i not in s.specials},
+            # Special tokens too: added tokens that the vocabulary lacks are renumbered from its end on.
+            "vocab": {text: i for i, text in enumerate(tokens)},
             "merges": [list(pair) for pair in merges],
         },
     }
