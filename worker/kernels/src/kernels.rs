@@ -7,14 +7,14 @@ use crate::linear::{self, LinearScratch, MatrixPart};
 use crate::pool::{Pool, PoolConfig};
 use crate::weights::Elements;
 use crate::{activation, norm, rope};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 /// Runs kernels. Scratch is kept per thread and bounded by one weight tile and one score tile.
 ///
 /// All methods panic on shapes that do not fit each other: that is a caller's bug, never input.
 pub struct Kernels {
     isa: Isa,
-    pool: Pool,
+    pool: Arc<Pool>,
     linear: Vec<Mutex<LinearScratch>>,
     attention: Vec<Mutex<Vec<f32>>>,
 }
@@ -31,7 +31,7 @@ impl Kernels {
     /// If this CPU does not have it.
     pub fn with_isa(threads: impl Into<PoolConfig>, isa: Isa) -> Self {
         assert!(isa.available(), "this CPU cannot run the {isa} kernels");
-        let pool = Pool::with_config(&threads.into());
+        let pool = Arc::new(Pool::with_config(&threads.into()));
         let linear = (0..pool.threads()).map(|_| Mutex::default()).collect();
         let attention = (0..pool.threads()).map(|_| Mutex::default()).collect();
         Kernels {
@@ -45,6 +45,11 @@ impl Kernels {
     /// The instruction set in use.
     pub fn isa(&self) -> Isa {
         self.isa
+    }
+
+    /// The threads, for work between forward passes that is worth sharing.
+    pub fn pool(&self) -> Arc<Pool> {
+        Arc::clone(&self.pool)
     }
 
     /// Threads in use, the caller's included.

@@ -2,7 +2,8 @@
 //! is done. The arithmetic is in `baton-kernels`.
 
 use crate::ops::{OpResult, Ops, StackedPart, Step};
-use baton_kernels::{AttentionSpan, Kernels, MatrixPart, PoolConfig};
+use baton_kernels::{AttentionSpan, Kernels, MatrixPart, Pool, PoolConfig};
+use std::sync::Arc;
 
 /// Runs ops on the CPU.
 pub struct CpuOps {
@@ -87,6 +88,10 @@ impl Ops for CpuOps {
     type Matrix = CpuMatrix;
     type Vector = Vec<f32>;
     type Rows = CpuRows;
+
+    fn pool(&self) -> Option<Arc<Pool>> {
+        Some(self.kernels.pool())
+    }
 
     fn matrix(&mut self, parts: Vec<StackedPart>) -> OpResult<CpuMatrix> {
         let k = parts

@@ -11,7 +11,8 @@ use crate::kv_cache::KvCache;
 use crate::ops::{Ops, Step, StepSpan};
 use crate::progress::Progress;
 use crate::weights::Weights;
-use baton_kernels::PoolConfig;
+use baton_kernels::{Pool, PoolConfig};
+use std::sync::Arc;
 
 /// Activations reused from step to step; they grow to the largest batch seen.
 struct Scratch<O: Ops> {
@@ -89,6 +90,11 @@ impl<O: Ops> Decoder<O> {
             rope_scale,
             scratch,
         })
+    }
+
+    /// See [`Ops::pool`].
+    pub fn pool(&self) -> Option<Arc<Pool>> {
+        self.ops.pool()
     }
 
     /// The model's configuration.

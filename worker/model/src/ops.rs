@@ -7,6 +7,8 @@
 use crate::error::ModelError;
 use crate::kv_cache::KvCache;
 use crate::mapped::Tensor;
+use baton_kernels::Pool;
+use std::sync::Arc;
 
 /// One stored tensor of a stacked matrix, `[columns, k]`, with its bias.
 #[derive(Debug, Clone)]
@@ -53,6 +55,10 @@ pub trait Ops: Send {
     /// Activations on the device.
     type Rows: Send;
 
+    /// Host threads that idle between forward passes, if there are any.
+    fn pool(&self) -> Option<Arc<Pool>> {
+        None
+    }
     /// Takes over a weight matrix (and may pack it).
     fn matrix(&mut self, parts: Vec<StackedPart>) -> OpResult<Self::Matrix>;
     /// Takes over a vector.
