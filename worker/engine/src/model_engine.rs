@@ -1,8 +1,9 @@
 //! The engine with a real model: a decoder, its KV arena, and the sampler. Adds nothing to either; it translates a step
 //! into a forward pass and logits into tokens.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use baton_kernels::Pool;
 use baton_kvtransfer::Region;
 use baton_model::{
     CpuOps, Decoder, ForwardBatch, KvCache, KvGeometry, LoadOptions, ModelConfig, ModelError, ModelFiles, Ops,
@@ -17,7 +18,9 @@ use crate::step::{Engine, StepBatch, StepSeq};
 pub struct ModelEngine<O: Ops = CpuOps> {
     decoder: Decoder<O>,
     kv: KvCache,
-    sampler: Sampler,
+    /// Rows of a step are sampled on the threads of the forward pass; a sampler each.
+    samplers: Vec<Mutex<Sampler>>,
+    pool: Arc<Pool>,
 }
 
 impl ModelEngine<CpuOps> {
@@ -43,10 +46,12 @@ impl ModelEngine<CpuOps> {
 impl<O: Ops> ModelEngine<O> {
     /// An engine of a decoder and an arena of the same geometry.
     pub fn new(decoder: Decoder<O>, kv: KvCache) -> Self {
+        let pool = decoder.pool().unwrap_or_else(|| Arc::new(Pool::new(1)));
         ModelEngine {
             decoder,
             kv,
-            sampler: Sampler::new(),
+            samplers: (0..pool.threads()).map(|_| Mutex::default()).collect(),
+            pool,
         }
     }
 
@@ -96,14 +101,28 @@ where
                 logits.rows()
             )));
         }
-        let mut rows = 0..wanted;
-        let sampler = &mut self.sampler;
-        let sample = |span: &StepSeq| {
-            let (params, row) = (span.sample.as_ref()?, rows.next()?);
-            sampler.sample(logits.row(row), params, span.end_pos() as u64)
+        let spans: Vec<&StepSeq> = batch.seqs.iter().filter(|span| span.sample.is_some()).collect();
+        let tokens: Vec<Mutex<Option<u32>>> = spans.iter().map(|_| Mutex::default()).collect();
+        let logits = &logits;
+        self.pool.run(spans.len(), &|worker, row| {
+            if let Some(params) = &spans[row].sample {
+                let mut sampler = lock(&self.samplers[worker]);
+                *lock(&tokens[row]) = sampler.sample(logits.row(row), params, spans[row].end_pos() as u64);
+            }
+        });
+        let mut tokens = tokens.into_iter();
+        let sampled = |span: &StepSeq| {
+            span.sample?;
+            let token = tokens.next()?.into_inner();
+            token.unwrap_or_else(PoisonError::into_inner)
         };
-        Ok(batch.seqs.iter().map(sample).collect())
+        Ok(batch.seqs.iter().map(sampled).collect())
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Neither a sampler's scratch nor a token is ever left half-done.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn seq_span(span: &StepSeq) -> SeqSpan {

@@ -8,7 +8,7 @@ use crate::pool::{Pool, PoolConfig};
 use crate::rows::RowScratch;
 use crate::{activation, linear, norm, rope};
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Runs kernels. Scratch keeps its capacity: converted activations of the largest batch, and per thread one attention
 /// group.
@@ -16,7 +16,7 @@ use std::sync::{Mutex, PoisonError};
 /// All methods panic on shapes that do not fit each other: that is a caller's bug, never input.
 pub struct Kernels {
     isa: Isa,
-    pool: Pool,
+    pool: Arc<Pool>,
     rows: Mutex<RowScratch>,
     attention: Vec<Mutex<Vec<f32>>>,
 }
@@ -33,7 +33,7 @@ impl Kernels {
     /// If this CPU does not have it.
     pub fn with_isa(threads: impl Into<PoolConfig>, isa: Isa) -> Self {
         assert!(isa.available(), "this CPU cannot run the {isa} kernels");
-        let pool = Pool::with_config(&threads.into());
+        let pool = Arc::new(Pool::with_config(&threads.into()));
         let attention = (0..pool.threads()).map(|_| Mutex::default()).collect();
         Kernels {
             isa,
@@ -46,6 +46,11 @@ impl Kernels {
     /// The instruction set in use.
     pub fn isa(&self) -> Isa {
         self.isa
+    }
+
+    /// The threads, for work between forward passes that is worth sharing.
+    pub fn pool(&self) -> Arc<Pool> {
+        Arc::clone(&self.pool)
     }
 
     /// Threads in use, the caller's included.

@@ -6,8 +6,9 @@ use crate::error::ModelError;
 use crate::mapped::Tensor;
 use crate::ops::{OpResult, Ops, StackedPart, Step};
 use crate::options::Quantization;
-use baton_kernels::{AttentionSpan, Kernels, PackedMatrix};
+use baton_kernels::{AttentionSpan, Kernels, PackedMatrix, Pool};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Runs ops on the CPU.
 pub struct CpuOps {
@@ -71,6 +72,10 @@ impl Ops for CpuOps {
     type Table = Tensor;
     type Vector = Vec<f32>;
     type Rows = CpuRows;
+
+    fn pool(&self) -> Option<Arc<Pool>> {
+        Some(self.kernels.pool())
+    }
 
     fn matrix(&mut self, parts: Vec<StackedPart>, head: bool) -> OpResult<PackedMatrix> {
         // Where each part's columns begin.

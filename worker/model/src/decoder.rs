@@ -12,7 +12,8 @@ use crate::ops::{Ops, Step, StepSpan};
 use crate::options::LoadOptions;
 use crate::progress::Progress;
 use crate::weights::Weights;
-use baton_kernels::Kernels;
+use baton_kernels::{Kernels, Pool};
+use std::sync::Arc;
 
 /// Activations reused from step to step; they grow to the largest batch seen.
 struct Scratch<O: Ops> {
@@ -93,6 +94,11 @@ impl<O: Ops> Decoder<O> {
             rope_scale,
             scratch,
         })
+    }
+
+    /// See [`Ops::pool`].
+    pub fn pool(&self) -> Option<Arc<Pool>> {
+        self.ops.pool()
     }
 
     /// The model's configuration.

@@ -7,7 +7,9 @@
 use crate::error::ModelError;
 use crate::kv_cache::KvCache;
 use crate::mapped::Tensor;
+use baton_kernels::Pool;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// One stored tensor of a stacked matrix, or a slice of it, with its bias.
 #[derive(Debug, Clone)]
@@ -60,6 +62,10 @@ pub trait Ops: Send {
     /// Activations on the device.
     type Rows: Send;
 
+    /// Host threads that idle between forward passes, if there are any.
+    fn pool(&self) -> Option<Arc<Pool>> {
+        None
+    }
     /// Takes over a weight matrix (and may pack it); `head` for the output head.
     fn matrix(&mut self, parts: Vec<StackedPart>, head: bool) -> OpResult<Self::Matrix>;
     /// Takes over an embedding table, `[vocabulary, hidden]`.
