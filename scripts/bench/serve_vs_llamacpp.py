@@ -92,8 +92,8 @@ class Server:
 
 def bench(args, url, **flags):
     """One run of `baton bench`: its report."""
-    command = [str(args.baton), "bench", "--url", url, "--json", "--quiet", "--ignore-eos", "--seed", "1", "--output-tokens"]
-    command += [str(flags.pop("output_tokens", OUTPUT))]
+    command = [str(args.baton), "bench", "--url", url, "--json", "--quiet", "--ignore-eos", "--output-tokens"]
+    command += [str(flags.pop("output_tokens", OUTPUT)), "--seed", str(flags.pop("seed", 0))]
     for name, value in flags.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=CASE_S_MAX)
@@ -116,11 +116,12 @@ def words_for(args, url, tokens):
 def measure(args, server, side, round_, raw):
     with server:
         overhead = words_for(args, server.url, PROMPT) - PROMPT
-        for case, (clients, shared, requests, *_) in CASES.items():
+        # Each case has prompts of its own: those of an earlier one would be found in the prefix cache.
+        for seed, (case, (clients, shared, requests, *_)) in enumerate(CASES.items(), 1):
             if args.case and case not in args.case:
                 continue
             report = bench(
-                args, server.url, concurrency=clients, requests=requests, warmup=2,
+                args, server.url, concurrency=clients, requests=requests, warmup=2, seed=seed,
                 input_words=PROMPT + shared + overhead, shared_prefix_words=max(0, shared + overhead),
             )
             report |= {"side": side, "case": case, "round": round_}
