@@ -45,7 +45,7 @@ impl Isa {
                 Isa::Avx2 => avx2,
                 Isa::Avx512 => avx512,
                 Isa::Avx512Bf16 => bf16,
-                Isa::Amx => false,
+                Isa::Amx => bf16 && crate::amx::available(),
             }
         }
         #[cfg(not(target_arch = "x86_64"))]

@@ -10,6 +10,8 @@
 //! Knows nothing of models, files or block ownership: `baton-model` does.
 
 mod activation;
+#[allow(dead_code)] // its caller, the linear layer for AMX, is written beside it
+mod amx;
 mod attention;
 mod ggml;
 pub mod isa;

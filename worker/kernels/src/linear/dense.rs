@@ -2,6 +2,7 @@
 //! what a step of `k` is.
 
 use super::{Ahead, BLOCK_BYTES, ROW_BLOCK, STREAM_AHEAD_BYTES, Share, Sums, TILE_ROWS};
+use crate::isa::Isa;
 use crate::lanes::{Lanes, dispatch, prefetch};
 use crate::packed::{PANEL, WeightFormat};
 use std::marker::PhantomData;
@@ -243,7 +244,7 @@ dispatch!(run_panel_inner = panel_body(share: &Share<'_>, panel: usize));
 ///
 /// # Safety
 /// As [`super::linear`] sets it up.
-pub(super) unsafe fn run_panel(isa: crate::isa::Isa, share: &Share<'_>, panel: usize) {
+pub(super) unsafe fn run_panel(isa: Isa, share: &Share<'_>, panel: usize) {
     // SAFETY: the caller's.
     unsafe { run_panel_inner(isa, share, panel) }
 }
@@ -404,6 +405,39 @@ unsafe fn tile<L: Lanes, D: Dense<L>, const M: usize, const V: usize, const LONE
         }
     }
     M
+}
+
+dispatch!(finish_int8_inner = finish_int8_body(share: &Share<'_>, panel: usize, first: usize, rows: usize, sums: &Sums));
+dispatch!(finish_f32_inner = finish_f32_body(share: &Share<'_>, panel: usize, first: usize, rows: usize, sums: &Sums));
+
+#[inline(always)]
+unsafe fn finish_int8_body<L: Lanes>(share: &Share<'_>, panel: usize, first: usize, rows: usize, sums: &Sums) {
+    // SAFETY: the caller's contract is passed on.
+    unsafe { finish::<L, Int8<L>>(share, panel, first, rows, sums) }
+}
+
+#[inline(always)]
+unsafe fn finish_f32_body<L: Lanes>(share: &Share<'_>, panel: usize, first: usize, rows: usize, sums: &Sums) {
+    // SAFETY: the caller's contract is passed on.
+    unsafe { finish::<L, F32<L>>(share, panel, first, rows, sums) }
+}
+
+/// The end of an int8 product whose sums were computed elsewhere.
+///
+/// # Safety
+/// The rows and the panel exist and are this task's; so are the sums of `rows` rows.
+pub(super) unsafe fn finish_int8(isa: Isa, share: &Share<'_>, panel: usize, first: usize, rows: usize, sums: &Sums) {
+    // SAFETY: the caller's.
+    unsafe { finish_int8_inner(isa, share, panel, first, rows, sums) }
+}
+
+/// The same for sums in f32.
+///
+/// # Safety
+/// As [`finish_int8`].
+pub(super) unsafe fn finish_f32(isa: Isa, share: &Share<'_>, panel: usize, first: usize, rows: usize, sums: &Sums) {
+    // SAFETY: the caller's.
+    unsafe { finish_f32_inner(isa, share, panel, first, rows, sums) }
 }
 
 /// Scales, adds the bias and writes the outputs of `rows` rows from `first` on.

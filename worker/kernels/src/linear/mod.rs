@@ -10,6 +10,7 @@
 
 mod dense;
 mod grouped;
+mod tiled;
 
 use crate::isa::Isa;
 use crate::lanes::Lanes;
@@ -125,6 +126,10 @@ pub(crate) fn linear(
             first_row,
             last_row,
         };
+        if tiled::takes(isa, weights.format(), rows) {
+            // SAFETY: as below, and the tiles take it.
+            return unsafe { tiled::run_panels(&share, range) };
+        }
         for panel in range {
             // SAFETY: `Kernels` checked the instruction set; shapes were checked above and the packing made panels of
             // the format's size; tasks write disjoint rows and columns.
