@@ -4,8 +4,10 @@
 mod common;
 
 use baton_engine::{EngineError, Scheduler, SchedulerConfig, SeqId, StepBatch, StepSeq};
+use baton_model::Quantization;
 use common::tiny_model::TinyModel;
 use common::{Job, alone_on, sampled, turn};
+use safetensors::tensor::Dtype;
 
 fn jobs() -> Vec<Job> {
     (0..32u32)
@@ -21,7 +23,21 @@ fn jobs() -> Vec<Job> {
 
 #[test]
 fn same_tokens_whatever_happens_around() {
-    let model = TinyModel::new(1);
+    for (dtype, quantization) in [
+        (Dtype::F32, Quantization::None),
+        (Dtype::F16, Quantization::None),
+        (Dtype::BF16, Quantization::None),
+        (Dtype::BF16, Quantization::Int8),
+        (Dtype::BF16, Quantization::Int4),
+    ] {
+        check_everything_around(
+            &TinyModel::of(1, dtype, quantization),
+            &format!("{dtype:?} as {quantization}"),
+        );
+    }
+}
+
+fn check_everything_around(model: &TinyModel, what: &str) {
     let roomy = SchedulerConfig {
         seqs_max: 32,
         ..SchedulerConfig::new(16, 400, 1000, 64)
@@ -63,7 +79,7 @@ fn same_tokens_whatever_happens_around() {
             }
             assert_eq!(
                 answers, truth,
-                "chunks of {chunk}, {total_blocks} blocks, round {round}"
+                "{what}, chunks of {chunk}, {total_blocks} blocks, round {round}"
             );
         }
         let stats = scheduler.stats();

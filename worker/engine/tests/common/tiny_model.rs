@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use baton_engine::{Engine, ModelEngine, SchedulerConfig};
-use baton_model::{LoadOptions, ModelConfig, ModelFiles};
+use baton_model::{LoadOptions, ModelConfig, ModelFiles, Quantization};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use safetensors::tensor::{Dtype, TensorView};
@@ -20,16 +20,27 @@ pub struct TinyModel {
     _dir: tempfile::TempDir,
     files: ModelFiles,
     config: ModelConfig,
+    quantization: Quantization,
 }
 
 impl TinyModel {
     pub fn new(seed: u64) -> Self {
+        Self::of(seed, Dtype::F32, Quantization::None)
+    }
+
+    /// Stored as `dtype` (f32, f16 or bf16) and loaded with this quantisation.
+    pub fn of(seed: u64, dtype: Dtype, quantization: Quantization) -> Self {
+        let name = match dtype {
+            Dtype::BF16 => "bfloat16",
+            Dtype::F16 => "float16",
+            _ => "float32",
+        };
         let dir = tempfile::tempdir().expect("a temporary directory");
         let config = serde_json::json!({
             "architectures": ["LlamaForCausalLM"], "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": INNER,
             "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
             "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
-            "tie_word_embeddings": true, "eos_token_id": 2, "bos_token_id": 1, "torch_dtype": "float32",
+            "tie_word_embeddings": true, "eos_token_id": 2, "bos_token_id": 1, "torch_dtype": name,
         });
         std::fs::write(dir.path().join("config.json"), config.to_string()).expect("written");
         let mut rng = SmallRng::seed_from_u64(seed);
@@ -43,13 +54,18 @@ impl TinyModel {
                 };
                 let count = shape.iter().product();
                 let values = (0..count).map(|_| mean + spread * rng.random_range(-1.0f32..1.0));
-                (name, (shape, values.flat_map(f32::to_le_bytes).collect()))
+                let bytes = match dtype {
+                    Dtype::BF16 => values.flat_map(|v| half::bf16::from_f32(v).to_le_bytes()).collect(),
+                    Dtype::F16 => values.flat_map(|v| half::f16::from_f32(v).to_le_bytes()).collect(),
+                    _ => values.flat_map(f32::to_le_bytes).collect(),
+                };
+                (name, (shape, bytes))
             })
             .collect();
         let views = tensors.iter().map(|(name, (shape, bytes))| {
             (
                 name.as_str(),
-                TensorView::new(Dtype::F32, shape.clone(), bytes).expect("consistent"),
+                TensorView::new(dtype, shape.clone(), bytes).expect("consistent"),
             )
         });
         safetensors::serialize_to_file(views.collect::<Vec<_>>(), None, &dir.path().join("model.safetensors"))
@@ -57,6 +73,7 @@ impl TinyModel {
         TinyModel {
             files: ModelFiles::open(dir.path()).expect("readable"),
             config: ModelConfig::from_dir(dir.path()).expect("supported"),
+            quantization,
             _dir: dir,
         }
     }
@@ -68,7 +85,10 @@ impl TinyModel {
             self.config.clone(),
             config.block_size,
             config.total_blocks,
-            &LoadOptions::threads(threads),
+            &LoadOptions {
+                quantization: self.quantization,
+                ..LoadOptions::threads(threads)
+            },
             &(),
         );
         Box::new(engine.expect("loads"))
