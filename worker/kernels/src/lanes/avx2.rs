@@ -172,6 +172,10 @@ unsafe impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn pairs(_: *const u16, _: *const u16) -> __m256i {
+        unreachable!("guarded by Lanes::BF16")
+    }
+    #[inline(always)]
     unsafe fn dot_bf16(_: __m256, _: __m256i, _: __m256i) -> __m256 {
         unreachable!("guarded by Lanes::BF16")
     }

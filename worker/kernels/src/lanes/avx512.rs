@@ -165,6 +165,12 @@ unsafe impl<const BF16: bool> Lanes for Avx512<BF16> {
         _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(v))
     }
     #[inline(always)]
+    unsafe fn pairs(low: *const u16, high: *const u16) -> __m512i {
+        let low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(low.cast()));
+        let high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(high.cast()));
+        _mm512_or_si512(low, _mm512_slli_epi32::<16>(high))
+    }
+    #[inline(always)]
     unsafe fn dot_bf16(acc: __m512, w: __m512i, x: __m512i) -> __m512 {
         // SAFETY: vectors of the same 512 bits.
         _mm512_dpbf16_ps(

@@ -92,6 +92,8 @@ pub(crate) unsafe trait Lanes: Copy {
     unsafe fn dot_u8_s8(acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
     /// Writes the low byte of each lane.
     unsafe fn store_bytes(v: Self::I, p: *mut i8);
+    /// Halves of `N` words: the low ones from `low`, the high ones from `high`. Only where [`Lanes::BF16`].
+    unsafe fn pairs(low: *const u16, high: *const u16) -> Self::I;
     /// Adds to each lane the dot product of its two bf16 of `w` and of `x`. Only where [`Lanes::BF16`].
     unsafe fn dot_bf16(acc: Self::F, w: Self::I, x: Self::I) -> Self::F;
 

@@ -193,6 +193,10 @@ unsafe impl Lanes for Portable {
         p.cast::<[i8; N]>().write_unaligned(v.map(|v| v as i8))
     }
     #[inline(always)]
+    unsafe fn pairs(_: *const u16, _: *const u16) -> [i32; N] {
+        unreachable!("guarded by Lanes::BF16")
+    }
+    #[inline(always)]
     unsafe fn dot_bf16(_: [f32; N], _: [i32; N], _: [i32; N]) -> [f32; N] {
         unreachable!("guarded by Lanes::BF16")
     }

@@ -2,13 +2,16 @@
 //!
 //! Flash-style: a group of query rows (tokens of one span times the query heads that share a K/V head) passes over the
 //! keys in chunks of [`CHUNK`] positions with an online softmax (Milakov and Gimelshein 2018; Dao et al. 2022). K and V of
-//! a chunk are widened to f32 once per group, K transposed, so that a lane is a key and no dot product ends in a sum
-//! across lanes.
+//! a chunk are prepared once per group, K transposed, so that a lane is a key and no dot product ends in a sum across
+//! lanes: widened to f32 (`wide`), or in pairs of bf16 where the CPU multiplies those (`half`).
 //!
 //! **Order (P1).** Chunks start at multiples of [`CHUNK`] positions, whatever the block size. For each row: scores are
 //! chains along the head's elements; the chunk's maximum is exact; exponentials are summed in lanes; weighted values are
 //! added in position order; all of it depends on the row's own position and keys only. A row takes part in a chunk exactly
 //! if it sees one of its keys, and in a chunk that it sees in part it stops at its own position.
+
+mod half;
+mod wide;
 
 use crate::isa::Isa;
 use crate::kv::{KvArena, KvDtype};
@@ -193,6 +196,7 @@ struct Scratch {
     sum: *mut f32,
     /// `[rows]`: what the output so far is multiplied by in this chunk.
     decay: *mut f32,
+    dim: usize,
     /// `dim` rounded up to whole vectors of any instruction set.
     padded: usize,
 }
@@ -230,6 +234,7 @@ impl Scratch {
             maximum: take(sizes[5]),
             sum: take(sizes[6]),
             decay: take(sizes[7]),
+            dim,
             padded,
         }
     }
@@ -237,8 +242,35 @@ impl Scratch {
 
 dispatch!(run_group = group_body(work: &Work<'_>, memory: &mut Vec<f32>));
 
+/// How keys are compared with queries, and values weighted.
+trait Arithmetic<L: Lanes> {
+    /// Keeps a scaled query: `from` has `dim` elements.
+    unsafe fn keep_query(s: &Scratch, row: usize, from: *const f32, scale: f32);
+    /// Brings the chunk at `base` into the form in which it is used; what lies beyond `count` positions becomes zero.
+    unsafe fn load_chunk(w: &Work<'_>, s: &Scratch, base: usize, count: usize);
+    /// Scores of `M` rows against `V` vectors of keys at a time. Returns `M`.
+    unsafe fn score<const M: usize, const V: usize>(s: &Scratch, row: usize) -> usize;
+    /// The row's exponentials are final.
+    unsafe fn keep_weights(s: &Scratch, row: usize);
+    /// `out = out * decay + the first `count` values, weighted` for `M` rows and `V` vectors of elements from `at` on.
+    unsafe fn weigh<const M: usize, const V: usize>(s: &Scratch, row: usize, count: usize, at: usize);
+}
+
 #[inline(always)]
 unsafe fn group_body<L: Lanes>(w: &Work<'_>, memory: &mut Vec<f32>) {
+    let layout = w.kv.layout();
+    // SAFETY: the caller's contract is passed on.
+    unsafe {
+        if L::BF16 && layout.dtype == KvDtype::Bf16 && layout.head_dim <= half::DIM_MAX {
+            pass::<L, half::Half<L>>(w, memory);
+        } else {
+            pass::<L, wide::Wide<L>>(w, memory);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn pass<L: Lanes, A: Arithmetic<L>>(w: &Work<'_>, memory: &mut Vec<f32>) {
     let dim = w.kv.layout().head_dim;
     let rows = w.rows();
     let s = Scratch::carve(memory, rows, dim);
@@ -248,9 +280,7 @@ unsafe fn group_body<L: Lanes>(w: &Work<'_>, memory: &mut Vec<f32>) {
     unsafe {
         for row in 0..rows {
             let from = w.q.add(row / w.heads * w.q_stride + row % w.heads * dim);
-            for i in 0..dim {
-                *s.q.add(row * dim + i) = *from.add(i) * scale;
-            }
+            A::keep_query(&s, row, from, scale);
             *s.maximum.add(row) = f32::NEG_INFINITY;
             *s.sum.add(row) = 0.0;
         }
@@ -260,24 +290,25 @@ unsafe fn group_body<L: Lanes>(w: &Work<'_>, memory: &mut Vec<f32>) {
             if rows <= PREFETCH_ROWS_MAX {
                 ask_for(w, base + CHUNK, positions);
             }
-            load_chunk::<L>(w, &s, base, count);
+            A::load_chunk(w, &s, base, count);
             // Rows are in order of position: those before `first` see nothing of this chunk, those from `whole` on all.
             let first = (0..rows).find(|r| w.visible(*r, base) > 0).unwrap_or(rows);
             let whole = (first..rows).find(|r| w.visible(*r, base) == CHUNK).unwrap_or(rows);
-            score_rows::<L>(&s, first, rows, dim);
+            score_rows::<L, A>(&s, first, rows);
             for row in first..rows {
                 soften::<L>(&s, row, w.visible(row, base));
+                A::keep_weights(&s, row);
             }
             for row in first..whole {
-                add_values::<L, 1>(&s, row, w.visible(row, base));
+                add_values::<L, A, 1>(&s, row, w.visible(row, base));
             }
             let mut row = whole;
             while row < rows {
                 row += match rows - row {
-                    1 => add_values::<L, 1>(&s, row, CHUNK),
-                    2 => add_values::<L, 2>(&s, row, CHUNK),
-                    3 => add_values::<L, 3>(&s, row, CHUNK),
-                    _ => add_values::<L, 4>(&s, row, CHUNK),
+                    1 => add_values::<L, A, 1>(&s, row, CHUNK),
+                    2 => add_values::<L, A, 2>(&s, row, CHUNK),
+                    3 => add_values::<L, A, 3>(&s, row, CHUNK),
+                    _ => add_values::<L, A, 4>(&s, row, CHUNK),
                 };
             }
         }
@@ -309,168 +340,34 @@ fn ask_for(w: &Work<'_>, base: usize, positions: usize) {
     }
 }
 
-/// Widens the chunk's keys, transposed, and values to f32. What lies beyond `count` becomes zero.
-#[inline(always)]
-unsafe fn load_chunk<L: Lanes>(w: &Work<'_>, s: &Scratch, base: usize, count: usize) {
-    match w.kv.layout().dtype {
-        // SAFETY: the caller's contract is passed on.
-        KvDtype::F32 => unsafe { load_typed::<L, 0>(w, s, base, count) },
-        // SAFETY: as above.
-        KvDtype::F16 => unsafe { load_typed::<L, 1>(w, s, base, count) },
-        // SAFETY: as above.
-        KvDtype::Bf16 => unsafe { load_typed::<L, 2>(w, s, base, count) },
-    }
-}
-
-/// `T`: 0 f32, 1 f16, 2 bf16.
-#[inline(always)]
-unsafe fn load_typed<L: Lanes, const T: usize>(w: &Work<'_>, s: &Scratch, base: usize, count: usize) {
-    let layout = w.kv.layout();
-    let dim = layout.head_dim;
-    let element = layout.dtype.bytes();
-    let words = layout.row_bytes() / 4;
-    // SAFETY: keys and values of `count` positions exist; reads past a row's end go through a copy.
-    unsafe {
-        let mut rows = [std::ptr::null::<u8>(); CHUNK];
-        for (i, row) in rows.iter_mut().enumerate().take(count) {
-            *row = w.key(base + i);
-        }
-        for group in (0..CHUNK).step_by(L::N) {
-            for word in (0..words).step_by(L::N) {
-                let mut block = [L::splat_i(0); 16];
-                for (lane, to) in block.iter_mut().enumerate().take(L::N) {
-                    let row = rows[group + lane];
-                    if !row.is_null() {
-                        *to = load_words::<L>(row.add(word * 4), words - word);
-                    }
-                }
-                L::transpose(&mut block);
-                for (i, lane) in block.iter().enumerate().take(L::N.min(words - word)) {
-                    let at = word + i;
-                    match T {
-                        0 => L::store_i(*lane, s.keys.add(at * CHUNK + group).cast()),
-                        _ => {
-                            let (even, odd) = if T == 1 {
-                                (L::even_f16(*lane), L::odd_f16(*lane))
-                            } else {
-                                (L::even_bf16(*lane), L::odd_bf16(*lane))
-                            };
-                            L::store(even, s.keys.add(2 * at * CHUNK + group));
-                            L::store(odd, s.keys.add((2 * at + 1) * CHUNK + group));
-                        }
-                    }
-                }
-            }
-        }
-        let whole = dim / L::N * L::N;
-        for (i, row) in rows.iter().enumerate().take(count) {
-            let from = row.add(layout.half_bytes());
-            let to = s.values.add(i * s.padded);
-            for at in (0..whole).step_by(L::N) {
-                L::store(widen::<L, T>(from.add(at * element)), to.add(at));
-            }
-            if whole < dim {
-                let mut tail = [0u32; 16];
-                std::ptr::copy_nonoverlapping(
-                    from.add(whole * element),
-                    tail.as_mut_ptr().cast(),
-                    (dim - whole) * element,
-                );
-                L::store(widen::<L, T>(tail.as_ptr().cast()), to.add(whole));
-            }
-            std::ptr::write_bytes(
-                to.add(dim.next_multiple_of(L::N)),
-                0,
-                s.padded - dim.next_multiple_of(L::N),
-            );
-        }
-    }
-}
-
-#[inline(always)]
-unsafe fn widen<L: Lanes, const T: usize>(p: *const u8) -> L::F {
-    // SAFETY: the caller's.
-    unsafe {
-        match T {
-            0 => L::load(p.cast()),
-            1 => L::load_f16(p.cast()),
-            _ => L::load_bf16(p.cast()),
-        }
-    }
-}
-
-/// A vector of words from `p`, of which `left` exist.
-#[inline(always)]
-unsafe fn load_words<L: Lanes>(p: *const u8, left: usize) -> L::I {
-    // SAFETY: the caller's.
-    unsafe {
-        if left >= L::N {
-            return L::load_i(p.cast());
-        }
-        let mut words = [0i32; 16];
-        std::ptr::copy_nonoverlapping(p, words.as_mut_ptr().cast(), left * 4);
-        L::load_i(words.as_ptr())
-    }
-}
-
 /// Scores of `rows` against the chunk's keys.
 #[inline(always)]
-unsafe fn score_rows<L: Lanes>(s: &Scratch, first: usize, rows: usize, dim: usize) {
+unsafe fn score_rows<L: Lanes, A: Arithmetic<L>>(s: &Scratch, first: usize, rows: usize) {
     let mut row = first;
     while row < rows {
         // SAFETY: the caller's contract is passed on.
         unsafe {
             row += if L::WIDE {
                 match rows - row {
-                    1 => score::<L, 1, 2>(s, row, dim),
-                    2 => score::<L, 2, 2>(s, row, dim),
-                    3 => score::<L, 3, 2>(s, row, dim),
-                    4 => score::<L, 4, 2>(s, row, dim),
-                    5 | 9 | 10 => score::<L, 5, 2>(s, row, dim),
-                    6 | 11 | 12 => score::<L, 6, 2>(s, row, dim),
-                    7 => score::<L, 7, 2>(s, row, dim),
-                    _ => score::<L, 8, 2>(s, row, dim),
+                    1 => A::score::<1, 2>(s, row),
+                    2 => A::score::<2, 2>(s, row),
+                    3 => A::score::<3, 2>(s, row),
+                    4 => A::score::<4, 2>(s, row),
+                    5 | 9 | 10 => A::score::<5, 2>(s, row),
+                    6 | 11 | 12 => A::score::<6, 2>(s, row),
+                    7 => A::score::<7, 2>(s, row),
+                    _ => A::score::<8, 2>(s, row),
                 }
             } else {
                 match rows - row {
-                    1 => score::<L, 1, 2>(s, row, dim),
-                    2 => score::<L, 2, 2>(s, row, dim),
-                    3 => score::<L, 3, 2>(s, row, dim),
-                    _ => score::<L, 4, 2>(s, row, dim),
+                    1 => A::score::<1, 2>(s, row),
+                    2 => A::score::<2, 2>(s, row),
+                    3 => A::score::<3, 2>(s, row),
+                    _ => A::score::<4, 2>(s, row),
                 }
             };
         }
     }
-}
-
-/// `M` rows against all keys of the chunk, `V` vectors of keys at a time. Returns `M`.
-#[inline(always)]
-unsafe fn score<L: Lanes, const M: usize, const V: usize>(s: &Scratch, row: usize, dim: usize) -> usize {
-    for key in (0..CHUNK).step_by(V * L::N) {
-        // SAFETY: the caller's.
-        unsafe {
-            let mut acc = [[L::splat(0.0); V]; M];
-            let q = s.q.add(row * dim);
-            for i in 0..dim {
-                let mut keys = [L::splat(0.0); V];
-                for (v, keys) in keys.iter_mut().enumerate() {
-                    *keys = L::load(s.keys.add(i * CHUNK + key + v * L::N));
-                }
-                for (m, row) in acc.iter_mut().enumerate() {
-                    let q = L::splat(*q.add(m * dim + i));
-                    for (acc, keys) in row.iter_mut().zip(keys) {
-                        *acc = L::fma(q, keys, *acc);
-                    }
-                }
-            }
-            for (m, lanes) in acc.iter().enumerate() {
-                for (v, lanes) in lanes.iter().enumerate() {
-                    L::store(*lanes, s.scores.add((row + m) * CHUNK + key + v * L::N));
-                }
-            }
-        }
-    }
-    M
 }
 
 /// One step of the online softmax: scores of `row` become exponentials, of which the first `visible` count.
@@ -512,49 +409,18 @@ unsafe fn soften<L: Lanes>(s: &Scratch, row: usize, visible: usize) {
 
 /// `out = out * decay + sum of the first `count` values, weighted` for `M` rows. Returns `M`.
 #[inline(always)]
-unsafe fn add_values<L: Lanes, const M: usize>(s: &Scratch, row: usize, count: usize) -> usize {
+unsafe fn add_values<L: Lanes, A: Arithmetic<L>, const M: usize>(s: &Scratch, row: usize, count: usize) -> usize {
     let mut at = 0;
     // SAFETY: rows of values and outputs are `padded` long, a multiple of every vector.
     unsafe {
         while at + 4 * L::N <= s.padded {
-            weigh::<L, M, 4>(s, row, count, at);
+            A::weigh::<M, 4>(s, row, count, at);
             at += 4 * L::N;
         }
         while at < s.padded {
-            weigh::<L, M, 1>(s, row, count, at);
+            A::weigh::<M, 1>(s, row, count, at);
             at += L::N;
         }
     }
     M
-}
-
-#[inline(always)]
-unsafe fn weigh<L: Lanes, const M: usize, const V: usize>(s: &Scratch, row: usize, count: usize, at: usize) {
-    // SAFETY: the caller's.
-    unsafe {
-        let mut acc = [[L::splat(0.0); V]; M];
-        for (m, lanes) in acc.iter_mut().enumerate() {
-            let decay = L::splat(*s.decay.add(row + m));
-            for (v, lanes) in lanes.iter_mut().enumerate() {
-                *lanes = L::mul(decay, L::load(s.out.add((row + m) * s.padded + at + v * L::N)));
-            }
-        }
-        for key in 0..count {
-            let mut values = [L::splat(0.0); V];
-            for (v, values) in values.iter_mut().enumerate() {
-                *values = L::load(s.values.add(key * s.padded + at + v * L::N));
-            }
-            for (m, lanes) in acc.iter_mut().enumerate() {
-                let weight = L::splat(*s.scores.add((row + m) * CHUNK + key));
-                for (acc, values) in lanes.iter_mut().zip(values) {
-                    *acc = L::fma(weight, values, *acc);
-                }
-            }
-        }
-        for (m, lanes) in acc.iter().enumerate() {
-            for (v, lanes) in lanes.iter().enumerate() {
-                L::store(*lanes, s.out.add((row + m) * s.padded + at + v * L::N));
-            }
-        }
-    }
 }
