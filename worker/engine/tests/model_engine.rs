@@ -4,6 +4,7 @@
 mod common;
 
 use baton_engine::{EngineError, Scheduler, SchedulerConfig, SeqId, StepBatch, StepSeq};
+use baton_model::LoadOptions;
 use common::tiny_model::TinyModel;
 use common::{Job, alone_on, sampled, turn};
 
@@ -21,12 +22,25 @@ fn jobs() -> Vec<Job> {
 
 #[test]
 fn same_tokens_whatever_happens_around() {
+    same_tokens(&LoadOptions::threads(1), &LoadOptions::threads(2));
+}
+
+#[test]
+fn same_tokens_on_two_ranks() {
+    let ranks = |threads| LoadOptions {
+        tensor_parallel: 2,
+        ..LoadOptions::threads(threads)
+    };
+    same_tokens(&ranks(2), &ranks(3));
+}
+
+fn same_tokens(reference: &LoadOptions, other: &LoadOptions) {
     let model = TinyModel::new(1);
     let roomy = SchedulerConfig {
         seqs_max: 32,
         ..SchedulerConfig::new(16, 400, 1000, 64)
     };
-    let mut reference = model.engine(&roomy, 1);
+    let mut reference = model.engine_with(&roomy, reference);
     let jobs = jobs();
     let truth: Vec<Vec<u32>> = jobs
         .iter()
@@ -48,7 +62,7 @@ fn same_tokens_whatever_happens_around() {
             ..roomy.clone()
         };
         let mut scheduler = Scheduler::new(config.clone()).expect("valid");
-        let mut engine = model.engine(&config, 2);
+        let mut engine = model.engine_with(&config, other);
         for round in 0..2 {
             let ids: Vec<SeqId> = jobs
                 .iter()

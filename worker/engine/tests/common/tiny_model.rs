@@ -63,12 +63,16 @@ impl TinyModel {
 
     /// An engine as large as the scheduler believes.
     pub fn engine(&self, config: &SchedulerConfig, threads: usize) -> Box<dyn Engine> {
+        self.engine_with(config, &LoadOptions::threads(threads))
+    }
+
+    pub fn engine_with(&self, config: &SchedulerConfig, options: &LoadOptions) -> Box<dyn Engine> {
         let engine = ModelEngine::load(
             &self.files,
             self.config.clone(),
             config.block_size,
             config.total_blocks,
-            &LoadOptions::threads(threads),
+            options,
             &(),
         );
         Box::new(engine.expect("loads"))
