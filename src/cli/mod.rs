@@ -82,6 +82,9 @@ pub struct UpArgs {
     /// Compute threads per worker [default: the cores of this machine divided by the number of workers]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
+    /// Ranks that each worker divides the model among, each with its share of the worker's threads
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub tensor_parallel: u16,
     /// What the model's weights become in memory: as they are stored, int8 (W8A8: about half the size of bf16 and twice
     /// as fast) or int4 (a quarter)
     #[arg(

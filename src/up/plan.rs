@@ -7,7 +7,7 @@ use super::progress::Progress;
 use crate::cli::UpArgs;
 use crate::demo;
 use anyhow::{Context, bail};
-use baton_model::{MemoryNeed, ModelConfig, ModelFiles, Quantization, Stage};
+use baton_model::{MemoryNeed, ModelConfig, ModelFiles, Quantization, ShardSlices, Stage};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -54,6 +54,8 @@ pub struct Plan {
     pub workers: Vec<(String, Role)>,
     /// Compute threads of each worker.
     pub threads: usize,
+    /// Ranks of each worker; at most `threads`.
+    pub tensor_parallel: usize,
     /// What weights become in memory.
     pub quantization: Quantization,
     /// KV memory of each worker.
@@ -80,6 +82,12 @@ impl Plan {
             );
         }
         let addr = SocketAddr::new(args.host, args.port);
+        if args.threads.is_some_and(|threads| threads < args.tensor_parallel) {
+            bail!(
+                "--tensor-parallel {} needs as many threads per worker at least; raise --threads or lower it",
+                args.tensor_parallel
+            );
+        }
         // The coordinator binds it in a moment; asking now saves the user from waiting for a model first.
         match std::net::TcpListener::bind(addr) {
             Ok(_) => Ok(addr),
@@ -119,10 +127,12 @@ impl Plan {
         // Both refuse what the workers would refuse, with the same sentence.
         let config = ModelConfig::from_dir(&model_path)?;
         let files = ModelFiles::open(&model_path)?;
-        let need = MemoryNeed::estimate(
+        let tensor_parallel = usize::from(args.tensor_parallel);
+        ShardSlices::of_shared_arena(&config, tensor_parallel)?;
+        let weight_bytes = files.packed_bytes(&config, args.quantize);
+        let need = MemoryNeed::estimate(&config, weight_bytes, 0, BATCH_TOKENS_MAX, SEQUENCES_MAX).on_ranks(
             &config,
-            files.packed_bytes(&config, args.quantize),
-            0,
+            tensor_parallel,
             BATCH_TOKENS_MAX,
             SEQUENCES_MAX,
         );
@@ -145,7 +155,10 @@ impl Plan {
             http_addr,
             model_path,
             model_name,
-            threads: args.threads.map_or((cores / workers.len()).max(1), usize::from),
+            threads: args
+                .threads
+                .map_or((cores / workers.len()).max(tensor_parallel), usize::from),
+            tensor_parallel,
             workers,
             quantization: args.quantize,
             kv_bytes,
