@@ -94,6 +94,9 @@ pub struct UpArgs {
     /// workers share cores: one that is alone in being busy gets more of the machine, and several slow each other down
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
+    /// Ranks that each worker divides the model among, each with its share of the worker's threads
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub tensor_parallel: u16,
     /// What the model's weights become in memory: as they are stored, int8 (W8A8: about half the size of bf16 and twice
     /// as fast) or int4 (a quarter)
     #[arg(

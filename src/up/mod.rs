@@ -362,6 +362,7 @@ fn worker_config(plan: &Plan, data: &DataDir, name: &str, role: &str, coordinato
         "coordinator_addrs": [coordinator],
         "identity_dir": utf8(&data.identity()),
         "threads": plan.threads,
+        "tensor_parallel": plan.tensor_parallel,
         "quantization": plan.quantization,
         "cores_shared": plan.cores_shared,
         "kv_bytes": plan.kv_bytes,

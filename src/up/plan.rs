@@ -8,7 +8,7 @@ use crate::cli::UpArgs;
 use crate::{demo, model_dir};
 use anyhow::{Context, bail};
 use baton_model::gguf::gguf_file;
-use baton_model::{MemoryNeed, ModelConfig, ModelFiles, Quantization, Stage};
+use baton_model::{MemoryNeed, ModelConfig, ModelFiles, Quantization, ShardSlices, Stage};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -57,6 +57,8 @@ pub struct Plan {
     pub workers: Vec<(String, Role)>,
     /// Compute threads of each worker.
     pub threads: usize,
+    /// Ranks of each worker; at most `threads`.
+    pub tensor_parallel: usize,
     /// What weights become in memory.
     pub quantization: Quantization,
     /// Whether workers together have more threads than there are cores, so that none may spin. Cores are divided by
@@ -86,6 +88,12 @@ impl Plan {
             );
         }
         let addr = SocketAddr::new(args.host, args.port);
+        if args.threads.is_some_and(|threads| threads < args.tensor_parallel) {
+            bail!(
+                "--tensor-parallel {} needs as many threads per worker at least; raise --threads or lower it",
+                args.tensor_parallel
+            );
+        }
         // The coordinator binds it in a moment; asking now saves the user from waiting for a model first.
         match std::net::TcpListener::bind(addr) {
             Ok(_) => Ok(addr),
@@ -129,10 +137,12 @@ impl Plan {
             Some(file) => model_dir::place_gguf_text(&file, &data.models())?,
             None => model_path.clone(),
         };
-        let need = MemoryNeed::estimate(
+        let tensor_parallel = usize::from(args.tensor_parallel);
+        ShardSlices::of_shared_arena(&config, tensor_parallel)?;
+        let weight_bytes = files.packed_bytes(&config, args.quantize);
+        let need = MemoryNeed::estimate(&config, weight_bytes, 0, BATCH_TOKENS_MAX, SEQUENCES_MAX).on_ranks(
             &config,
-            files.packed_bytes(&config, args.quantize),
-            0,
+            tensor_parallel,
             BATCH_TOKENS_MAX,
             SEQUENCES_MAX,
         );
@@ -151,13 +161,16 @@ impl Plan {
             baton_model::available_memory(),
         )?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = args.threads.map_or((cores / workers.len()).max(1), usize::from);
+        let threads = args
+            .threads
+            .map_or((cores / workers.len()).max(tensor_parallel), usize::from);
         Ok(Self {
             http_addr,
             model_path,
             text_path,
             model_name,
             threads,
+            tensor_parallel,
             cores_shared: threads * workers.len() > cores,
             workers,
             quantization: args.quantize,

@@ -57,6 +57,12 @@ pub struct WorkerConfig {
     /// Compute threads; 0 takes every core. Workers that share a machine divide its cores between them.
     #[serde(default)]
     pub threads: usize,
+    /// Ranks that the model is divided among, each with its share of the threads: its own weights and heads, on cores of
+    /// its own where the worker has the machine to itself. 1, a model in one piece, is fastest unless memory is far
+    /// from some cores. Workers of different degrees can hand blocks over, but round differently: give all workers of a
+    /// model the same degree if an answer must not depend on who computes it.
+    #[serde(default = "default_tensor_parallel")]
+    pub tensor_parallel: usize,
     /// What weight matrices become when they are loaded: `none` (as stored), `int8` (W8A8) or `int4`. Workers that hand
     /// blocks over must agree.
     #[serde(default)]
@@ -104,6 +110,9 @@ impl WorkerConfig {
     }
 }
 
+fn default_tensor_parallel() -> usize {
+    1
+}
 fn default_role() -> WorkerRole {
     WorkerRole::Combined
 }

@@ -8,7 +8,7 @@ use crate::engine_thread::{Command, EngineHandle, PrefillCommand, Shared, Ticket
 use crate::fill::{FillContext, FillEnd, FillJob, fill};
 use crate::push::LayerPush;
 use baton_engine::{
-    Engine, Finish, FinishReason, Output, Plan, PrefillRequest, Request, SamplingParams, Scheduler, SeqId,
+    Engine, EngineError, Finish, FinishReason, Output, Plan, PrefillRequest, Request, SamplingParams, Scheduler, SeqId,
 };
 use baton_proto::cluster::Heartbeat;
 use baton_proto::worker::{self, Generate, PrefillDone, PrefillPeer, Sampling, SequenceDelta};
@@ -147,7 +147,7 @@ impl EngineLoop {
             self.push_reused(&plan);
             idle = plan.batch.is_empty();
             if !idle {
-                self.step(&plan);
+                self.step(&plan)?;
             }
             self.shared.publish(self.load());
             slow_caller = self.flush();
@@ -424,7 +424,9 @@ impl EngineLoop {
         }
     }
 
-    fn step(&mut self, plan: &Plan) {
+    /// An error means that the engine is lost. Nobody is told: this process ends, and the gateway replays elsewhere what
+    /// ran here.
+    fn step(&mut self, plan: &Plan) -> Result<(), String> {
         let now = Instant::now();
         let mut pushing = Vec::new();
         for (index, span) in plan.batch.seqs.iter().enumerate() {
@@ -452,6 +454,7 @@ impl EngineLoop {
         self.scheduler.observe_step(&plan.batch, started.elapsed());
         let outputs = match sampled {
             Ok(sampled) => self.scheduler.commit(&plan.batch, &sampled),
+            Err(error @ EngineError::Lost(_)) => return Err(error.to_string()),
             Err(error) => {
                 tracing::error!(%error, "a step failed; its requests are answered with an error");
                 self.scheduler.step_failed(&plan.batch, &error.to_string())
@@ -463,6 +466,7 @@ impl EngineLoop {
         for index in pushing {
             self.end_broken_push(plan.batch.seqs[index].seq);
         }
+        Ok(())
     }
 
     /// A caller that closed its window wants no more of this prompt.

@@ -39,7 +39,9 @@ fn load(
     if let Some(available) = available_memory() {
         let (tokens, rows) = (config.batch_tokens_max, config.seqs_max);
         let weights = files.packed_bytes(&model, config.quantization);
-        MemoryNeed::estimate(&model, weights, config.kv_bytes, tokens, rows).check(available)?;
+        MemoryNeed::estimate(&model, weights, config.kv_bytes, tokens, rows)
+            .on_ranks(&model, config.tensor_parallel, tokens, rows)
+            .check(available)?;
     }
     let progress = |_: Stage<'_>, done, total| startup(Startup::Loading { done, total });
     let digest = files.digest(&model, config.quantization, &progress);
@@ -51,6 +53,7 @@ fn load(
         threads,
         spin: !config.cores_shared,
         quantization: config.quantization,
+        tensor_parallel: config.tensor_parallel,
     };
     let budget = usize::try_from(config.kv_bytes).unwrap_or(usize::MAX);
     let total_blocks = blocks_for_bytes(&geometry, budget).map_err(|error| WorkerError::Config(error.to_string()))?;

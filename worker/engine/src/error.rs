@@ -124,4 +124,7 @@ pub enum EngineError {
     /// The model failed.
     #[error("the model failed to compute a step: {0}")]
     Model(String),
+    /// The engine can compute no further step, and its KV region must not be used again.
+    #[error("the engine is lost: {0}")]
+    Lost(String),
 }

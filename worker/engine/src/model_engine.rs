@@ -1,4 +1,4 @@
-//! The engine with a real model: a decoder, its KV arena, and the sampler. Adds nothing to either; it translates a step
+//! The engine with a real model: a decoder (or its ranks), its KV arena, and the sampler. Adds nothing to either; it translates a step
 //! into a forward pass and logits into tokens.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use baton_kernels::Pool;
 use baton_kvtransfer::Region;
 use baton_model::{
-    CpuOps, Decoder, ForwardBatch, KvCache, KvGeometry, LoadOptions, ModelConfig, ModelError, ModelFiles, Ops,
-    Progress, SeqSpan,
+    CpuOps, ForwardBatch, KvCache, KvGeometry, LoadOptions, ModelConfig, ModelError, ModelFiles, Ops, Progress,
+    SeqSpan, TensorParallel,
 };
 
 use crate::error::EngineError;
@@ -16,7 +16,7 @@ use crate::step::{Engine, StepBatch, StepSeq};
 
 /// See the module. CPU unless another device is named.
 pub struct ModelEngine<O: Ops = CpuOps> {
-    decoder: Decoder<O>,
+    model: TensorParallel<O>,
     kv: KvCache,
     /// Rows of a step are sampled on the threads of the forward pass; a sampler each.
     samplers: Vec<Mutex<Sampler>>,
@@ -39,16 +39,17 @@ impl ModelEngine<CpuOps> {
     ) -> Result<Self, ModelError> {
         // The pool first: it fails at once where memory is short, loading takes a while.
         let kv = KvCache::allocate(config.kv_geometry(block_size), total_blocks)?;
-        Ok(Self::new(Decoder::load(files, config, options, progress)?, kv))
+        Ok(Self::new(TensorParallel::load(files, config, options, progress)?, kv))
     }
 }
 
 impl<O: Ops> ModelEngine<O> {
-    /// An engine of a decoder and an arena of the same geometry.
-    pub fn new(decoder: Decoder<O>, kv: KvCache) -> Self {
-        let pool = decoder.pool().unwrap_or_else(|| Arc::new(Pool::new(1)));
+    /// An engine of a model (a decoder, or ranks) and an arena of the same geometry.
+    pub fn new(model: impl Into<TensorParallel<O>>, kv: KvCache) -> Self {
+        let model = model.into();
+        let pool = model.pool().unwrap_or_else(|| Arc::new(Pool::new(1)));
         ModelEngine {
-            decoder,
+            model,
             kv,
             samplers: (0..pool.threads()).map(|_| Mutex::default()).collect(),
             pool,
@@ -57,14 +58,11 @@ impl<O: Ops> ModelEngine<O> {
 
     /// The model's configuration.
     pub fn config(&self) -> &ModelConfig {
-        self.decoder.config()
+        self.model.config()
     }
 }
 
-impl<O: Ops> Engine for ModelEngine<O>
-where
-    Decoder<O>: Send,
-{
+impl<O: Ops> Engine for ModelEngine<O> {
     fn geometry(&self) -> KvGeometry {
         self.kv.geometry()
     }
@@ -78,11 +76,11 @@ where
     }
 
     fn context_length(&self) -> usize {
-        self.decoder.config().context_length
+        self.model.config().context_length
     }
 
     fn vocab_size(&self) -> usize {
-        self.decoder.config().vocab_size
+        self.model.config().vocab_size
     }
 
     fn step(&mut self, batch: &StepBatch, layer_done: &mut dyn FnMut(usize)) -> Result<Vec<Option<u32>>, EngineError> {
@@ -91,7 +89,7 @@ where
             seqs: batch.seqs.iter().map(seq_span).collect(),
         };
         let logits = self
-            .decoder
+            .model
             .forward(&forward, &self.kv, layer_done)
             .map_err(engine_error)?;
         let wanted = batch.seqs.iter().filter(|span| span.sample.is_some()).count();
@@ -137,6 +135,7 @@ fn seq_span(span: &StepSeq) -> SeqSpan {
 fn engine_error(error: ModelError) -> EngineError {
     match error {
         ModelError::Batch(what) => EngineError::InvalidBatch(what),
+        lost @ ModelError::Rank { .. } => EngineError::Lost(lost.to_string()),
         other => EngineError::Model(other.to_string()),
     }
 }

@@ -4,7 +4,7 @@
 mod common;
 
 use baton_engine::{EngineError, Scheduler, SchedulerConfig, SeqId, StepBatch, StepSeq};
-use baton_model::Quantization;
+use baton_model::{LoadOptions, Quantization};
 use common::tiny_model::TinyModel;
 use common::{Job, alone_on, sampled, turn};
 use safetensors::tensor::Dtype;
@@ -30,19 +30,34 @@ fn same_tokens_whatever_happens_around() {
         (Dtype::BF16, Quantization::Int8),
         (Dtype::BF16, Quantization::Int4),
     ] {
-        check_everything_around(
-            &TinyModel::of(1, dtype, quantization),
-            &format!("{dtype:?} as {quantization}"),
-        );
+        let on = |threads| LoadOptions {
+            quantization,
+            ..LoadOptions::threads(threads)
+        };
+        let what = format!("{dtype:?} as {quantization}");
+        same_tokens(&TinyModel::of(1, dtype), &on(1), &on(2), &what);
     }
 }
 
-fn check_everything_around(model: &TinyModel, what: &str) {
+#[test]
+fn same_tokens_on_two_ranks() {
+    for (dtype, quantization) in [(Dtype::F32, Quantization::None), (Dtype::BF16, Quantization::Int8)] {
+        let ranks = |threads| LoadOptions {
+            tensor_parallel: 2,
+            quantization,
+            ..LoadOptions::threads(threads)
+        };
+        let what = format!("{dtype:?} as {quantization} on two ranks");
+        same_tokens(&TinyModel::of(1, dtype), &ranks(2), &ranks(3), &what);
+    }
+}
+
+fn same_tokens(model: &TinyModel, reference: &LoadOptions, other: &LoadOptions, what: &str) {
     let roomy = SchedulerConfig {
         seqs_max: 32,
         ..SchedulerConfig::new(16, 400, 1000, 64)
     };
-    let mut reference = model.engine(&roomy, 1);
+    let mut reference = model.engine_with(&roomy, reference);
     let jobs = jobs();
     let truth: Vec<Vec<u32>> = jobs
         .iter()
@@ -64,7 +79,7 @@ fn check_everything_around(model: &TinyModel, what: &str) {
             ..roomy.clone()
         };
         let mut scheduler = Scheduler::new(config.clone()).expect("valid");
-        let mut engine = model.engine(&config, 2);
+        let mut engine = model.engine_with(&config, other);
         for round in 0..2 {
             let ids: Vec<SeqId> = jobs
                 .iter()

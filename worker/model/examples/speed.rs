@@ -1,9 +1,9 @@
 //! Measures the decoder on random weights of the Qwen2.5-0.5B shape: prefill and decode tokens per second.
 //!
-//! `cargo run --release -p baton-model --example speed [threads] [layers] [f32|bf16|f16] [none|int8|int4]`
+//! `cargo run --release -p baton-model --example speed [threads] [layers] [f32|bf16|f16] [none|int8|int4] [ranks]`
 
 use baton_kernels::StoredType;
-use baton_model::{Decoder, ForwardBatch, KvCache, LoadOptions, ModelConfig, ModelFiles, Quantization, SeqSpan};
+use baton_model::{ForwardBatch, KvCache, LoadOptions, ModelConfig, ModelFiles, Quantization, SeqSpan, TensorParallel};
 use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
 use safetensors::tensor::{Dtype, TensorView};
@@ -26,6 +26,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         _ => StoredType::Bf16,
     };
     let quantization = args.next().map_or(Ok(Quantization::None), |a| a.parse())?;
+    let tensor_parallel = args.next().map_or(Ok(1), |a| a.parse())?;
     let dir = tempfile::tempdir()?;
     write(dir.path(), layers, kind)?;
     let files = ModelFiles::open(dir.path())?;
@@ -34,11 +35,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let weight_bytes = files.packed_bytes(&config, quantization);
     let options = LoadOptions {
         quantization,
+        tensor_parallel,
         ..LoadOptions::threads(threads)
     };
-    let mut decoder = Decoder::load(&files, config, &options, &())?;
+    let mut decoder = TensorParallel::load(&files, config, &options, &())?;
     println!(
-        "{threads} threads, {}, {layers} layers in {kind}, {} MiB of weights",
+        "{threads} threads on {tensor_parallel} ranks, {}, {layers} layers in {kind}, {} MiB of weights",
         decoder.ops().kernels().isa(),
         weight_bytes >> 20
     );

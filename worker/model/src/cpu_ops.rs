@@ -1,35 +1,59 @@
 //! The op seam on the CPU: weights are packed when they are loaded, activations are plain vectors, every op returns when
 //! it is done. The arithmetic is in `baton-kernels`.
 
+use crate::communicator::Communicator;
 use crate::config::ModelConfig;
 use crate::error::ModelError;
 use crate::mapped::Tensor;
 use crate::ops::{OpResult, Ops, StackedPart, Step};
 use crate::options::Quantization;
+use crate::shard::ShardSlices;
 use baton_kernels::{AttentionSpan, Kernels, PackedMatrix, Pool};
-use std::ops::Range;
 use std::sync::Arc;
 
 /// Runs ops on the CPU.
 pub struct CpuOps {
     kernels: Kernels,
     quantization: Quantization,
-    heads: usize,
-    kv_heads: Range<usize>,
+    slices: ShardSlices,
+    /// To the other ranks, if there are any.
+    communicator: Option<Box<dyn Communicator>>,
     cos: Vec<f32>,
     sin: Vec<f32>,
+    /// This rank's logits, before they are gathered.
+    logits: Vec<f32>,
 }
 
 impl CpuOps {
-    /// On these kernels, for all heads of a model.
+    /// On these kernels, for a whole model.
     pub fn new(kernels: Kernels, config: &ModelConfig, quantization: Quantization) -> Self {
+        Self::with_slices(kernels, ShardSlices::whole(config), quantization, None)
+    }
+
+    /// On these kernels, for one rank's part of a model whose ranks share a KV arena.
+    pub fn sharded(
+        kernels: Kernels,
+        slices: ShardSlices,
+        quantization: Quantization,
+        communicator: Box<dyn Communicator>,
+    ) -> Self {
+        Self::with_slices(kernels, slices, quantization, Some(communicator))
+    }
+
+    fn with_slices(
+        kernels: Kernels,
+        slices: ShardSlices,
+        quantization: Quantization,
+        communicator: Option<Box<dyn Communicator>>,
+    ) -> Self {
         CpuOps {
             kernels,
             quantization,
-            heads: config.heads,
-            kv_heads: 0..config.kv_heads,
+            slices,
+            communicator,
             cos: Vec::new(),
             sin: Vec::new(),
+            logits: Vec::new(),
         }
     }
 
@@ -57,6 +81,17 @@ impl CpuRows {
     }
 }
 
+/// Elements `start..start + out.len()` of a tensor's row, also where `start` cuts a quantised block.
+fn read_slice(tensor: &Tensor, row: usize, start: usize, out: &mut [f32]) {
+    let cut = start % tensor.kind().block_elements();
+    if cut == 0 {
+        return tensor.read_row(row, start, out);
+    }
+    let mut whole = vec![0.0; cut + out.len()];
+    tensor.read_row(row, start - cut, &mut whole);
+    out.copy_from_slice(&whole[cut..]);
+}
+
 fn attention_spans<'a>(step: &Step<'a>) -> Vec<AttentionSpan<'a>> {
     let span = |s: &crate::ops::StepSpan<'a>| AttentionSpan {
         first_row: s.first_row,
@@ -75,6 +110,10 @@ impl Ops for CpuOps {
 
     fn pool(&self) -> Option<Arc<Pool>> {
         Some(self.kernels.pool())
+    }
+
+    fn slices(&self) -> &ShardSlices {
+        &self.slices
     }
 
     fn matrix(&mut self, parts: Vec<StackedPart>, head: bool) -> OpResult<PackedMatrix> {
@@ -96,8 +135,7 @@ impl Ops for CpuOps {
         let row = |n: usize, out: &mut [f32]| {
             let index = starts.partition_point(|s| *s <= n) - 1;
             let part = &parts[index];
-            part.weights
-                .read_row(part.columns.start + n - starts[index], part.k.start, out);
+            read_slice(&part.weights, part.columns.start + n - starts[index], part.k.start, out);
         };
         self.kernels
             .pack(format, columns, k, bias, &row)
@@ -174,7 +212,7 @@ impl Ops for CpuOps {
 
     fn rope_kv_write(&mut self, step: &Step<'_>, layer: usize, qkv: &mut CpuRows) -> OpResult {
         let (spans, arena) = (attention_spans(step), step.kv.arena());
-        let (heads, kv_heads) = (self.heads, self.kv_heads.clone());
+        let (heads, kv_heads) = (self.slices.heads.len(), self.slices.kv_heads_written.clone());
         self.kernels.rope_kv_write(
             &mut qkv.data,
             heads,
@@ -189,13 +227,16 @@ impl Ops for CpuOps {
     }
 
     fn kv_written(&mut self, _layer: usize) -> OpResult {
-        Ok(())
+        match &mut self.communicator {
+            Some(communicator) => communicator.barrier(),
+            None => Ok(()),
+        }
     }
 
     fn attention(&mut self, step: &Step<'_>, layer: usize, qkv: &CpuRows, out: &mut CpuRows) -> OpResult {
         let (spans, arena) = (attention_spans(step), step.kv.arena());
         let out = out.resize(qkv.rows());
-        let (heads, kv_heads) = (self.heads, self.kv_heads.clone());
+        let (heads, kv_heads) = (self.slices.heads.len(), self.slices.kv_heads.clone());
         self.kernels
             .attention(&qkv.data, qkv.width, heads, kv_heads, &spans, layer, &arena, out);
         Ok(())
@@ -215,9 +256,38 @@ impl Ops for CpuOps {
         Ok(())
     }
 
+    fn all_reduce(&mut self, x: &mut CpuRows) -> OpResult {
+        match &mut self.communicator {
+            Some(communicator) => communicator.all_reduce(&mut x.data),
+            None => Ok(()),
+        }
+    }
+
     fn logits(&mut self, x: &CpuRows, head: &PackedMatrix, out: &mut Vec<f32>) -> OpResult {
-        out.resize(x.rows() * head.columns(), 0.0);
-        self.kernels.linear(&x.data, x.rows(), head, out);
-        Ok(())
+        let rows = x.rows();
+        let Some(communicator) = &mut self.communicator else {
+            out.resize(rows * head.columns(), 0.0);
+            self.kernels.linear(&x.data, rows, head, out);
+            return Ok(());
+        };
+        self.logits.resize(rows * head.columns(), 0.0);
+        self.kernels.linear(&x.data, rows, head, &mut self.logits);
+        // Ranks' parts of the vocabulary follow one another in rank order.
+        let vocab = self.slices.vocab_size;
+        let mut column = 0;
+        communicator.gather(&self.logits, &mut |_, part| {
+            out.resize(rows * vocab, 0.0);
+            let width = part.len() / rows;
+            for (to, from) in out.chunks_exact_mut(vocab).zip(part.chunks_exact(width)) {
+                to[column..column + width].copy_from_slice(from);
+            }
+            column += width;
+        })
+    }
+
+    fn abort(&self, reason: &str) {
+        if let Some(communicator) = &self.communicator {
+            communicator.abort(reason);
+        }
     }
 }

@@ -44,24 +44,29 @@ pub struct Decoder<O: Ops = CpuOps> {
 }
 
 impl Decoder<CpuOps> {
-    /// Loads a model for the CPU: checks every tensor and packs the matrices into memory.
+    /// Loads a whole model for the CPU: checks every tensor and packs the matrices into memory.
     ///
     /// # Errors
     /// [`ModelError::Weights`] if a tensor is missing or has another shape than the configuration asks for;
-    /// [`ModelError::DoesNotFit`] if the system refuses the memory.
+    /// [`ModelError::DoesNotFit`] if the system refuses the memory; [`ModelError::TensorParallel`] if more than one rank is
+    /// asked for.
     pub fn load(
         files: &ModelFiles,
         config: ModelConfig,
         options: &LoadOptions,
         progress: &dyn Progress,
     ) -> Result<Self, ModelError> {
+        if options.tensor_parallel != 1 {
+            let reason = "one decoder is one rank; load all of them through `TensorParallel`";
+            return Err(ModelError::TensorParallel(reason.into()));
+        }
         let ops = CpuOps::new(Kernels::new(options.pool()), &config, options.quantization);
         Self::with_ops(ops, files, config, progress)
     }
 }
 
 impl<O: Ops> Decoder<O> {
-    /// Loads a model onto a device.
+    /// Loads onto a device its part of a model.
     ///
     /// # Errors
     /// As [`Decoder::load`], and whatever the device refuses.
@@ -73,15 +78,16 @@ impl<O: Ops> Decoder<O> {
     ) -> Result<Self, ModelError> {
         let weights = Weights::load(&mut ops, files, &config, progress)?;
         let (frequencies, rope_scale) = config.rope.frequencies(config.head_dim);
-        let heads_width = config.heads * config.head_dim;
+        let slices = ops.slices().clone();
+        let (heads_width, inner) = (slices.heads.len() * config.head_dim, slices.inner.len());
         let scratch = Scratch {
             x: ops.rows(config.hidden_size)?,
             normed: ops.rows(config.hidden_size)?,
-            qkv: ops.rows(config.qkv_width())?,
+            qkv: ops.rows(slices.qkv_width(config.head_dim))?,
             attended: ops.rows(heads_width)?,
             delta: ops.rows(config.hidden_size)?,
-            gate_up: ops.rows(2 * config.intermediate_size)?,
-            activated: ops.rows(config.intermediate_size)?,
+            gate_up: ops.rows(2 * inner)?,
+            activated: ops.rows(inner)?,
             last_x: ops.rows(config.hidden_size)?,
             last_attended: ops.rows(heads_width)?,
             logits: Vec::new(),
@@ -117,17 +123,37 @@ impl<O: Ops> Decoder<O> {
     /// `layer_done(layer)` is called, in order, as soon as the batch's K and V of that layer are in memory; the rest
     /// of the layer and the next ones are computed afterwards, so that a transfer can overlap them.
     ///
+    /// One rank of several computes its part, and only rank 0 has logits (see [`TensorParallel`](crate::TensorParallel)).
+    ///
     /// Every token's K, V and logits are bit-identical whatever else is in the batch and however its sequence was
     /// cut into spans. The caller owns the blocks (see [`KvCache`]).
     ///
     /// # Errors
     /// [`ModelError::Batch`] for a batch that does not fit the model or the cache; nothing was computed then.
+    /// [`ModelError::Rank`] if another rank failed.
     pub fn forward(
         &mut self,
         batch: &ForwardBatch,
         kv: &KvCache,
         layer_done: &mut dyn FnMut(usize),
     ) -> Result<Logits<'_>, ModelError> {
+        self.compute(batch, kv, layer_done)?;
+        Ok(self.logits())
+    }
+
+    /// The logits of the last batch that was computed without an error.
+    pub(crate) fn logits(&mut self) -> Logits<'_> {
+        Logits::new(self.config.vocab_size, &mut self.scratch.logits)
+    }
+
+    /// [`Decoder::forward`], leaving the logits for [`Decoder::logits`].
+    pub(crate) fn compute(
+        &mut self,
+        batch: &ForwardBatch,
+        kv: &KvCache,
+        layer_done: &mut dyn FnMut(usize),
+    ) -> Result<(), ModelError> {
+        self.scratch.logits.clear();
         batch.check(&self.config, kv)?;
         let mut spans = Vec::with_capacity(batch.seqs.len());
         let mut wanted = Vec::new();
@@ -152,10 +178,9 @@ impl<O: Ops> Decoder<O> {
         };
         if step.tokens.is_empty() {
             (0..self.config.layers).for_each(layer_done);
-            return Ok(Logits::new(self.config.vocab_size, &mut []));
+            return Ok(());
         }
-        self.run(&step, &wanted, layer_done)?;
-        Ok(Logits::new(self.config.vocab_size, &mut self.scratch.logits))
+        self.run(&step, &wanted, layer_done)
     }
 
     fn run(&mut self, step: &Step<'_>, wanted: &[usize], layer_done: &mut dyn FnMut(usize)) -> Result<(), ModelError> {
@@ -168,7 +193,6 @@ impl<O: Ops> Decoder<O> {
             scratch: s,
         } = self;
         let eps = config.rms_norm_eps;
-        s.logits.clear();
         ops.begin(step, frequencies, *rope_scale)?;
         ops.embed(step, &weights.embedding, &mut s.x)?;
         for (index, layer) in weights.layers.iter().enumerate() {
@@ -194,10 +218,12 @@ impl<O: Ops> Decoder<O> {
                 std::mem::swap(&mut s.attended, &mut s.last_attended);
             }
             ops.linear(&s.attended, &layer.output, &mut s.delta)?;
+            ops.all_reduce(&mut s.delta)?;
             ops.add_rms_norm(&mut s.x, &s.delta, &layer.mlp_norm, eps, &mut s.normed)?;
             ops.linear(&s.normed, &layer.gate_up, &mut s.gate_up)?;
             ops.silu_mul(&s.gate_up, &mut s.activated)?;
             ops.linear(&s.activated, &layer.down, &mut s.delta)?;
+            ops.all_reduce(&mut s.delta)?;
         }
         ops.add_rms_norm(&mut s.x, &s.delta, &weights.norm, eps, &mut s.normed)?;
         ops.logits(&s.normed, &weights.head, &mut s.logits)

@@ -75,6 +75,17 @@ pub enum ModelError {
     /// Weights, KV cache and scratch do not fit the memory at hand.
     #[error("{0}")]
     DoesNotFit(String),
+    /// A model, or the threads at hand, cannot be divided among that many tensor-parallel ranks.
+    #[error("cannot run tensor-parallel: {0}")]
+    TensorParallel(String),
+    /// A tensor-parallel rank failed, and the others with it: the model computes nothing any more.
+    #[error("tensor-parallel rank {rank} failed: {reason}; the worker must be started again")]
+    Rank {
+        /// The first that failed.
+        rank: usize,
+        /// Why.
+        reason: String,
+    },
     /// A batch the decoder cannot compute; a bug of the caller, reported instead of computed wrongly.
     #[error("cannot run this batch: {0}")]
     Batch(String),

@@ -5,6 +5,9 @@
 //! block is one contiguous run (what the layer-by-layer transfer moves), and the heads of one tensor-parallel rank are one
 //! contiguous run of that, so that a transfer between different degrees is a list of such runs.
 //!
+//! The digest does not cover the tensor-parallel degree: the bytes lie the same at any. They are rounded differently, so a
+//! request answered by workers of different degrees is answered right, but not bit for bit as by workers of one.
+//!
 //! Owns no memory and allocates no blocks: the block manager does, in `baton-engine`.
 
 pub use baton_kernels::KvDtype;

@@ -4,7 +4,9 @@
 //! Does not schedule, sample or tokenise: `baton-engine` and `baton-gateway` do. The arithmetic is in `baton-kernels`.
 #![deny(unsafe_code)]
 
+mod affinity;
 mod batch;
+mod communicator;
 mod config;
 mod cpu_ops;
 mod decoder;
@@ -20,11 +22,16 @@ mod memory;
 mod ops;
 mod options;
 mod progress;
+mod reshard;
 mod rope;
+mod shard;
+mod shared_memory;
+mod tensor_parallel;
 mod weights;
 
 pub use batch::{ForwardBatch, Logits, SeqSpan};
 pub use baton_kernels::PoolConfig;
+pub use communicator::Communicator;
 pub use config::{Architecture, ModelConfig};
 pub use cpu_ops::{CpuOps, CpuRows};
 pub use decoder::Decoder;
@@ -38,4 +45,8 @@ pub use memory::{MemoryNeed, available_memory};
 pub use ops::{OpResult, Ops, StackedPart, Step, StepSpan};
 pub use options::{LoadOptions, Quantization};
 pub use progress::{Progress, Stage};
+pub use reshard::{RankBlock, RankRun, reshard};
 pub use rope::{RopeConfig, RopeScaling};
+pub use shard::{Shard, ShardSlices, UNIT};
+pub use shared_memory::SharedMemory;
+pub use tensor_parallel::TensorParallel;

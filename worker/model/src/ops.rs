@@ -1,12 +1,17 @@
 //! The op seam: what a device must be able to do for the decoder. Coarse, batched, in place; a device keeps weights
 //! and activations in its own types and may run asynchronously until [`Ops::kv_written`] or [`Ops::logits`].
 //!
+//! A device computes one rank's part of a model ([`Ops::slices`]); a whole model is the part of a single rank. Ranks differ
+//! only in their parts: the decoder's program is the same on all of them, and they meet in [`Ops::kv_written`],
+//! [`Ops::all_reduce`] and [`Ops::logits`].
+//!
 //! Contract for every op (promise P1): an output row depends only on its own inputs, bit for bit, whatever the other
 //! rows of the batch.
 
 use crate::error::ModelError;
 use crate::kv_cache::KvCache;
 use crate::mapped::Tensor;
+use crate::shard::ShardSlices;
 use baton_kernels::Pool;
 use std::ops::Range;
 use std::sync::Arc;
@@ -52,7 +57,7 @@ pub struct Step<'a> {
 pub type OpResult<T = ()> = Result<T, ModelError>;
 
 /// A device. `Rows` are activations, `[rows, width]` f32; an op sets its output's number of rows.
-pub trait Ops: Send {
+pub trait Ops: Send + 'static {
     /// A weight matrix on the device: parts stacked along the output columns.
     type Matrix: Send;
     /// An embedding table on the device.
@@ -62,6 +67,8 @@ pub trait Ops: Send {
     /// Activations on the device.
     type Rows: Send;
 
+    /// The part of the model that this device holds.
+    fn slices(&self) -> &ShardSlices;
     /// Host threads that idle between forward passes, if there are any.
     fn pool(&self) -> Option<Arc<Pool>> {
         None
@@ -93,9 +100,11 @@ pub trait Ops: Send {
     ) -> OpResult;
     /// `out = x * W^T + bias`.
     fn linear(&mut self, x: &Self::Rows, weights: &Self::Matrix, out: &mut Self::Rows) -> OpResult;
-    /// Rotates Q and K of `qkv` (rows `[q | k | v]`) and writes K and V to `layer` of the arena.
+    /// Rotates Q and K of `qkv` (rows `[q | k | v]`: the rank's query heads, and the K/V heads that it writes) and writes K
+    /// and V to `layer` of the arena.
     fn rope_kv_write(&mut self, step: &Step<'_>, layer: usize, qkv: &mut Self::Rows) -> OpResult;
-    /// Returns when `layer`'s K and V are in the arena's memory, where a transport may read them.
+    /// Returns when `layer`'s K and V of all ranks are in the arena's memory, where a transport, and attention of other
+    /// ranks, may read them.
     fn kv_written(&mut self, layer: usize) -> OpResult;
     /// Causal attention of the Q in `qkv` over the arena.
     fn attention(&mut self, step: &Step<'_>, layer: usize, qkv: &Self::Rows, out: &mut Self::Rows) -> OpResult;
@@ -103,6 +112,10 @@ pub trait Ops: Send {
     fn silu_mul(&mut self, gate_up: &Self::Rows, out: &mut Self::Rows) -> OpResult;
     /// `out[i] = x[rows[i]]`.
     fn gather(&mut self, x: &Self::Rows, rows: &[usize], out: &mut Self::Rows) -> OpResult;
-    /// `x * head^T` to host memory, row by row.
+    /// Replaces `x`, this rank's part of a sum, by the sum over all ranks: the same bits on each.
+    fn all_reduce(&mut self, x: &mut Self::Rows) -> OpResult;
+    /// `x * head^T` of all ranks to rank 0's host memory, row by row; other ranks' `out` is left empty.
     fn logits(&mut self, x: &Self::Rows, head: &Self::Matrix, out: &mut Vec<f32>) -> OpResult;
+    /// Makes the meetings of all ranks fail, now and later: this one cannot go on.
+    fn abort(&self, reason: &str);
 }

@@ -62,21 +62,24 @@ impl std::str::FromStr for Quantization {
 /// How to load a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadOptions {
-    /// Compute threads, the one that calls [`Decoder::forward`](crate::Decoder::forward) included.
+    /// Compute threads of all ranks together, the one that calls `forward` included.
     pub threads: usize,
     /// Whether threads may spin between jobs (see [`PoolConfig::spin`]).
     pub spin: bool,
     /// What the weights become.
     pub quantization: Quantization,
+    /// Ranks the model is divided among (see [`TensorParallel`](crate::TensorParallel)); 1 for a whole model.
+    pub tensor_parallel: usize,
 }
 
 impl LoadOptions {
-    /// Weights as stored, on this many threads.
+    /// A whole model, weights as stored, on this many threads.
     pub fn threads(threads: usize) -> Self {
         LoadOptions {
             threads,
             spin: true,
             quantization: Quantization::None,
+            tensor_parallel: 1,
         }
     }
 

@@ -1,6 +1,7 @@
 //! How long work (downloading, hashing, loading) tells whoever started it how far it is. Draws nothing.
 
 use std::fmt;
+use std::sync::{Mutex, PoisonError};
 
 /// What is being done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,5 +38,32 @@ impl Progress for () {
 impl<F: Fn(Stage<'_>, u64, u64) + Send + Sync> Progress for F {
     fn update(&self, stage: Stage<'_>, done: u64, total: u64) {
         self(stage, done, total)
+    }
+}
+
+/// Several ranks that do the same work at once, seen as one: their mean.
+pub(crate) struct SharedProgress<'a> {
+    progress: &'a dyn Progress,
+    /// Bytes each rank has done. Held while telling, so that what is told only grows.
+    done: Mutex<Vec<u64>>,
+}
+
+impl<'a> SharedProgress<'a> {
+    pub fn new(progress: &'a dyn Progress, ranks: usize) -> Self {
+        SharedProgress {
+            progress,
+            done: Mutex::new(vec![0; ranks]),
+        }
+    }
+
+    /// The progress of one rank, all of whose stages have the same total.
+    pub fn rank(&self, rank: usize) -> impl Progress {
+        move |stage: Stage<'_>, done: u64, total: u64| {
+            let mut all = self.done.lock().unwrap_or_else(PoisonError::into_inner);
+            all[rank] = done;
+            let sum: u128 = all.iter().map(|d| u128::from(*d)).sum();
+            let mean = u64::try_from(sum / all.len() as u128).unwrap_or(u64::MAX);
+            self.progress.update(stage, mean, total);
+        }
     }
 }

@@ -1,4 +1,5 @@
-//! A model's weights by name: which tensors make up which matrix, for all supported families.
+//! A model's weights by name: which tensors, or which of their columns or rows, make up which matrix of a rank, for all
+//! supported families.
 
 use crate::config::ModelConfig;
 use crate::error::ModelError;
@@ -6,6 +7,8 @@ use crate::files::{EMBEDDING, HEAD, ModelFiles};
 use crate::mapped::Tensor;
 use crate::ops::{Ops, StackedPart};
 use crate::progress::{Progress, Stage};
+use crate::shard::{ShardSlices, UNIT};
+use std::ops::Range;
 
 /// One transformer layer on a device.
 pub(crate) struct LayerWeights<O: Ops> {
@@ -32,9 +35,20 @@ impl<O: Ops> Weights<O> {
         config: &ModelConfig,
         progress: &dyn Progress,
     ) -> Result<Self, ModelError> {
-        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let q = config.heads * config.head_dim;
-        let kv = config.kv_heads * config.head_dim;
+        let slices = ops.slices().clone();
+        let ShardSlices {
+            shard,
+            heads,
+            kv_heads_written,
+            ..
+        } = &slices;
+        let (hidden, dim) = (config.hidden_size, config.head_dim);
+        let whole = || Cut::whole(hidden);
+        let q = || Cut::heads(config.heads, heads, dim);
+        let kv = || Cut::heads(config.kv_heads, kv_heads_written, dim);
+        let inner = || Cut::new(config.intermediate_size, slices.inner.clone());
+        // The bias of a sum over all ranks is added by one of them.
+        let adds_bias = shard.rank() == 0;
         let mut loader = Loader {
             ops,
             files,
@@ -46,21 +60,28 @@ impl<O: Ops> Weights<O> {
             let name = |part: &str| format!("model.layers.{index}.{part}");
             let attention = |part: &str| name(&format!("self_attn.{part}_proj"));
             let mlp = |part: &str| name(&format!("mlp.{part}_proj"));
-            let qkv = [(attention("q"), q), (attention("k"), kv), (attention("v"), kv)];
+            let qkv = [(attention("q"), q()), (attention("k"), kv()), (attention("v"), kv())];
+            let gate_up = [(mlp("gate"), inner()), (mlp("up"), inner())];
             Ok(LayerWeights {
                 input_norm: loader.vector(&name("input_layernorm.weight"), hidden)?,
-                qkv: loader.matrix(&qkv, hidden, config.qkv_bias)?,
-                output: loader.matrix(&[(attention("o"), hidden)], q, config.output_bias)?,
+                qkv: loader.matrix(&qkv, &whole(), config.qkv_bias, false)?,
+                output: loader.matrix(
+                    &[(attention("o"), whole())],
+                    &q(),
+                    config.output_bias && adds_bias,
+                    false,
+                )?,
                 mlp_norm: loader.vector(&name("post_attention_layernorm.weight"), hidden)?,
-                gate_up: loader.matrix(&[(mlp("gate"), inner), (mlp("up"), inner)], hidden, config.mlp_bias)?,
-                down: loader.matrix(&[(mlp("down"), hidden)], inner, config.mlp_bias)?,
+                gate_up: loader.matrix(&gate_up, &whole(), config.mlp_bias, false)?,
+                down: loader.matrix(&[(mlp("down"), whole())], &inner(), config.mlp_bias && adds_bias, false)?,
             })
         });
         let layers = layers.collect::<Result<Vec<_>, ModelError>>()?;
         let norm = loader.vector("model.norm.weight", hidden)?;
         let head = if config.tied_embeddings { EMBEDDING } else { HEAD };
         let head = head.trim_end_matches(".weight");
-        let head = loader.load_matrix(&[(head, config.vocab_size)], hidden, false, true)?;
+        let vocab = Cut::new(config.vocab_size, slices.vocab.clone());
+        let head = loader.matrix(&[(head, vocab)], &whole(), false, true)?;
         let embedding = files.need(EMBEDDING, &[config.vocab_size, hidden])?;
         let embedding = loader.ops.table(embedding)?;
         progress.update(Stage::Load, loader.total, loader.total);
@@ -73,6 +94,33 @@ impl<O: Ops> Weights<O> {
     }
 }
 
+/// A dimension of a tensor, and the part of it that is taken.
+struct Cut {
+    total: usize,
+    taken: Range<usize>,
+}
+
+impl Cut {
+    fn new(total: usize, taken: Range<usize>) -> Self {
+        Cut { total, taken }
+    }
+
+    fn whole(total: usize) -> Self {
+        Cut::new(total, 0..total)
+    }
+
+    /// Some of `total` heads of `dim` elements.
+    fn heads(total: usize, heads: &Range<usize>, dim: usize) -> Self {
+        Cut::new(total * dim, heads.start * dim..heads.end * dim)
+    }
+
+    /// Whether no quantised group of `UNIT` elements is cut.
+    fn keeps_groups(&self) -> bool {
+        let ends = [self.taken.start, self.taken.end];
+        ends.iter().all(|end| end.is_multiple_of(UNIT) || *end == self.total)
+    }
+}
+
 struct Loader<'a, O: Ops> {
     ops: &'a mut O,
     files: &'a ModelFiles,
@@ -82,33 +130,39 @@ struct Loader<'a, O: Ops> {
 }
 
 impl<O: Ops> Loader<'_, O> {
-    fn matrix<N: AsRef<str>>(&mut self, parts: &[(N, usize)], k: usize, bias: bool) -> Result<O::Matrix, ModelError> {
-        self.load_matrix(parts, k, bias, false)
-    }
-
-    fn load_matrix<N: AsRef<str>>(
+    /// Parts stacked along the columns (one of no columns is left out), all cut alike along `k`.
+    fn matrix<N: AsRef<str>>(
         &mut self,
-        parts: &[(N, usize)],
-        k: usize,
+        parts: &[(N, Cut)],
+        k: &Cut,
         bias: bool,
         head: bool,
     ) -> Result<O::Matrix, ModelError> {
-        let load = |(name, columns): &(N, usize)| {
+        let load = |(name, columns): &(N, Cut)| {
             let name = name.as_ref();
-            let weights = self.files.need(&format!("{name}.weight"), &[*columns, k])?;
+            let weights = self.files.need(&format!("{name}.weight"), &[columns.total, k.total])?;
+            if !weights.kind().is_float() && !k.keeps_groups() {
+                return Err(ModelError::TensorParallel(format!(
+                    "a rank's part of `{name}` would cut its quantised groups of {UNIT}; choose another degree"
+                )));
+            }
             let bias = match bias {
-                true => Some(self.files.need(&format!("{name}.bias"), &[*columns])?.to_f32()),
+                true => {
+                    let all = self.files.need(&format!("{name}.bias"), &[columns.total])?.to_f32();
+                    Some(all[columns.taken.clone()].to_vec())
+                }
                 false => None,
             };
             Ok(StackedPart {
                 weights,
-                columns: 0..*columns,
-                k: 0..k,
+                columns: columns.taken.clone(),
+                k: k.taken.clone(),
                 bias,
             })
         };
         let parts = parts.iter().map(load).collect::<Result<Vec<_>, ModelError>>()?;
         let tensors: Vec<Tensor> = parts.iter().map(|p| p.weights.clone()).collect();
+        let parts = parts.into_iter().filter(|p| !p.columns.is_empty()).collect();
         let matrix = self.ops.matrix(parts, head)?;
         for tensor in tensors {
             self.done += tensor.stored_bytes().len() as u64;

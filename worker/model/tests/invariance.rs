@@ -2,7 +2,7 @@
 
 mod common;
 
-use baton_model::{ForwardBatch, KvHalf, Quantization, SeqSpan};
+use baton_model::{ForwardBatch, KvHalf, LoadOptions, Quantization, SeqSpan};
 use common::{BLOCK, Runner, Spec, argmax, bits, prompt};
 use safetensors::tensor::Dtype;
 
@@ -37,8 +37,7 @@ fn generate(runner: &mut Runner, prompt_tokens: &[u32], chunk: usize, mates: &[V
     rows
 }
 
-#[test]
-fn a_request_has_the_same_bits_alone_batched_chunked_and_on_any_threads() {
+fn has_the_same_bits_alone_batched_chunked_and_on_any_threads(ranks: usize, all_threads: &[usize]) {
     let formats = [
         (Dtype::F32, Quantization::None),
         (Dtype::BF16, Quantization::None),
@@ -52,14 +51,18 @@ fn a_request_has_the_same_bits_alone_batched_chunked_and_on_any_threads() {
         spec.write(dir.path(), 21);
         let tokens = prompt(53, spec.vocab, 4);
         let mates: Vec<Vec<u32>> = (0..9).map(|i| prompt(1 + 7 * i, spec.vocab, 50 + i as u64)).collect();
-        let alone = generate(
-            &mut Runner::quantized(dir.path(), 1, 64, quantization),
-            &tokens,
-            usize::MAX,
-            &[],
-        );
-        for threads in [1, 2, 3] {
-            let mut runner = Runner::quantized(dir.path(), threads, 512, quantization);
+        let runner = |threads: usize, blocks: u32| {
+            let options = LoadOptions {
+                quantization,
+                tensor_parallel: ranks,
+                ..LoadOptions::threads(threads)
+            };
+            Runner::with_options(dir.path(), blocks, &options)
+        };
+        let alone = generate(&mut runner(ranks, 64), &tokens, usize::MAX, &[]);
+        for threads in all_threads {
+            let mut runner = runner(*threads, 512);
+            assert_eq!(runner.model.ranks(), ranks);
             for chunk in [1, 5, 16, 53] {
                 assert_eq!(
                     generate(&mut runner, &tokens, chunk, &[]),
@@ -79,6 +82,16 @@ fn a_request_has_the_same_bits_alone_batched_chunked_and_on_any_threads() {
             );
         }
     }
+}
+
+#[test]
+fn a_request_has_the_same_bits_alone_batched_chunked_and_on_any_threads() {
+    has_the_same_bits_alone_batched_chunked_and_on_any_threads(1, &[1, 2, 3]);
+}
+
+#[test]
+fn so_it_has_on_two_ranks() {
+    has_the_same_bits_alone_batched_chunked_and_on_any_threads(2, &[2, 3, 4]);
 }
 
 #[test]
@@ -114,7 +127,12 @@ fn layer_done_comes_in_order_and_finds_the_layer_complete() {
     let spec = Spec::llama();
     let dir = tempfile::tempdir().unwrap();
     spec.write(dir.path(), 23);
-    let mut runner = Runner::open(dir.path(), 2, 8);
+    // Two ranks: a layer is done when both have written their heads.
+    let options = LoadOptions {
+        tensor_parallel: 2,
+        ..LoadOptions::threads(2)
+    };
+    let mut runner = Runner::with_options(dir.path(), 8, &options);
     let (kv, geometry) = (runner.kv.clone(), runner.kv.geometry());
     for logits in [true, false] {
         let seqs = vec![SeqSpan {
@@ -143,7 +161,7 @@ fn layer_done_comes_in_order_and_finds_the_layer_complete() {
             bytes
         };
         let rows = runner
-            .decoder
+            .model
             .forward(&batch, &kv, &mut |layer| seen.push((layer, read(layer))))
             .unwrap()
             .rows();
@@ -151,7 +169,9 @@ fn layer_done_comes_in_order_and_finds_the_layer_complete() {
         assert_eq!(seen.len(), spec.layers);
         for (index, (layer, bytes)) in seen.into_iter().enumerate() {
             assert_eq!(layer, index);
-            assert!(bytes.iter().any(|b| *b != 0));
+            // Of every head: the second rank's too.
+            let head_bytes = bytes.len() / geometry.kv_heads / 2;
+            assert!(bytes.chunks(head_bytes / 2).all(|head| head.iter().any(|b| *b != 0)));
             assert_eq!(bytes, read(layer), "layer {layer} changed after it was said to be done");
         }
         // Zeroed again for the second round.
@@ -187,14 +207,14 @@ fn batches_that_do_not_fit_are_refused() {
     ];
     for (tokens, seqs, wanted) in cases {
         let error = runner
-            .decoder
+            .model
             .forward(&ForwardBatch { tokens, seqs }, &kv, &mut |_| {})
             .unwrap_err()
             .to_string();
         assert!(error.contains(wanted), "{error}");
     }
     let rows = runner
-        .decoder
+        .model
         .forward(&ForwardBatch::default(), &kv, &mut |_| {})
         .unwrap()
         .rows();

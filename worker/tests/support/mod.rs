@@ -150,6 +150,7 @@ impl Cell {
             advertise_ip: None,
             identity_dir: self.dir.path().into(),
             threads: 1,
+            tensor_parallel: 1,
             quantization: Default::default(),
             cores_shared: false,
             kv_bytes: 1 << 20,

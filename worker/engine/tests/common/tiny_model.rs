@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use baton_engine::{Engine, ModelEngine, SchedulerConfig};
-use baton_model::{LoadOptions, ModelConfig, ModelFiles, Quantization};
+use baton_model::{LoadOptions, ModelConfig, ModelFiles};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use safetensors::tensor::{Dtype, TensorView};
@@ -20,16 +20,15 @@ pub struct TinyModel {
     _dir: tempfile::TempDir,
     files: ModelFiles,
     config: ModelConfig,
-    quantization: Quantization,
 }
 
 impl TinyModel {
     pub fn new(seed: u64) -> Self {
-        Self::of(seed, Dtype::F32, Quantization::None)
+        Self::of(seed, Dtype::F32)
     }
 
-    /// Stored as `dtype` (f32, f16 or bf16) and loaded with this quantisation.
-    pub fn of(seed: u64, dtype: Dtype, quantization: Quantization) -> Self {
+    /// Stored as `dtype`: f32, f16 or bf16.
+    pub fn of(seed: u64, dtype: Dtype) -> Self {
         let name = match dtype {
             Dtype::BF16 => "bfloat16",
             Dtype::F16 => "float16",
@@ -73,22 +72,22 @@ impl TinyModel {
         TinyModel {
             files: ModelFiles::open(dir.path()).expect("readable"),
             config: ModelConfig::from_dir(dir.path()).expect("supported"),
-            quantization,
             _dir: dir,
         }
     }
 
     /// An engine as large as the scheduler believes.
     pub fn engine(&self, config: &SchedulerConfig, threads: usize) -> Box<dyn Engine> {
+        self.engine_with(config, &LoadOptions::threads(threads))
+    }
+
+    pub fn engine_with(&self, config: &SchedulerConfig, options: &LoadOptions) -> Box<dyn Engine> {
         let engine = ModelEngine::load(
             &self.files,
             self.config.clone(),
             config.block_size,
             config.total_blocks,
-            &LoadOptions {
-                quantization: self.quantization,
-                ..LoadOptions::threads(threads)
-            },
+            options,
             &(),
         );
         Box::new(engine.expect("loads"))

@@ -3,7 +3,7 @@
 
 pub mod gguf;
 
-use baton_model::{Decoder, ForwardBatch, KvCache, LoadOptions, ModelConfig, ModelFiles, Quantization, SeqSpan};
+use baton_model::{ForwardBatch, KvCache, LoadOptions, ModelConfig, ModelFiles, Quantization, SeqSpan, TensorParallel};
 use half::{bf16, f16};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -109,11 +109,19 @@ impl Spec {
             add("post_attention_layernorm.weight", &[d]);
             for (name, width) in [("q", q), ("k", kv), ("v", kv)] {
                 add(&format!("self_attn.{name}_proj.weight"), &[width, d]);
-                if self.architecture == "Qwen2ForCausalLM" {
+                if self.architecture == "Qwen2ForCausalLM" || self.extra["attention_bias"] == true {
                     add(&format!("self_attn.{name}_proj.bias"), &[width]);
                 }
             }
             add("self_attn.o_proj.weight", &[d, q]);
+            if self.extra["attention_bias"] == true {
+                add("self_attn.o_proj.bias", &[d]);
+            }
+            if self.extra["mlp_bias"] == true {
+                for (name, width) in [("gate", self.inner), ("up", self.inner), ("down", d)] {
+                    add(&format!("mlp.{name}_proj.bias"), &[width]);
+                }
+            }
             add("mlp.gate_proj.weight", &[self.inner, d]);
             add("mlp.up_proj.weight", &[self.inner, d]);
             add("mlp.down_proj.weight", &[d, self.inner]);
@@ -177,9 +185,9 @@ impl Spec {
     }
 }
 
-/// A decoder, its cache, and sequences with interleaved blocks.
+/// A model, its cache, and sequences with interleaved blocks.
 pub struct Runner {
-    pub decoder: Decoder,
+    pub model: TensorParallel,
     pub kv: KvCache,
     pub tables: Vec<Vec<u32>>,
     pub lengths: Vec<usize>,
@@ -192,16 +200,23 @@ impl Runner {
     }
 
     pub fn quantized(dir: &Path, threads: usize, blocks: u32, quantization: Quantization) -> Self {
+        Self::with_options(
+            dir,
+            blocks,
+            &LoadOptions {
+                quantization,
+                ..LoadOptions::threads(threads)
+            },
+        )
+    }
+
+    pub fn with_options(dir: &Path, blocks: u32, options: &LoadOptions) -> Self {
         let config = ModelConfig::from_dir(dir).unwrap();
         let files = ModelFiles::open(dir).unwrap();
         let kv = KvCache::allocate(config.kv_geometry(BLOCK), blocks).unwrap();
-        let options = LoadOptions {
-            quantization,
-            ..LoadOptions::threads(threads)
-        };
-        let decoder = Decoder::load(&files, config, &options, &()).unwrap();
+        let model = TensorParallel::load(&files, config, options, &()).unwrap();
         Runner {
-            decoder,
+            model,
             kv,
             tables: vec![],
             lengths: vec![],
@@ -236,7 +251,7 @@ impl Runner {
                 logits: true,
             });
         }
-        let logits = self.decoder.forward(&batch, &self.kv, &mut |_| {}).unwrap();
+        let logits = self.model.forward(&batch, &self.kv, &mut |_| {}).unwrap();
         (0..logits.rows()).map(|row| logits.row(row).to_vec()).collect()
     }
 }
