@@ -58,9 +58,9 @@ pub struct WorkerConfig {
     #[serde(default)]
     pub threads: usize,
     /// Ranks that the model is divided among, each with its share of the threads: its own weights and heads, on cores of
-    /// its own where the worker has the machine to itself. 1, a model in one piece, is fastest unless memory is far
-    /// from some cores. Workers of different degrees can hand blocks over, but round differently: give all workers of a
-    /// model the same degree if an answer must not depend on who computes it.
+    /// its own where the worker has the machine to itself. 1 keeps the model in one piece: where all cores have the
+    /// memory equally near, more are about as fast. Workers of different degrees can hand blocks over, but round
+    /// differently: give all workers of a model the same degree if an answer must not depend on who computes it.
     #[serde(default = "default_tensor_parallel")]
     pub tensor_parallel: usize,
     /// What weight matrices become when they are loaded: `none` (as stored), `int8` (W8A8) or `int4`. Workers that hand

@@ -1,14 +1,19 @@
 //! Measures the decoder on random weights of the Qwen2.5-0.5B shape: prefill and decode tokens per second.
 //!
-//! `cargo run --release -p baton-model --example speed [threads] [layers] [f32|bf16|f16] [none|int8|int4] [ranks]`
+//! `cargo run --release -p baton-model --example speed [threads] [layers] [f32|bf16|f16] [none|int8|int4] [ranks]`;
+//! `ranks` is a tensor-parallel degree, or several to be compared, such as `1,2`
 
 use baton_kernels::StoredType;
-use baton_model::{ForwardBatch, KvCache, LoadOptions, ModelConfig, ModelFiles, Quantization, SeqSpan, TensorParallel};
+use baton_model::{
+    ForwardBatch, KvCache, LoadOptions, ModelConfig, ModelError, ModelFiles, Quantization, SeqSpan, TensorParallel,
+};
 use rand::rngs::SmallRng;
 use rand::{RngCore, SeedableRng};
 use safetensors::tensor::{Dtype, TensorView};
 use std::time::Instant;
 
+/// Turns per measurement.
+const ROUNDS: usize = 11;
 const VOCAB: usize = 151_936;
 const HIDDEN: usize = 896;
 const INNER: usize = 4864;
@@ -26,72 +31,101 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         _ => StoredType::Bf16,
     };
     let quantization = args.next().map_or(Ok(Quantization::None), |a| a.parse())?;
-    let tensor_parallel = args.next().map_or(Ok(1), |a| a.parse())?;
+    let ranks: Vec<usize> = args
+        .next()
+        .unwrap_or_else(|| "1".into())
+        .split(',')
+        .map(str::parse)
+        .collect::<Result<_, _>>()?;
     let dir = tempfile::tempdir()?;
     write(dir.path(), layers, kind)?;
     let files = ModelFiles::open(dir.path())?;
     let config = ModelConfig::from_dir(dir.path())?;
     let kv = KvCache::allocate(config.kv_geometry(16), 1024)?;
     let weight_bytes = files.packed_bytes(&config, quantization);
-    let options = LoadOptions {
-        quantization,
-        tensor_parallel,
-        ..LoadOptions::threads(threads)
-    };
-    let mut decoder = TensorParallel::load(&files, config, &options, &())?;
+    let mut models = Vec::new();
+    for &tensor_parallel in &ranks {
+        let options = LoadOptions {
+            quantization,
+            tensor_parallel,
+            ..LoadOptions::threads(threads)
+        };
+        models.push(TensorParallel::load(&files, config.clone(), &options, &())?);
+    }
     println!(
-        "{threads} threads on {tensor_parallel} ranks, {}, {layers} layers in {kind}, {} MiB of weights",
-        decoder.ops().kernels().isa(),
+        "{threads} threads, {}, {layers} layers in {kind}, {} MiB of weights; medians of {ROUNDS} turns",
+        models[0].ops().kernels().isa(),
         weight_bytes >> 20
     );
     for (prompt, chunk) in [(512, 512), (2048, 512)] {
         let blocks: Vec<u32> = (0..(prompt as u32 + 64) / 16).collect();
-        let start = Instant::now();
-        for at in (0..prompt).step_by(chunk) {
-            let tokens = (at..at + chunk).map(|t| (t * 37 % VOCAB) as u32).collect();
-            let logits = at + chunk == prompt;
-            let seqs = vec![SeqSpan {
-                start_pos: at,
-                len: chunk,
-                blocks: blocks.clone(),
-                logits,
-            }];
-            decoder.forward(&ForwardBatch { tokens, seqs }, &kv, &mut |_| {})?;
+        let turn = |model: &mut TensorParallel| {
+            for at in (0..prompt).step_by(chunk) {
+                let tokens = (at..at + chunk).map(|t| (t * 37 % VOCAB) as u32).collect();
+                let logits = at + chunk == prompt;
+                let seqs = vec![SeqSpan {
+                    start_pos: at,
+                    len: chunk,
+                    blocks: blocks.clone(),
+                    logits,
+                }];
+                model.forward(&ForwardBatch { tokens, seqs }, &kv, &mut |_| {})?;
+            }
+            Ok(())
+        };
+        for (ranks, seconds) in ranks.iter().zip(medians(&mut models, turn)?) {
+            println!(
+                "{ranks} ranks: prefill {prompt:5} in chunks of {chunk}: {:8.1} tokens/s",
+                prompt as f64 / seconds
+            );
         }
-        let seconds = start.elapsed().as_secs_f64();
-        println!(
-            "prefill {prompt:5} in chunks of {chunk}: {:8.1} tokens/s",
-            prompt as f64 / seconds
-        );
     }
     for (batch, depth) in [(1, 64), (1, 4096), (16, 64), (32, 64)] {
-        let steps = 16;
+        let steps = 8;
         let span = |i: u32, at: usize| SeqSpan {
             start_pos: at,
             len: 1,
             blocks: (i * 8..i * 8 + (at as u32 / 16) + 1).collect(),
             logits: true,
         };
-        let start = Instant::now();
-        for step in 0..steps {
-            let seqs = (0..batch).map(|i| span(i, depth + step)).collect();
-            decoder.forward(
-                &ForwardBatch {
-                    tokens: (0..batch).collect(),
-                    seqs,
-                },
-                &kv,
-                &mut |_| {},
-            )?;
+        let turn = |model: &mut TensorParallel| {
+            for step in 0..steps {
+                let seqs = (0..batch).map(|i| span(i, depth + step)).collect();
+                let tokens = (0..batch).collect();
+                model.forward(&ForwardBatch { tokens, seqs }, &kv, &mut |_| {})?;
+            }
+            Ok(())
+        };
+        for (ranks, seconds) in ranks.iter().zip(medians(&mut models, turn)?) {
+            let per_step = seconds / steps as f64;
+            println!(
+                "{ranks} ranks: decode batch {batch:3} at depth {depth:5}: {:8.1} tokens/s, {:5.1} GB/s of weights",
+                f64::from(batch) / per_step,
+                weight_bytes as f64 / per_step / 1e9
+            );
         }
-        let per_step = start.elapsed().as_secs_f64() / steps as f64;
-        println!(
-            "decode batch {batch:3} at depth {depth:5}: {:8.1} tokens/s, {:5.1} GB/s of weights",
-            f64::from(batch) / per_step,
-            weight_bytes as f64 / per_step / 1e9
-        );
     }
     Ok(())
+}
+
+/// Median seconds of a turn of each model. They take turns, so that what else the machine does slows them down alike.
+fn medians(
+    models: &mut [TensorParallel],
+    turn: impl Fn(&mut TensorParallel) -> Result<(), ModelError>,
+) -> Result<Vec<f64>, ModelError> {
+    let mut seconds = vec![Vec::new(); models.len()];
+    for _ in 0..ROUNDS {
+        for (model, seconds) in models.iter_mut().zip(&mut seconds) {
+            let start = Instant::now();
+            turn(model)?;
+            seconds.push(start.elapsed().as_secs_f64());
+        }
+    }
+    let median = |mut all: Vec<f64>| {
+        all.sort_by(f64::total_cmp);
+        all[all.len() / 2]
+    };
+    Ok(seconds.into_iter().map(median).collect())
 }
 
 /// Random small weights: their values do not matter to speed, only that they are normal numbers.

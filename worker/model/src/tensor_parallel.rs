@@ -70,7 +70,7 @@ impl<O: Ops> From<Decoder<O>> for TensorParallel<O> {
 
 impl TensorParallel<CpuOps> {
     /// Loads a model for the CPU on as many ranks as the options say, all at once, and divides the threads between them. Each
-    /// rank packs its part only. If there are as many threads as this process has cores, a rank's threads are pinned to
+    /// rank packs its part only. If there are as many threads as this process has cores, and they may spin, a rank's threads are pinned to
     /// cores of their own (the caller's thread for the time of a `forward`).
     ///
     /// # Errors
@@ -96,7 +96,8 @@ impl TensorParallel<CpuOps> {
             .map(|rank| options.threads / size + usize::from(rank < options.threads % size))
             .collect();
         let spin = options.spin && options.threads <= std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        let cores = Cores::divide(&threads);
+        // Cores that others use as well are left to the system.
+        let cores = if options.spin { Cores::divide(&threads) } else { None };
         let shared = SharedProgress::new(progress, size);
         let ends = slices.into_iter().zip(SharedMemory::group(size, spin));
         let loaded = std::thread::scope(|scope| {
