@@ -217,8 +217,8 @@ fn bf16_subnormals(random: &mut Random) -> Result<String, String> {
     Ok("as operands and as results".into())
 }
 
-/// Within a tile of `k`, even and odd `k` have a chain of multiply-adds each; their sum is added to the accumulator. Not
-/// part of the kernels' contract, so no failure.
+/// Within a tile of `k`, even and odd `k` have a chain of multiply-adds each; their sum is added to the accumulator.
+/// Not part of the kernels' contract, so no failure.
 fn bf16_manual_order(random: &mut Random) -> Result<String, String> {
     let mut session = session();
     let case = Bf16::new(random, 20, 8);
@@ -413,6 +413,9 @@ fn compare<T: PartialEq + std::fmt::Debug>(got: &[T], want: &[T], what: &str) ->
     }
 }
 
+/// A multiple of every page size.
+const FENCE_BYTES: usize = 64 << 10;
+
 /// Bytes that end where a page begins that can be neither read nor written.
 struct Fenced {
     at: *mut u8,
@@ -424,10 +427,9 @@ struct Fenced {
 impl Fenced {
     /// Filled with ones: a NaN or -1, whatever is read from it unwritten.
     fn new(bytes: usize) -> Self {
-        let page = rustix::param::page_size();
-        let usable = bytes.next_multiple_of(page);
-        let mapped = usable + page;
-        // SAFETY: a fresh mapping; the last page and the `bytes` before it lie inside.
+        let usable = bytes.next_multiple_of(FENCE_BYTES);
+        let mapped = usable + FENCE_BYTES;
+        // SAFETY: a fresh mapping; the fence and the `bytes` before it lie inside.
         unsafe {
             let map = mmap_anonymous(
                 std::ptr::null_mut(),
@@ -436,7 +438,7 @@ impl Fenced {
                 MapFlags::PRIVATE,
             )
             .expect("memory");
-            mprotect(map.byte_add(usable), page, MprotectFlags::empty()).expect("a fence");
+            mprotect(map.byte_add(usable), FENCE_BYTES, MprotectFlags::empty()).expect("a fence");
             let at = map.cast::<u8>().add(usable - bytes);
             at.write_bytes(0xFF, bytes);
             Fenced { at, bytes, map, mapped }

@@ -1,6 +1,7 @@
-//! Matrix products on Intel's AMX tiles (Sapphire Rapids and later): up to 32 token rows against one panel of 64 output
-//! columns, in int8 with exact i32 sums or in bf16 with f32 sums. Weights come packed in panels, accumulators go out raw:
-//! scales, the correction of the weights' bias, and everything else around the product are the caller's.
+//! Matrix products on Intel's AMX tiles (Sapphire Rapids and later): up to 32 token rows against one panel of 64
+//! output columns, in int8 with exact i32 sums or in bf16 with f32 sums. Weights come packed in panels, accumulators
+//! go out raw: scales, the correction of the weights' bias, and everything else around the product are the caller's.
+//! No AVX-512 is needed or used here.
 //!
 //! Elsewhere than on x86-64 Linux, and on CPUs without AMX, [`TileSession::begin`] returns `None`.
 

@@ -53,9 +53,9 @@ struct TileConfig {
     rows: [u8; 16],
 }
 
-/// The columns of one 16-column tile of the panel, `$column` bytes into each step: loads them into `$tile` and prefetches
-/// the same lines of the steps 8 KiB on, which is two tiles of `k` (at the 10 to 20 GB/s of one core, longer than memory
-/// takes to answer). `$lines` are the steps' offsets.
+/// The columns of one 16-column tile of the panel, `$column` bytes into each step: loads them into `$tile` and
+/// prefetches the same lines of the steps 8 KiB on, which is two tiles of `k` (at the 10 to 20 GB/s of one core, longer
+/// than memory takes to answer). `$lines` are the steps' offsets.
 macro_rules! load_weights {
     ($tile:literal, $column:literal, $lines:literal) => {
         concat!(
@@ -286,8 +286,8 @@ impl TileSession {
         }
     }
 
-    /// `acc[m][n] = sum over k of x[m][k] * panel[k][n]` for bf16 operands (their bits as u16) and f32 sums, in the order
-    /// that the module describes. Subnormal operands count as zero and subnormal results become zero.
+    /// `acc[m][n] = sum over k of x[m][k] * panel[k][n]` for bf16 operands (their bits as u16) and f32 sums, in the
+    /// order that the module describes. Subnormal operands count as zero and subnormal results become zero.
     ///
     /// * `x`: `rows` (1 to 32) rows of `2 * k2_steps` bf16, `x_stride` bf16 apart; for the stride see `tile_i8`.
     /// * `panel`: `k2_steps` (16 or a multiple of it) times `[64 columns][2 k]` bf16; fastest on a 64-byte boundary.
