@@ -126,6 +126,7 @@ def measure(args, server, side, round_, raw):
             )
             report |= {"side": side, "case": case, "round": round_}
             report.pop("url")
+            report["model"] = Path(report["model"]).name
             raw.write(json.dumps(report) + "\n")
             raw.flush()
             print(f"{side}, {case}: {report['output_tokens_per_s']:.1f} tokens/s out", file=sys.stderr, flush=True)

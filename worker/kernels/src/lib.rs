@@ -10,7 +10,6 @@
 //! Knows nothing of models, files or block ownership: `baton-model` does.
 
 mod activation;
-#[allow(dead_code, unused_imports)] // its caller, the linear layer for AMX, is written beside it
 mod amx;
 mod attention;
 mod ggml;
