@@ -43,7 +43,7 @@ impl MemoryNeed {
     /// The same on `ranks` tensor-parallel ranks: what each of them has whole, and the buffers they meet in.
     pub fn on_ranks(mut self, config: &ModelConfig, ranks: usize, batch_tokens: usize, logit_rows: usize) -> Self {
         if ranks > 1 {
-            let per_token = (5 * ranks - 3).saturating_mul(config.hidden_size) as u64;
+            let per_token = (5usize.saturating_mul(ranks) - 3).saturating_mul(config.hidden_size) as u64;
             let floats = per_token
                 .saturating_mul(batch_tokens as u64)
                 .saturating_add((2 * config.vocab_size as u64).saturating_mul(logit_rows as u64));
