@@ -100,7 +100,7 @@ async fn session(cluster: &Arc<Cluster>, mut reports: Streaming<WorkerReport>, o
                 fail(orders, Status::invalid_argument("a second Register on one stream")).await;
                 break;
             }
-            Ok(Some(None)) => tracing::debug!(%worker_id, "a report of a kind this version does not know"),
+            Ok(Some(_)) => tracing::debug!(%worker_id, "a report of a kind this version does not know"),
             Ok(None) | Err(_) => break,
         }
     }

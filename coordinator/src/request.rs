@@ -39,6 +39,7 @@ pub(crate) fn first_generate(job: &Job) -> Generate {
         stop_token_ids: job.stop_token_ids.clone(),
         cache_salt: job.cache_salt.clone().into(),
         prefill_peer: None,
+        priority: 0,
     }
 }
 

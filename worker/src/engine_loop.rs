@@ -196,6 +196,7 @@ impl EngineLoop {
             stop_token_ids,
             cache_salt,
             prefill_peer,
+            priority: _,
         } = request;
         let params = match SamplingParams::try_from(&sampling.unwrap_or_default()) {
             Ok(params) => params,
@@ -578,6 +579,7 @@ impl EngineLoop {
             preemptions_total: stats.preemptions,
             transferred_bytes_total: 0,
             push_overlap: 0.0,
+            ..Default::default()
         }
     }
 }

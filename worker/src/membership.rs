@@ -139,7 +139,7 @@ async fn join(
                         tracing::info!(reason = %order.reason, "the coordinator ordered a stop");
                         return Ok(End::Stopped);
                     }
-                    None => tracing::debug!("an order of a kind this version does not know"),
+                    _ => tracing::debug!("an order of a kind this version does not know"),
                 },
                 Ok(None) => return Ok(End::Broken("the coordinator closed the stream".into())),
                 Err(status) => return broken("the stream broke", &status.message()),
@@ -168,5 +168,6 @@ fn register_message(config: &WorkerConfig, advertised: &Advertised) -> Register 
         context_length: u32::try_from(advertised.context_length).unwrap_or(u32::MAX),
         kv_bytes_per_block: advertised.geometry.block_bytes() as u64,
         device: "cpu".into(),
+        model_digest: advertised.model_digest.to_vec().into(),
     }
 }

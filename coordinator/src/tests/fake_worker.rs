@@ -169,6 +169,7 @@ pub(super) fn register(id: &str, role: cluster::Role, addr: SocketAddr) -> Regis
         context_length: 1024,
         kv_bytes_per_block: 4096,
         device: "none".into(),
+        model_digest: Default::default(),
     }
 }
 

@@ -21,6 +21,8 @@ use std::collections::HashMap;
 
 use baton_proto::block_hash::BlockHash;
 
+use crate::block_events::{BlockEvent, BlockEventLog, BlockEvents};
+
 /// End of a linked list; no pool has this many blocks.
 const NONE: u32 = u32::MAX;
 
@@ -28,6 +30,8 @@ const NONE: u32 = u32::MAX;
 struct Meta {
     refs: u32,
     hash: Option<BlockHash>,
+    /// The name before it in its chain; meaningful while named.
+    parent: BlockHash,
     /// Neighbours in the LRU list, meaningful while cached.
     older: u32,
     newer: u32,
@@ -44,6 +48,7 @@ pub struct BlockManager {
     newest: u32,
     cached: usize,
     version: u64,
+    log: BlockEventLog,
 }
 
 impl BlockManager {
@@ -52,6 +57,7 @@ impl BlockManager {
         let meta = Meta {
             refs: 0,
             hash: None,
+            parent: BlockHash::default(),
             older: NONE,
             newer: NONE,
         };
@@ -64,7 +70,34 @@ impl BlockManager {
             newest: NONE,
             cached: 0,
             version: 0,
+            log: BlockEventLog::default(),
         }
+    }
+
+    /// Records what happens to named blocks from now on; see [`crate::block_events`]. Twice the pool's size is more
+    /// than a few steps can bring about.
+    pub fn enable_events(&mut self) {
+        self.log.enable(2 * self.total());
+    }
+
+    /// Events since the last call; empty if they were not enabled.
+    pub fn take_events(&mut self) -> BlockEvents {
+        let meta = &self.meta;
+        self.log.take(|| {
+            let named = |(block, meta): (usize, &Meta)| {
+                meta.hash.map(|hash| BlockEvent::Stored {
+                    parent: meta.parent,
+                    hash,
+                    block: block as u32,
+                })
+            };
+            meta.iter().enumerate().filter_map(named).collect()
+        })
+    }
+
+    /// Makes the next [`take_events`](Self::take_events) tell everything anew.
+    pub fn void_events(&mut self) {
+        self.log.void();
     }
 
     /// All blocks.
@@ -126,6 +159,7 @@ impl BlockManager {
                 self.unlink(block);
                 if let Some(hash) = self.meta[block as usize].hash.take() {
                     self.index.remove(&hash);
+                    self.log.push(BlockEvent::Evicted { hash });
                 }
                 block
             }
@@ -135,15 +169,17 @@ impl BlockManager {
         Some(block)
     }
 
-    /// Names a full block whose KV is complete. When another block has that name already nothing changes: the content is
+    /// Names a full block whose KV is complete; `parent` is the name before it in its chain. When another block has that name already nothing changes: the content is
     /// the same, and this one goes back to the free list when it is released.
-    pub fn register(&mut self, block: u32, hash: BlockHash) {
+    pub fn register(&mut self, block: u32, hash: BlockHash, parent: BlockHash) {
         debug_assert!(self.meta[block as usize].refs > 0, "only held blocks are named");
         debug_assert!(self.meta[block as usize].hash.is_none_or(|h| h == hash));
         if let std::collections::hash_map::Entry::Vacant(entry) = self.index.entry(hash) {
             entry.insert(block);
             self.meta[block as usize].hash = Some(hash);
+            self.meta[block as usize].parent = parent;
             self.version += 1;
+            self.log.push(BlockEvent::Stored { parent, hash, block });
         }
     }
 
@@ -269,7 +305,7 @@ mod tests {
         let mut blocks = BlockManager::new(3);
         let ids: Vec<u32> = (0..3).map(|_| blocks.allocate().expect("free")).collect();
         for (i, &b) in ids.iter().enumerate() {
-            blocks.register(b, hash(i as u8));
+            blocks.register(b, hash(i as u8), hash(99));
         }
         for i in [1, 0, 2] {
             blocks.release(ids[i]);
@@ -290,8 +326,8 @@ mod tests {
     fn a_second_block_of_the_same_content_stays_nameless() {
         let mut blocks = BlockManager::new(2);
         let (a, b) = (blocks.allocate().expect("free"), blocks.allocate().expect("free"));
-        blocks.register(a, hash(1));
-        blocks.register(b, hash(1));
+        blocks.register(a, hash(1), hash(99));
+        blocks.register(b, hash(1), hash(99));
         assert_eq!(blocks.lookup(&hash(1)), Some(a));
         blocks.release(b);
         assert_eq!((blocks.free(), blocks.cached()), (1, 0));
@@ -305,6 +341,9 @@ mod tests {
         fn invariants_hold(total in 1u32..12, ops in prop::collection::vec((0u8..4, 0usize..64, 0u8..10), 0..300)) {
             let mut blocks = BlockManager::new(total);
             let mut owners: Vec<Vec<u32>> = vec![Vec::new(); 4];
+            // What a reader of the events knows, reading at random moments.
+            let mut mirror = std::collections::BTreeMap::new();
+            blocks.enable_events();
             for (op, pick, name) in ops {
                 let owner = pick % 4;
                 match op {
@@ -319,12 +358,26 @@ mod tests {
                         owners[owner].push(b);
                     },
                     2 => if let Some(&b) = owners[owner].last() && blocks.meta[b as usize].hash.is_none() {
-                        blocks.register(b, hash(name));
+                        blocks.register(b, hash(name), hash(99));
                     },
                     _ => if !owners[owner].is_empty() {
                         let at = pick / 4 % owners[owner].len();
                         blocks.release(owners[owner].swap_remove(at));
                     },
+                }
+                if pick % 3 == 0 {
+                    let BlockEvents { reset, events } = blocks.take_events();
+                    if reset {
+                        mirror.clear();
+                    }
+                    for event in events {
+                        match event {
+                            BlockEvent::Stored { hash, block, .. } => prop_assert_eq!(mirror.insert(hash, block), None),
+                            BlockEvent::Evicted { hash } => prop_assert!(mirror.remove(&hash).is_some()),
+                        }
+                    }
+                    let known: std::collections::BTreeMap<_, _> = blocks.index.iter().map(|(h, b)| (*h, *b)).collect();
+                    prop_assert_eq!(&mirror, &known);
                 }
                 prop_assert_eq!(blocks.check(owners.iter().map(Vec::as_slice)), Ok(()));
                 prop_assert_eq!(blocks.free() + blocks.held() + blocks.cached(), total as usize);

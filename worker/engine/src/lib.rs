@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bench;
+mod block_events;
 pub mod blocks;
 mod chunks;
 pub mod config;
@@ -29,6 +30,7 @@ pub mod spans;
 pub mod stats;
 pub mod step;
 
+pub use block_events::{BlockEvent, BlockEvents};
 pub use config::{STEP_TARGET_DEFAULT, SchedulerConfig, blocks_for_bytes};
 pub use error::{AdmitError, ConfigError, EngineError, SamplingError};
 pub use mock::{MockConfig, MockEngine, MockTiming};

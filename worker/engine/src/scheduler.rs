@@ -54,6 +54,7 @@ use std::time::Duration;
 use baton_proto::block_hash;
 use baton_proto::limits::STOP_TOKEN_IDS_MAX;
 
+use crate::block_events::BlockEvents;
 use crate::blocks::BlockManager;
 use crate::config::SchedulerConfig;
 use crate::error::{AdmitError, ConfigError};
@@ -310,6 +311,21 @@ impl Scheduler {
         released
     }
 
+    /// Records what happens to the prefix cache from now on, for [`take_block_events`](Self::take_block_events).
+    pub fn enable_block_events(&mut self) {
+        self.blocks.enable_events();
+    }
+
+    /// What happened to the prefix cache since the last call: call it once a step.
+    pub fn take_block_events(&mut self) -> BlockEvents {
+        self.blocks.take_events()
+    }
+
+    /// Makes the next [`take_block_events`](Self::take_block_events) tell everything anew: a reader has lost some.
+    pub fn void_block_events(&mut self) {
+        self.blocks.void_events();
+    }
+
     /// Whether a plan may have something to compute or to ask for.
     pub fn has_work(&self) -> bool {
         !self.running.is_empty() || !self.waiting.is_empty()
@@ -405,8 +421,8 @@ impl Scheduler {
             return;
         };
         while (seq.registered + 1) * self.config.block_size <= seq.computed {
-            let hash = seq.hash(seq.registered);
-            self.blocks.register(seq.blocks[seq.registered], hash);
+            let (hash, parent) = (seq.hash(seq.registered), seq.parent(seq.registered));
+            self.blocks.register(seq.blocks[seq.registered], hash, parent);
             seq.registered += 1;
         }
     }

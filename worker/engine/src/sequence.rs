@@ -139,6 +139,11 @@ impl Sequence {
         tokens
     }
 
+    /// Name of what comes before full block `index`: the block before it, or the root.
+    pub fn parent(&mut self, index: usize) -> BlockHash {
+        index.checked_sub(1).map_or(self.root, |before| self.hash(before))
+    }
+
     /// The name of full block `index`. Computed once, when first asked for.
     pub fn hash(&mut self, index: usize) -> BlockHash {
         debug_assert!(

@@ -362,5 +362,6 @@ pub fn request(n: u64) -> Generate {
         stop_token_ids: vec![3],
         cache_salt: vec![(n % 2) as u8].into(),
         prefill_peer: None,
+        priority: 0,
     }
 }
