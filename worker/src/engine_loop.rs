@@ -246,11 +246,13 @@ impl EngineLoop {
             Ok(params) => params,
             Err(error) => return self.refuse(ticket, caller, request.id, error.to_string(), false),
         };
+        let block_size = self.scheduler.config().block_size;
         let submitted = self.scheduler.submit_prefill(PrefillRequest {
             prompt: request.prompt.into(),
             sampling: params,
             cache_salt: request.cache_salt.to_vec(),
-            skip_tokens: request.cached_tokens as usize,
+            // In blocks of this worker's size; what lies between is computed with them and not sent.
+            skip_tokens: request.cached_tokens as usize / block_size * block_size,
         });
         let kind = Kind::Prefill {
             layers,

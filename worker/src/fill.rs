@@ -75,6 +75,7 @@ async fn attempt(context: &FillContext, job: FillJob) -> Result<PrefillDone, Str
         .map_err(|error| error.to_string())?;
     let table = Table {
         start: job.cached_tokens,
+        block_size: context.geometry.block_size,
         blocks: &job.blocks,
     };
     let ranges = spans::window(&context.geometry, job.cached_tokens..job.prompt.len(), table)
@@ -96,6 +97,7 @@ async fn attempt(context: &FillContext, job: FillJob) -> Result<PrefillDone, Str
             transfer_addr: context.transfer_addr.to_string(),
             window: window.id(),
             blocks: job.blocks,
+            block_size: u32::try_from(context.geometry.block_size).map_err(|_| "absurd block size".to_owned())?,
         })
         .map_err(|error| error.to_string())?;
     let payload = tokio::select! {

@@ -14,24 +14,31 @@ use std::ops::Range;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
+/// Where a prompt's KV goes: blocks of the caller's arena.
+pub(crate) struct CallersBlocks {
+    /// For positions from `skip_tokens` on, in order.
+    pub(crate) blocks: Vec<u32>,
+    /// Tokens per block over there; need not be this worker's.
+    pub(crate) block_size: usize,
+    /// Leading tokens the caller already holds; a multiple of its block size.
+    pub(crate) skip_tokens: usize,
+}
+
 /// Queues the KV of one prompt, layer by layer, into the caller's window.
 pub(crate) struct LayerPush {
     writer: PushWriter,
     geometry: KvGeometry,
-    /// The caller's block ids for positions from `skip_tokens` on.
-    remote_blocks: Vec<u32>,
-    /// Leading tokens the caller already holds; a multiple of the block size.
-    skip_tokens: usize,
+    /// The caller's blocks for positions from `skip_tokens` on.
+    remote: CallersBlocks,
     failed: Option<PushFailed>,
 }
 
 impl LayerPush {
-    pub(crate) fn new(writer: PushWriter, geometry: KvGeometry, remote_blocks: Vec<u32>, skip_tokens: usize) -> Self {
+    pub(crate) fn new(writer: PushWriter, geometry: KvGeometry, remote: CallersBlocks) -> Self {
         Self {
             writer,
             geometry,
-            remote_blocks,
-            skip_tokens,
+            remote,
             failed: None,
         }
     }
@@ -50,17 +57,19 @@ impl LayerPush {
     }
 
     fn queue(&mut self, blocks: &[u32], first_block: usize, layer: usize, positions: Range<usize>) {
-        let positions = positions.start.max(self.skip_tokens)..positions.end;
+        let positions = positions.start.max(self.remote.skip_tokens)..positions.end;
         if self.failed.is_some() || positions.is_empty() {
             return;
         }
         let local = Table {
             start: first_block * self.geometry.block_size,
+            block_size: self.geometry.block_size,
             blocks,
         };
         let remote = Table {
-            start: self.skip_tokens,
-            blocks: &self.remote_blocks,
+            start: self.remote.skip_tokens,
+            block_size: self.remote.block_size,
+            blocks: &self.remote.blocks,
         };
         let Some(pieces) = spans::pieces(&self.geometry, layer, positions, local, remote) else {
             self.failed = Some(PushFailed::Tables);

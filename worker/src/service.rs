@@ -6,10 +6,11 @@
 
 use crate::caller::{OUTBOUND_MESSAGES_MAX, OutboundSender};
 use crate::engine_thread::{Command, EngineHandle, PrefillCommand, Ticket};
-use crate::push::{LayerPush, hand_over};
+use crate::push::{CallersBlocks, LayerPush, hand_over};
 use crate::server::Advertised;
 use baton_identity::{Role, require_role};
 use baton_kvtransfer::{Agent, Region};
+use baton_model::KvGeometry;
 use baton_proto::worker::worker_server::Worker;
 use baton_proto::worker::{FromWorker, Generate, HelloReply, Prefill, ToWorker, from_worker, to_worker};
 use baton_proto::{PROTOCOL_VERSION, limits};
@@ -187,14 +188,19 @@ impl Service {
     async fn prefill(&self, request: Prefill, ticket: Ticket, caller: u64) -> Result<(), Status> {
         check_prompt(&request.prompt)?;
         let geometry = self.advertised.geometry;
-        let skip = request.cached_tokens as usize;
-        if !skip.is_multiple_of(geometry.block_size) || skip >= request.prompt.len() {
+        let (skip, block_size) = (request.cached_tokens as usize, request.block_size as usize);
+        if !(1..=KvGeometry::DIM_MAX).contains(&block_size) {
             return Err(Status::invalid_argument(format!(
-                "cached_tokens is {skip}: it must be a multiple of {} below the prompt's length",
-                geometry.block_size
+                "block_size is {block_size}: 1 to {} are taken",
+                KvGeometry::DIM_MAX
             )));
         }
-        if request.blocks.len() != geometry.blocks_for(request.prompt.len() - skip) {
+        if !skip.is_multiple_of(block_size) || skip >= request.prompt.len() {
+            return Err(Status::invalid_argument(format!(
+                "cached_tokens is {skip}: it must be a multiple of {block_size} below the prompt's length"
+            )));
+        }
+        if request.blocks.len() != (request.prompt.len() - skip).div_ceil(block_size) {
             return Err(Status::invalid_argument(
                 "the block list does not match the prompt's length",
             ));
@@ -204,7 +210,15 @@ impl Service {
         };
         // A push that cannot start fails on its own, and with it the request.
         let push = self.agent.push(peer, request.window, self.region.clone());
-        let layers = LayerPush::new(push.writer(), geometry, request.blocks.clone(), skip);
+        let layers = LayerPush::new(
+            push.writer(),
+            geometry,
+            CallersBlocks {
+                blocks: request.blocks.clone(),
+                block_size,
+                skip_tokens: skip,
+            },
+        );
         let (sender, prefilled) = oneshot::channel();
         let cancelled = CancellationToken::new();
         let span = tracing::info_span!(

@@ -98,6 +98,42 @@ async fn disaggregated_equals_monolithic_with_cancels() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workers_of_other_block_sizes_understand_each_other() {
+    let cell = Cell::new().await;
+    let lone = cell.worker("lone", WorkerRole::Combined, engine()).await;
+    let expected = run_all(&cell.gateway(&lone).await, (0..60).map(request)).await;
+    let decode = cell.worker("decode", WorkerRole::Decode, engine()).await;
+    let gateway = cell.gateway(&decode).await;
+    for (name, block_size) in [("small", 4), ("large", 64)] {
+        let sized = MockEngine::new(MockConfig {
+            block_size,
+            total_blocks: 512,
+            ..MockConfig::default()
+        });
+        let prefill = cell
+            .worker(name, WorkerRole::Prefill, sized.expect("a valid mock"))
+            .await;
+        let requests = (0..60).map(|n| Generate {
+            prefill_peer: Some(prefill.peer()),
+            // Nothing is found in the cache of an earlier round.
+            cache_salt: name.as_bytes().into(),
+            ..request(n)
+        });
+        let mut handed_over = 0;
+        for (id, answer) in run_all(&gateway, requests).await {
+            assert_eq!(answer.tokens, expected[&id].tokens, "{id}");
+            handed_over += u64::from(answer.finish.prefill_worker_id == name);
+        }
+        assert!(
+            handed_over > 30,
+            "only {handed_over} of 60 prompts were computed by {name}"
+        );
+        cell.at_rest(&prefill.id).await;
+        prefill.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_prefill_worker_costs_time_only() {
     let cell = Cell::new().await;
     let lone = cell.worker("lone", WorkerRole::Combined, engine()).await;

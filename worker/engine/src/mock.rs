@@ -153,19 +153,16 @@ impl MockEngine {
             .start
     }
 
-    /// A hash of every KV byte of positions `0..end_pos`.
+    /// A hash of every KV byte of positions `0..end_pos`, whatever the size of the blocks they are in.
     fn digest(&self, span: &StepSeq) -> Result<u64, EngineError> {
         let size = self.config.block_size;
         let mut buffer = vec![0; size * SLOT_BYTES];
         let mut digest = mix(self.config.model_seed, span.end_pos() as u64);
-        for (index, &block) in span.blocks[..self.geometry.blocks_for(span.end_pos())]
-            .iter()
-            .enumerate()
-        {
-            let slots = size.min(span.end_pos() - index * size);
-            for layer in 0..self.geometry.layers {
-                for half in [KvHalf::K, KvHalf::V] {
-                    let range = self.geometry.range(block, layer, 0, half, 0..slots);
+        for layer in 0..self.geometry.layers {
+            for half in [KvHalf::K, KvHalf::V] {
+                for (block, start) in span.blocks.iter().zip((0..span.end_pos()).step_by(size)) {
+                    let slots = size.min(span.end_pos() - start);
+                    let range = self.geometry.range(*block, layer, 0, half, 0..slots);
                     let bytes = &mut buffer[..range.len()];
                     if !self.region.copy_out(range.start, bytes) {
                         return Err(outside(range.start));

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use baton_model::{KvGeometry, KvHalf};
 
-/// One contiguous run of bytes of a layer, in two arenas of the same geometry.
+/// One contiguous run of bytes of a layer, in two arenas that agree on everything but the tokens per block.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Piece {
     /// Bytes in the sender's arena.
@@ -19,20 +19,28 @@ pub struct Piece {
 pub struct Table<'a> {
     /// Position of the first slot of `blocks[0]`, a multiple of the block size.
     pub start: usize,
+    /// Tokens per block of the arena that the blocks are in.
+    pub block_size: usize,
     /// The blocks, in order.
     pub blocks: &'a [u32],
 }
 
 impl Table<'_> {
     /// The block that holds `position`, if the table reaches it.
-    fn block(&self, position: usize, block_size: usize) -> Option<u32> {
-        let index = position.checked_sub(self.start)? / block_size;
+    fn block(&self, position: usize) -> Option<u32> {
+        let index = position.checked_sub(self.start)? / self.block_size;
         self.blocks.get(index).copied()
+    }
+
+    /// Where the block of `position` ends.
+    fn block_end(&self, position: usize) -> usize {
+        (position / self.block_size + 1) * self.block_size
     }
 }
 
-/// The pieces of one layer of `positions`: K and V of each head per block touched, or one piece where a block is whole. `None` if a
-/// table does not cover the positions.
+/// The pieces of one layer of `positions`: K and V of each head per pair of blocks touched, or one piece where whole
+/// blocks of one size meet. `None` if a table does not cover the positions. The block size of `geometry` is not looked
+/// at: each table has its own.
 pub fn pieces(
     geometry: &KvGeometry,
     layer: usize,
@@ -40,23 +48,26 @@ pub fn pieces(
     local: Table<'_>,
     remote: Table<'_>,
 ) -> Option<Vec<Piece>> {
-    let size = geometry.block_size;
-    let mut pieces = Vec::with_capacity(2 * (positions.len() / size + 2));
+    let [here_geometry, there_geometry] = [local, remote].map(|table| KvGeometry {
+        block_size: table.block_size,
+        ..*geometry
+    });
+    let mut pieces = Vec::with_capacity(2 * (positions.len() / local.block_size + 2));
     let mut at = positions.start;
     while at < positions.end {
-        let end = ((at / size + 1) * size).min(positions.end);
-        let slots = at % size..at % size + (end - at);
-        let (here, there) = (local.block(at, size)?, remote.block(at, size)?);
-        if slots.len() == size {
+        let end = local.block_end(at).min(remote.block_end(at)).min(positions.end);
+        let [from, to] = [local, remote].map(|table| at % table.block_size..at % table.block_size + (end - at));
+        let (here, there) = (local.block(at)?, remote.block(at)?);
+        if from.len() == local.block_size && local.block_size == remote.block_size {
             pieces.push(Piece {
-                local: geometry.layer_range(here, layer),
-                remote_offset: geometry.layer_range(there, layer).start,
+                local: here_geometry.layer_range(here, layer),
+                remote_offset: there_geometry.layer_range(there, layer).start,
             });
         } else {
             for head in 0..geometry.kv_heads {
                 pieces.extend([KvHalf::K, KvHalf::V].map(|half| Piece {
-                    local: geometry.range(here, layer, head, half, slots.clone()),
-                    remote_offset: geometry.range(there, layer, head, half, slots.clone()).start,
+                    local: here_geometry.range(here, layer, head, half, from.clone()),
+                    remote_offset: there_geometry.range(there, layer, head, half, to.clone()).start,
                 }));
             }
         }
@@ -65,15 +76,17 @@ pub fn pieces(
     Some(pieces)
 }
 
-/// The byte ranges that a window over `positions` admits, all layers: what a receiver opens. `None` as in [`pieces`].
+/// The byte ranges that a window over `positions` admits, all layers: what a receiver opens over blocks of its own, so
+/// of the size of `geometry`. `None` as in [`pieces`].
 pub fn window(geometry: &KvGeometry, positions: Range<usize>, table: Table<'_>) -> Option<Vec<Range<usize>>> {
     let size = geometry.block_size;
+    debug_assert_eq!(size, table.block_size, "a window lies in the opener's own arena");
     if positions.start.is_multiple_of(size) && !positions.is_empty() {
         // Whole blocks, in one range each, whatever the layers.
         let whole_end = positions.end - positions.end % size;
         let mut ranges = Vec::new();
         for at in (positions.start..whole_end).step_by(size) {
-            ranges.push(geometry.block_range(table.block(at, size)?));
+            ranges.push(geometry.block_range(table.block(at)?));
         }
         for layer in 0..geometry.layers {
             ranges.extend(
@@ -110,24 +123,34 @@ mod tests {
     };
 
     proptest! {
-        /// Every slot of every position, once, at the same place within the other side's block; the window covers
-        /// exactly what is sent.
+        /// Every slot of every position, once, at its place on the other side, whatever the two block sizes; the window
+        /// covers exactly what is sent.
         #[test]
-        fn covers_each_slot_once(start in 0usize..20, len in 0usize..20, skipped in 0usize..6) {
-            let local: Vec<u32> = (0..10).map(|b| (b * 7 + 3) % 10).collect();
-            let remote: Vec<u32> = (0..10).map(|b| (b * 3 + 1) % 10).collect();
-            let remote_start = (skipped * 4).min(start / 4 * 4);
-            let remote = Table { start: remote_start, blocks: &remote[remote_start / 4..] };
-            let local = Table { start: 0, blocks: &local };
+        fn covers_each_slot_once(
+            start in 0usize..20, len in 0usize..20, skipped in 0usize..6,
+            (here_size, there_size) in prop_oneof![Just((4, 4)), (1usize..9, 1usize..9)],
+        ) {
+            let local_blocks: Vec<u32> = (0..40).map(|b| (b * 7 + 3) % 40).collect();
+            let remote_blocks: Vec<u32> = (0..40).map(|b| (b * 3 + 1) % 40).collect();
+            let remote_start = (skipped * there_size).min(start / there_size * there_size);
+            let remote = Table {
+                start: remote_start,
+                block_size: there_size,
+                blocks: &remote_blocks[remote_start / there_size..],
+            };
+            let local = Table { start: 0, block_size: here_size, blocks: &local_blocks };
+            let here = KvGeometry { block_size: here_size, ..GEOMETRY };
+            let there = KvGeometry { block_size: there_size, ..GEOMETRY };
             let mut sent = Vec::new();
             for layer in 0..GEOMETRY.layers {
                 let got = pieces(&GEOMETRY, layer, start..start + len, local, remote).expect("covered");
                 let mut expected = Vec::new();
                 for p in start..start + len {
                     for (head, half) in [(0, KvHalf::K), (0, KvHalf::V), (1, KvHalf::K), (1, KvHalf::V)] {
-                        let slot = p % 4..p % 4 + 1;
-                        let from = GEOMETRY.range(local.blocks[p / 4], layer, head, half, slot.clone());
-                        let to = GEOMETRY.range(remote.blocks[(p - remote_start) / 4], layer, head, half, slot);
+                        let (from, to) = (p % here_size, p % there_size);
+                        let block = remote.blocks[(p - remote_start) / there_size];
+                        let from = here.range(local.blocks[p / here_size], layer, head, half, from..from + 1);
+                        let to = there.range(block, layer, head, half, to..to + 1);
                         expected.extend(from.zip(to));
                     }
                 }
@@ -139,7 +162,7 @@ mod tests {
                 sent.extend(bytes.into_iter().map(|(_, to)| to));
             }
             let mut admitted: Vec<_> =
-                window(&GEOMETRY, start..start + len, remote).expect("covered").into_iter().flatten().collect();
+                window(&there, start..start + len, remote).expect("covered").into_iter().flatten().collect();
             admitted.sort_unstable();
             sent.sort_unstable();
             prop_assert_eq!(admitted, sent);
@@ -148,7 +171,11 @@ mod tests {
 
     #[test]
     fn a_short_table_is_told() {
-        let table = Table { start: 4, blocks: &[0] };
+        let table = Table {
+            start: 4,
+            block_size: 4,
+            blocks: &[0],
+        };
         assert_eq!(pieces(&GEOMETRY, 0, 0..4, table, table), None);
         assert_eq!(pieces(&GEOMETRY, 0, 4..9, table, table), None);
         assert!(pieces(&GEOMETRY, 0, 4..8, table, table).is_some());

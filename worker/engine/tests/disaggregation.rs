@@ -29,15 +29,16 @@ impl Worker {
 
 /// One prefill step; every finished layer of every span goes to the decode worker at once. Answers who is complete.
 fn prefill_step(prefill: &mut Worker, decode: &Worker, fills: &HashMap<SeqId, FillRequest>) -> Vec<Output> {
-    let geometry = prefill.engine.geometry();
+    let (geometry, target) = (prefill.engine.geometry(), decode.engine.geometry());
     let (here, there) = (prefill.engine.region(), decode.engine.region());
     let push = |fill: &FillRequest, layer, positions: std::ops::Range<usize>, local: Table<'_>| {
         let positions = positions.start.max(fill.cached_tokens)..positions.end.max(fill.cached_tokens);
         let remote = Table {
             start: fill.cached_tokens,
+            block_size: target.block_size,
             blocks: &fill.blocks,
         };
-        let admitted = window(&geometry, fill.cached_tokens..fill.prompt.len(), remote).expect("covered");
+        let admitted = window(&target, fill.cached_tokens..fill.prompt.len(), remote).expect("covered");
         for piece in pieces(&geometry, layer, positions, local, remote).expect("covered") {
             let target = piece.remote_offset..piece.remote_offset + piece.local.len();
             assert!(
@@ -57,6 +58,7 @@ fn prefill_step(prefill: &mut Worker, decode: &Worker, fills: &HashMap<SeqId, Fi
                 reuse.positions.clone(),
                 Table {
                     start,
+                    block_size: geometry.block_size,
                     blocks: &reuse.blocks,
                 },
             );
@@ -66,6 +68,7 @@ fn prefill_step(prefill: &mut Worker, decode: &Worker, fills: &HashMap<SeqId, Fi
         for span in &plan.batch.seqs {
             let local = Table {
                 start: 0,
+                block_size: geometry.block_size,
                 blocks: &span.blocks,
             };
             push(&fills[&span.seq], layer, span.start_pos..span.end_pos(), local);
@@ -101,7 +104,7 @@ fn run(make: Make, prefill_config: &SchedulerConfig, decode_config: &SchedulerCo
                 prompt: fill.prompt.clone(),
                 sampling: fill.sampling,
                 cache_salt: jobs[answers[&fill.seq].0].salt.clone(),
-                skip_tokens: fill.cached_tokens,
+                skip_tokens: fill.cached_tokens / prefill_config.block_size * prefill_config.block_size,
             };
             let id = prefill.scheduler.submit_prefill(request).expect("room");
             fills.insert(id, fill);
@@ -209,4 +212,31 @@ fn equals_monolithic_with_a_real_model() {
         ..base.clone()
     };
     run(&|config| model.engine(config, 2), &prefill, &base, &jobs(80, 150));
+    // Blocks of other sizes hold the same bits.
+    for (block_size, total_blocks) in [(8, 90), (32, 24), (12, 60)] {
+        let prefill = SchedulerConfig {
+            block_size,
+            total_blocks,
+            ..prefill.clone()
+        };
+        run(&|config| model.engine(config, 2), &prefill, &base, &jobs(40, 150));
+    }
+}
+
+#[test]
+fn equals_monolithic_with_blocks_of_other_sizes() {
+    let base = SchedulerConfig {
+        waiting_max: 1000,
+        remote_prefill_min_tokens: 10,
+        ..SchedulerConfig::new(16, 200, 400, 64)
+    };
+    for (block_size, total_blocks) in [(4, 800), (64, 50), (24, 130)] {
+        let prefill = SchedulerConfig {
+            block_size,
+            total_blocks,
+            batch_tokens_max: 80,
+            ..base.clone()
+        };
+        run(&mock, &prefill, &base, &jobs(100, 150));
+    }
 }

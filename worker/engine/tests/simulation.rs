@@ -212,10 +212,12 @@ impl Simulation {
                 for layer in 0..geometry.layers {
                     let from = Table {
                         start: 0,
+                        block_size: geometry.block_size,
                         blocks: &truth.blocks,
                     };
                     let to = Table {
                         start: request.cached_tokens,
+                        block_size: geometry.block_size,
                         blocks: &request.blocks,
                     };
                     let positions = request.cached_tokens..request.prompt.len();
@@ -247,10 +249,12 @@ impl Simulation {
             for layer in 0..geometry.layers {
                 let here = Table {
                     start: 0,
+                    block_size: geometry.block_size,
                     blocks: &push.blocks,
                 };
                 let there = Table {
                     start: 0,
+                    block_size: geometry.block_size,
                     blocks: &truth.blocks,
                 };
                 for piece in pieces(&geometry, layer, 0..push.computed, here, there).expect("covered") {
