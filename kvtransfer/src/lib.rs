@@ -52,6 +52,8 @@ mod incoming;
 pub mod limits;
 #[allow(unsafe_code)]
 mod memory;
+#[allow(unsafe_code)]
+mod nixl;
 #[cfg(test)]
 mod pair;
 mod push;

@@ -86,6 +86,11 @@ impl Region {
         self.len
     }
 
+    /// Where it is mapped in this process, for libraries that are told addresses.
+    pub(crate) fn address(&self) -> usize {
+        self.base.as_ptr() as usize
+    }
+
     /// The bytes of `range`, for compute.
     ///
     /// # Safety
