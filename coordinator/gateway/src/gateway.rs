@@ -99,8 +99,10 @@ impl<B: Backend> Gateway<B> {
             .ok_or_else(|| ApiError::model_not_found(&request.model))?;
         check_tools(model, &request.messages)?;
         let context = self.context_length(model);
+        // One key, one tenant.
+        let cache_salt = Vec::new();
         let prompt = model
-            .prompt(request.messages)
+            .prompt(request.messages, &cache_salt)
             .map_err(|error| conversation_error(error, names))?;
         let prompt_tokens = prompt.len();
         let room = u32::try_from(prompt_tokens)
@@ -150,8 +152,7 @@ impl<B: Backend> Gateway<B> {
             } else {
                 model.eos_ids().to_vec()
             },
-            // One key, one tenant.
-            cache_salt: Vec::new(),
+            cache_salt,
         };
         let reader = TokenReader::new(model.detokenizer(), request.stop);
         Ok(Prepared {

@@ -20,6 +20,7 @@ mod request;
 mod response;
 mod routes;
 mod run;
+mod segment_cache;
 mod server;
 mod sse;
 mod stall;

@@ -10,6 +10,7 @@ use tokenizers::Tokenizer;
 use crate::detokenizer::Detokenizer;
 use crate::error::GatewayError;
 use crate::prompt::{ControlTokens, PromptError};
+use crate::segment_cache::SegmentCache;
 use crate::template::{ChatTemplate, RenderError, TemplateTokens};
 
 /// Largest tokenizer or configuration file read. The largest in use (260k-word vocabularies) are about 35 MB.
@@ -24,6 +25,7 @@ pub struct ServedModel {
     defaults: SamplingDefaults,
     tokenizer: Arc<Tokenizer>,
     control: Arc<ControlTokens>,
+    segments: Arc<SegmentCache>,
     template: ChatTemplate,
 }
 
@@ -86,6 +88,7 @@ impl ServedModel {
             defaults: defaults(&generation_config),
             tokenizer: Arc::new(tokenizer),
             control: Arc::new(control),
+            segments: Arc::new(SegmentCache::new()),
             template,
         })
     }
@@ -117,12 +120,12 @@ impl ServedModel {
         Detokenizer::new(self.tokenizer.clone())
     }
 
-    /// Renders and tokenises a conversation. Takes time in proportion to its text.
-    pub(crate) fn prompt(&self, mut messages: Vec<Json>) -> Result<Vec<u32>, ConversationError> {
+    /// Renders and tokenises a conversation of the tenant with that salt. Takes time in proportion to its text.
+    pub(crate) fn prompt(&self, mut messages: Vec<Json>, salt: &[u8]) -> Result<Vec<u32>, ConversationError> {
         let guarded = self.control.guard(&mut messages).map_err(ConversationError::Prompt)?;
         let rendered = self.template.render(&messages).map_err(ConversationError::Render)?;
         self.control
-            .encode(&self.tokenizer, &rendered, &guarded)
+            .encode(&self.tokenizer, &rendered, &guarded, &self.segments, salt)
             .map_err(ConversationError::Prompt)
     }
 }
@@ -286,7 +289,9 @@ mod tests {
                 top_k: 0
             }
         );
-        let prompt = model.prompt(vec![json!({"role": "user", "content": "hi"})]).unwrap();
+        let prompt = model
+            .prompt(vec![json!({"role": "user", "content": "hi"})], b"")
+            .unwrap();
         assert_eq!(prompt.len(), "user\nhi\nassistant\n".len() + 3);
     }
 
@@ -307,7 +312,7 @@ mod tests {
         let model = ServedModel::load("m", dir.path()).unwrap();
         assert_eq!(
             model
-                .prompt(vec![json!({"role": "user", "content": "hi"})])
+                .prompt(vec![json!({"role": "user", "content": "hi"})], b"")
                 .unwrap()
                 .len(),
             2
@@ -373,7 +378,7 @@ mod tests {
         }
         let model = ServedModel::load("demo", &dir).unwrap();
         let prompt = model
-            .prompt(vec![json!({"role": "user", "content": "My code is 7341."})])
+            .prompt(vec![json!({"role": "user", "content": "My code is 7341."})], b"")
             .unwrap();
         let rendered = "<|im_start|>user\nMy code is 7341.<|im_end|>\n<|im_start|>assistant\n";
         assert_eq!(prompt, model.tokenizer.encode(rendered, false).unwrap().get_ids());

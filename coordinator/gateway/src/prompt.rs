@@ -4,15 +4,19 @@
 //! How: the added-token spellings that are control tokens are searched in every client string *before* rendering. Where
 //! one is found, or begins at a string's end, or ends at its start, a private sentinel character is put inside the
 //! spelling. After rendering, the spellings still whole are the template's own: the text is cut there, the sentinels are
-//! taken out, and the pieces between are tokenised without any special parsing. Without such text, which is nearly
-//! always, the tokenizer reads the whole as Hugging Face does; and both ways the control tokens in the result are counted
-//! against those the template wrote, so that a normaliser or a vocabulary that makes one out of other text is caught.
+//! taken out, and the segments between are tokenised without any special parsing, each by itself, which is how a
+//! tokenizer reads them too; so a segment that came before (a system prompt, the earlier turns of a conversation) is
+//! taken from the [segment cache](crate::segment_cache). A tokenizer whose added tokens are found in other ways than by their
+//! spelling reads ordinary text whole. The control tokens in the result are counted against those the template wrote, so
+//! that a normaliser or a vocabulary that makes one out of other text is caught.
+
+use std::collections::HashSet;
 
 use aho_corasick::{AhoCorasick, MatchKind};
 use serde_json::Value as Json;
-use tokenizers::tokenizer::pre_tokenizer::PreTokenizedString;
-use tokenizers::tokenizer::{Model, NormalizedString, Normalizer, OffsetReferential, PreTokenizer};
-use tokenizers::{Token, Tokenizer};
+use tokenizers::Tokenizer;
+
+use crate::segment_cache::SegmentCache;
 
 /// Unicode's noncharacters, "for internal use": the first one no client string holds is the sentinel.
 const SENTINELS: std::ops::RangeInclusive<char> = '\u{fdd0}'..='\u{fdef}';
@@ -20,7 +24,14 @@ const SENTINELS: std::ops::RangeInclusive<char> = '\u{fdd0}'..='\u{fdef}';
 /// The control tokens of a model's tokenizer.
 pub(crate) struct ControlTokens {
     tokens: Vec<ControlToken>,
+    ids: HashSet<u32>,
     matcher: AhoCorasick,
+    /// Proper beginnings and endings of their spellings, and the longest of them in bytes.
+    beginnings: HashSet<String>,
+    endings: HashSet<String>,
+    part_bytes_max: usize,
+    /// All added tokens are found by their spelling alone, so that a text may be cut at them.
+    by_spelling: bool,
     /// Added tokens that are ordinary text (Gemma's runs of newlines, `<think>`): found in any text.
     plain: Vec<ControlToken>,
     plain_matcher: AhoCorasick,
@@ -54,10 +65,13 @@ impl ControlTokens {
     pub fn new(tokenizer: &Tokenizer, eos_ids: &[u32]) -> Result<Self, String> {
         let mut tokens = Vec::new();
         let mut plain = Vec::new();
+        let mut by_spelling = true;
+        let normalizes = tokenizer.get_normalizer().is_some();
         let mut added: Vec<_> = tokenizer.get_added_tokens_decoder().into_iter().collect();
         added.sort_unstable_by_key(|(id, _)| *id);
         for (id, token) in added.into_iter().filter(|(_, token)| !token.content.is_empty()) {
             let control = token.special || eos_ids.contains(&id);
+            by_spelling &= !token.single_word && !(token.normalized && normalizes);
             let entry = ControlToken {
                 id,
                 text: token.content,
@@ -72,7 +86,17 @@ impl ControlTokens {
                 .build(tokens.iter().map(|token| &token.text))
                 .map_err(|error| error.to_string())
         };
+        let parts = |pick: fn(&str, usize) -> &str| -> HashSet<String> {
+            let texts = tokens.iter().map(|token| token.text.as_str());
+            let cuts = texts.flat_map(|text| text.char_indices().skip(1).map(move |(at, _)| pick(text, at)));
+            cuts.map(str::to_owned).collect()
+        };
         Ok(Self {
+            ids: tokens.iter().map(|token| token.id).collect(),
+            beginnings: parts(|text, at| &text[..at]),
+            endings: parts(|text, at| &text[at..]),
+            part_bytes_max: tokens.iter().map(|token| token.text.len()).max().unwrap_or(0),
+            by_spelling,
             matcher: build(&tokens)?,
             plain_matcher: build(&plain)?,
             tokens,
@@ -131,20 +155,12 @@ impl ControlTokens {
             out.push(sentinel);
             copied = cut;
         }
-        let begins = self.tokens.iter().any(|token| {
-            token
-                .text
-                .char_indices()
-                .skip(1)
-                .any(|(at, _)| text.ends_with(&token.text[..at]))
-        });
-        let ends = self.tokens.iter().any(|token| {
-            token
-                .text
-                .char_indices()
-                .skip(1)
-                .any(|(at, _)| text.starts_with(&token.text[at..]))
-        });
+        let begins = (1..=self.part_bytes_max.min(text.len()))
+            .filter_map(|bytes| text.get(text.len() - bytes..))
+            .any(|end| self.beginnings.contains(end));
+        let ends = (1..=self.part_bytes_max.min(text.len()))
+            .filter_map(|bytes| text.get(..bytes))
+            .any(|start| self.endings.contains(start));
         if copied == 0 && !begins && !ends {
             return None;
         }
@@ -158,28 +174,38 @@ impl ControlTokens {
         Some(out)
     }
 
-    /// Tokenises a rendered conversation.
-    pub fn encode(&self, tokenizer: &Tokenizer, rendered: &str, guarded: &Guarded) -> Result<Vec<u32>, PromptError> {
-        if !guarded.touched {
+    /// Tokenises a rendered conversation. `salt` separates tenants in `cache`.
+    pub fn encode(
+        &self,
+        tokenizer: &Tokenizer,
+        rendered: &str,
+        guarded: &Guarded,
+        cache: &SegmentCache,
+        salt: &[u8],
+    ) -> Result<Vec<u32>, PromptError> {
+        if !guarded.touched && !self.by_spelling {
             let encoding = tokenizer.encode_fast(rendered, false).map_err(tokenizer_error)?;
             if self.count(encoding.get_ids()) == self.matcher.find_iter(rendered).count() {
                 return Ok(encoding.get_ids().to_vec());
             }
         }
-        self.encode_apart(tokenizer, rendered, guarded.sentinel)
+        self.encode_apart(tokenizer, rendered, guarded.sentinel, cache, salt)
     }
 
-    /// The careful way: cut at the template's control tokens, the rest as plain text.
-    fn encode_apart(&self, tokenizer: &Tokenizer, rendered: &str, sentinel: char) -> Result<Vec<u32>, PromptError> {
+    /// Cuts at the template's control tokens; the rest is plain text.
+    fn encode_apart(
+        &self,
+        tokenizer: &Tokenizer,
+        rendered: &str,
+        sentinel: char,
+        cache: &SegmentCache,
+        salt: &[u8],
+    ) -> Result<Vec<u32>, PromptError> {
         let mut text = String::with_capacity(rendered.len());
         let mut cuts: Vec<Cut> = Vec::new();
         let mut at = 0;
         for found in self.matcher.find_iter(rendered) {
-            text.extend(
-                rendered[at..found.start()]
-                    .chars()
-                    .filter(|&character| character != sentinel),
-            );
+            push_without(&mut text, &rendered[at..found.start()], sentinel);
             let start = text.len();
             text.push_str(&rendered[found.range()]);
             cuts.push(Cut {
@@ -189,7 +215,7 @@ impl ControlTokens {
             });
             at = found.end();
         }
-        text.extend(rendered[at..].chars().filter(|&character| character != sentinel));
+        push_without(&mut text, &rendered[at..], sentinel);
         // Ordinary added tokens between them.
         let mut all: Vec<Cut> = Vec::with_capacity(cuts.len());
         let mut from = 0;
@@ -206,11 +232,19 @@ impl ControlTokens {
             }
         }
         widen(&mut all, &text);
-        let expected = all
-            .iter()
-            .filter(|cut| self.tokens.iter().any(|token| token.id == cut.token.id))
-            .count();
-        let ids = encode_with_cuts(tokenizer, &text, &all).map_err(tokenizer_error)?;
+        let expected = all.iter().filter(|cut| self.ids.contains(&cut.token.id)).count();
+        let mut ids = Vec::with_capacity(text.len() / 3);
+        let mut at = 0;
+        for cut in &all {
+            cache
+                .extend(&mut ids, tokenizer, salt, &text, at..cut.start)
+                .map_err(tokenizer_error)?;
+            ids.push(cut.token.id);
+            at = cut.end;
+        }
+        cache
+            .extend(&mut ids, tokenizer, salt, &text, at..text.len())
+            .map_err(tokenizer_error)?;
         // A vocabulary may still read plain text as a control token (a Unigram model that holds `</s>` as a piece).
         if self.count(&ids) == expected {
             Ok(ids)
@@ -220,9 +254,7 @@ impl ControlTokens {
     }
 
     fn count(&self, ids: &[u32]) -> usize {
-        ids.iter()
-            .filter(|id| self.tokens.iter().any(|token| token.id == **id))
-            .count()
+        ids.iter().filter(|id| self.ids.contains(id)).count()
     }
 }
 
@@ -251,43 +283,9 @@ fn widen(cuts: &mut [Cut<'_>], text: &str) {
     }
 }
 
-/// The tokenizer's own pipeline (normalise, pre-tokenise, model) with the added tokens already in place.
-fn encode_with_cuts(tokenizer: &Tokenizer, text: &str, cuts: &[Cut<'_>]) -> tokenizers::Result<Vec<u32>> {
-    let mut pieces = PreTokenizedString::from(text);
-    pieces.split(|_, whole| {
-        let slice = |start: usize, end: usize| -> tokenizers::Result<NormalizedString> {
-            whole
-                .slice(tokenizers::normalizer::Range::Original(start..end))
-                .ok_or_else(|| "a cut is not at a character boundary".into())
-        };
-        let mut parts: Vec<(NormalizedString, Option<Vec<Token>>)> = Vec::with_capacity(2 * cuts.len() + 1);
-        let mut at = 0;
-        for cut in cuts {
-            if at < cut.start {
-                parts.push((slice(at, cut.start)?, None));
-            }
-            let token = Token::new(cut.token.id, cut.token.text.clone(), (0, cut.end - cut.start));
-            parts.push((slice(cut.start, cut.end)?, Some(vec![token])));
-            at = cut.end;
-        }
-        if at < text.len() {
-            parts.push((slice(at, text.len())?, None));
-        }
-        Ok(parts)
-    })?;
-    if let Some(normalizer) = tokenizer.get_normalizer() {
-        pieces.normalize(|piece| normalizer.normalize(piece))?;
-    }
-    if let Some(pre_tokenizer) = tokenizer.get_pre_tokenizer() {
-        pre_tokenizer.pre_tokenize(&mut pieces)?;
-    }
-    let model = tokenizer.get_model();
-    pieces.tokenize(|piece| model.tokenize(piece.get()))?;
-    let ids = pieces.get_splits(OffsetReferential::Original, tokenizers::OffsetType::Byte);
-    Ok(ids
-        .into_iter()
-        .flat_map(|(_, _, tokens)| tokens.iter().flatten().map(|token| token.id))
-        .collect())
+/// Appends `part` without the sentinel.
+fn push_without(text: &mut String, part: &str, sentinel: char) {
+    part.split(sentinel).for_each(|piece| text.push_str(piece));
 }
 
 fn tokenizer_error(error: tokenizers::Error) -> PromptError {
@@ -318,7 +316,7 @@ mod tests {
             .unwrap()
             .render(&messages)
             .unwrap();
-        control.encode(tokenizer, &rendered, &guarded)
+        control.encode(tokenizer, &rendered, &guarded, &SegmentCache::new(), b"")
     }
 
     fn control_ids(tokenizer: &Tokenizer, ids: &[u32]) -> Vec<u32> {
@@ -368,7 +366,8 @@ mod tests {
         let mut messages = [user("<|im_"), user("end|>")].concat();
         let guarded = control.guard(&mut messages).unwrap();
         let rendered = template.unwrap().render(&messages).unwrap();
-        let ids = control.encode(&tokenizer, &rendered, &guarded).unwrap();
+        let cache = SegmentCache::new();
+        let ids = control.encode(&tokenizer, &rendered, &guarded, &cache, b"").unwrap();
         assert!(control_ids(&tokenizer, &ids).is_empty());
         assert_eq!(tokenizer.decode(&ids, true).unwrap(), "<|im_end|>");
     }
@@ -384,12 +383,24 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_careful_way_reads_ordinary_text_as_the_tokenizer_does(text in "[ a-z<|>\n😀]{0,40}") {
+        fn cut_text_reads_as_the_tokenizer_reads_it(texts in prop::collection::vec("[ a-z<|>\n😀]{0,40}", 1..4)) {
             for tokenizer in [byte_level_tokenizer(), sentencepiece_tokenizer()] {
                 let control = ControlTokens::new(&tokenizer, &[]).unwrap();
-                let rendered = format!("<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n");
-                let whole = tokenizer.encode_fast(rendered.as_str(), false).unwrap().get_ids().to_vec();
-                prop_assert_eq!(control.encode_apart(&tokenizer, &rendered, '\u{fdd0}').unwrap(), whole);
+                let cache = SegmentCache::new();
+                let mut rendered = String::new();
+                // A conversation that grows: later turns find the earlier ones in the cache.
+                for text in &texts {
+                    rendered += &format!("<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n");
+                    let whole = tokenizer.encode_fast(rendered.as_str(), false).unwrap().get_ids().to_vec();
+                    let cut = control.encode_apart(&tokenizer, &rendered, '\u{fdd0}', &cache, b"t").unwrap();
+                    prop_assert_eq!(&cut, &whole);
+                    let again = control.encode_apart(&tokenizer, &rendered, '\u{fdd0}', &cache, b"t").unwrap();
+                    prop_assert_eq!(&again, &whole);
+                    // Text that begins without a control token.
+                    let bare = format!("{text}{rendered}");
+                    let whole = tokenizer.encode_fast(bare.as_str(), false).unwrap().get_ids().to_vec();
+                    prop_assert_eq!(control.encode_apart(&tokenizer, &bare, '\u{fdd0}', &cache, b"t").unwrap(), whole);
+                }
             }
         }
     }
