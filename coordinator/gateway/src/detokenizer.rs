@@ -14,9 +14,37 @@ use tokenizers::{DecoderWrapper, Tokenizer};
 /// that still ends in a replacement character after this many holds bytes that are no UTF-8, and is shown as it is.
 const WINDOW_PENDING_MAX: usize = 8;
 
+/// What all sequences of a model share. Made once, in time proportional to the vocabulary.
+pub(crate) struct TokenTexts {
+    tokenizer: Tokenizer,
+    /// With a byte-level decoder: the bytes of every token, one after another, and where each begins.
+    bytes: Option<(Vec<u8>, Vec<u32>)>,
+}
+
+impl TokenTexts {
+    pub fn new(tokenizer: Tokenizer) -> Self {
+        let byte_level = matches!(tokenizer.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
+        let bytes = byte_level.then(|| {
+            let ids = tokenizer.get_vocab(true).into_values().max().map_or(0, |last| last + 1);
+            let (mut bytes, mut starts) = (Vec::new(), Vec::with_capacity(ids as usize + 1));
+            for id in 0..ids {
+                starts.push(bytes.len() as u32);
+                append_bytes(&tokenizer, id, &mut bytes);
+            }
+            starts.push(bytes.len() as u32);
+            (bytes, starts)
+        });
+        Self { tokenizer, bytes }
+    }
+
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+}
+
 /// Turns one sequence's tokens into text.
 pub(crate) struct Detokenizer {
-    tokenizer: Arc<Tokenizer>,
+    texts: Arc<TokenTexts>,
     mode: Mode,
 }
 
@@ -28,28 +56,32 @@ enum Mode {
 }
 
 impl Detokenizer {
-    pub fn new(tokenizer: Arc<Tokenizer>) -> Self {
-        let mode = match tokenizer.get_decoder() {
-            Some(DecoderWrapper::ByteLevel(_)) => Mode::Bytes(Vec::new()),
-            _ => Mode::Window {
+    pub fn new(texts: Arc<TokenTexts>) -> Self {
+        let mode = match texts.bytes {
+            Some(_) => Mode::Bytes(Vec::new()),
+            None => Mode::Window {
                 ids: Vec::new(),
                 read: 0,
             },
         };
-        Self { tokenizer, mode }
+        Self { texts, mode }
     }
 
     /// The text that `id` adds; may be empty.
     pub fn push(&mut self, id: u32) -> String {
         match &mut self.mode {
             Mode::Bytes(pending) => {
-                append_bytes(&self.tokenizer, id, pending);
+                if let Some((bytes, starts)) = &self.texts.bytes
+                    && let Some(&[from, to]) = starts.get(id as usize..).and_then(|rest| rest.first_chunk::<2>())
+                {
+                    pending.extend_from_slice(&bytes[from as usize..to as usize]);
+                }
                 take_characters(pending, false)
             }
             Mode::Window { ids, read } => {
                 ids.push(id);
                 let force = ids.len() - *read > WINDOW_PENDING_MAX;
-                window_delta(&self.tokenizer, ids, read, force)
+                window_delta(&self.texts.tokenizer, ids, read, force)
             }
         }
     }
@@ -58,7 +90,7 @@ impl Detokenizer {
     pub fn finish(&mut self) -> String {
         match &mut self.mode {
             Mode::Bytes(pending) => take_characters(pending, true),
-            Mode::Window { ids, read } => window_delta(&self.tokenizer, ids, read, true),
+            Mode::Window { ids, read } => window_delta(&self.texts.tokenizer, ids, read, true),
         }
     }
 }
@@ -164,26 +196,27 @@ mod tests {
     use crate::test_support::{byte_level_tokenizer, sentencepiece_tokenizer};
     use proptest::prelude::*;
 
-    fn streamed(tokenizer: &Arc<Tokenizer>, ids: &[u32]) -> String {
+    fn streamed(tokenizer: &Arc<TokenTexts>, ids: &[u32]) -> String {
         let mut detokenizer = Detokenizer::new(tokenizer.clone());
         let mut text: String = ids.iter().map(|&id| detokenizer.push(id)).collect();
         text += &detokenizer.finish();
         text
     }
 
-    static BYTE_LEVEL: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| Arc::new(byte_level_tokenizer()));
-    static SENTENCEPIECE: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| Arc::new(sentencepiece_tokenizer()));
+    static BYTE_LEVEL: LazyLock<Arc<TokenTexts>> = LazyLock::new(|| Arc::new(TokenTexts::new(byte_level_tokenizer())));
+    static SENTENCEPIECE: LazyLock<Arc<TokenTexts>> =
+        LazyLock::new(|| Arc::new(TokenTexts::new(sentencepiece_tokenizer())));
 
     proptest! {
         #[test]
         fn any_byte_level_tokens_stream_as_they_decode_whole(ids in prop::collection::vec(0u32..270, 0..60)) {
-            prop_assert_eq!(streamed(&BYTE_LEVEL, &ids), BYTE_LEVEL.decode(&ids, true).unwrap());
+            prop_assert_eq!(streamed(&BYTE_LEVEL, &ids), BYTE_LEVEL.tokenizer().decode(&ids, true).unwrap());
         }
 
         #[test]
         fn any_text_survives_byte_fallback(text in "[a-e][ a-eé😀漢]{0,30}") {
-            let ids = SENTENCEPIECE.encode(text.as_str(), false).unwrap().get_ids().to_vec();
-            prop_assert_eq!(streamed(&SENTENCEPIECE, &ids), SENTENCEPIECE.decode(&ids, true).unwrap());
+            let ids = SENTENCEPIECE.tokenizer().encode(text.as_str(), false).unwrap().get_ids().to_vec();
+            prop_assert_eq!(streamed(&SENTENCEPIECE, &ids), SENTENCEPIECE.tokenizer().decode(&ids, true).unwrap());
             prop_assert_eq!(streamed(&SENTENCEPIECE, &ids), text);
         }
     }
@@ -191,7 +224,7 @@ mod tests {
     #[test]
     fn a_character_is_shown_whole_and_bad_bytes_do_not_block() {
         for tokenizer in [&*BYTE_LEVEL, &*SENTENCEPIECE] {
-            let ids = tokenizer.encode("😀", false).unwrap().get_ids().to_vec();
+            let ids = tokenizer.tokenizer().encode("😀", false).unwrap().get_ids().to_vec();
             assert!(ids.len() >= 4, "the emoji is to be spelled in bytes");
             let mut detokenizer = Detokenizer::new(tokenizer.clone());
             let deltas: Vec<String> = ids.iter().map(|&id| detokenizer.push(id)).collect();
@@ -208,7 +241,7 @@ mod tests {
 
     #[test]
     fn special_tokens_have_no_text() {
-        let eos = BYTE_LEVEL.token_to_id("<|im_end|>").unwrap();
+        let eos = BYTE_LEVEL.tokenizer().token_to_id("<|im_end|>").unwrap();
         assert_eq!(streamed(&BYTE_LEVEL, &[eos, eos]), "");
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde_json::Value as Json;
 use tokenizers::Tokenizer;
 
-use crate::detokenizer::Detokenizer;
+use crate::detokenizer::{Detokenizer, TokenTexts};
 use crate::error::GatewayError;
 use crate::prompt::{ControlTokens, PromptError};
 use crate::segment_cache::SegmentCache;
@@ -23,7 +23,7 @@ pub struct ServedModel {
     context_length: u32,
     eos_ids: Vec<u32>,
     defaults: SamplingDefaults,
-    tokenizer: Arc<Tokenizer>,
+    texts: Arc<TokenTexts>,
     control: Arc<ControlTokens>,
     segments: Arc<SegmentCache>,
     template: ChatTemplate,
@@ -86,7 +86,7 @@ impl ServedModel {
             context_length,
             eos_ids,
             defaults: defaults(&generation_config),
-            tokenizer: Arc::new(tokenizer),
+            texts: Arc::new(TokenTexts::new(tokenizer)),
             control: Arc::new(control),
             segments: Arc::new(SegmentCache::new()),
             template,
@@ -117,7 +117,7 @@ impl ServedModel {
     }
 
     pub(crate) fn detokenizer(&self) -> Detokenizer {
-        Detokenizer::new(self.tokenizer.clone())
+        Detokenizer::new(self.texts.clone())
     }
 
     /// Renders and tokenises a conversation of the tenant with that salt. Takes time in proportion to its text.
@@ -125,7 +125,7 @@ impl ServedModel {
         let guarded = self.control.guard(&mut messages).map_err(ConversationError::Prompt)?;
         let rendered = self.template.render(&messages).map_err(ConversationError::Render)?;
         self.control
-            .encode(&self.tokenizer, &rendered, &guarded, &self.segments, salt)
+            .encode(self.texts.tokenizer(), &rendered, &guarded, &self.segments, salt)
             .map_err(ConversationError::Prompt)
     }
 }
@@ -381,7 +381,10 @@ mod tests {
             .prompt(vec![json!({"role": "user", "content": "My code is 7341."})], b"")
             .unwrap();
         let rendered = "<|im_start|>user\nMy code is 7341.<|im_end|>\n<|im_start|>assistant\n";
-        assert_eq!(prompt, model.tokenizer.encode(rendered, false).unwrap().get_ids());
+        assert_eq!(
+            prompt,
+            model.texts.tokenizer().encode(rendered, false).unwrap().get_ids()
+        );
         let mut detokenizer = model.detokenizer();
         let text: String = prompt.iter().map(|&id| detokenizer.push(id)).collect();
         assert_eq!(text, "user\nMy code is 7341.\nassistant\n");

@@ -79,11 +79,12 @@ impl TokenReader {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::detokenizer::TokenTexts;
     use crate::test_support::byte_level_tokenizer;
     use std::sync::Arc;
 
     fn reader(stops: &[&str]) -> TokenReader {
-        let detokenizer = Detokenizer::new(Arc::new(byte_level_tokenizer()));
+        let detokenizer = Detokenizer::new(Arc::new(TokenTexts::new(byte_level_tokenizer())));
         TokenReader::new(detokenizer, stops.iter().map(|&stop| stop.to_owned()).collect())
     }
 
