@@ -176,9 +176,9 @@ def main():
     directory.mkdir(parents=True, exist_ok=True)
     half = max(args.threads // 2, 1)
     setups = [
-        ("one worker, no pace", ["--prefill", "0", "--decode", "1", "--threads", str(args.threads)], {"BATON_WORKER_STEP_TARGET_MS": "0"}),
-        ("one worker", ["--prefill", "0", "--decode", "1", "--threads", str(args.threads)], {}),
-        ("prefill + decode", ["--prefill", "1", "--decode", "1", "--prefill-threshold", "256", "--threads", str(half)], {}),
+        ("one worker, no pace", ["--prefill", "0", "--decode", "1", "--threads", str(args.threads), "--step-target-ms", "0"]),
+        ("one worker", ["--prefill", "0", "--decode", "1", "--threads", str(args.threads)]),
+        ("prefill + decode", ["--prefill", "1", "--decode", "1", "--prefill-threshold", "256", "--threads", str(half)]),
     ]
     raw = {"date": time.strftime("%Y-%m-%d %H:%M %Z"), "flags": args.flags, "threads": args.threads, "price": [], "gain": []}
     with tempfile.TemporaryDirectory() as scratch:
@@ -187,12 +187,9 @@ def main():
                 raw["price"] = price(args, scratch)
             if args.only != "price":
                 for round_ in range(args.rounds):
-                    for at, (name, flags, env) in enumerate(setups):
-                        os.environ.update(env)
-                        row = gain(args, scratch, f"{name}", flags)
+                    for name, flags in setups:
+                        row = gain(args, scratch, name, flags)
                         raw["gain"].append(row | {"round": round_})
-                        for key in env:
-                            os.environ.pop(key)
         except (RuntimeError, OSError) as error:
             for log in Path(scratch).glob("*.log"):
                 print(f"-- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-15:]), file=sys.stderr)
@@ -209,7 +206,7 @@ def main():
         lines += [f"{args.streams} streams while prompts of {args.long_words} words arrive one after another, "
                   f"{args.seconds} s, medians of {args.rounds} rounds:", "",
                   "| setup | ITL p50 ms | ITL p99 ms | ITL max ms | tokens streamed | long prompts | their TTFT p50 ms |", "|---|--:|--:|--:|--:|--:|--:|"]
-        for name, *_ in setups:
+        for name, _ in setups:
             rows = [row for row in raw["gain"] if row["name"] == name]
             def of(key):
                 return statistics.median(row[key] or 0 for row in rows)

@@ -107,6 +107,14 @@ pub struct UpArgs {
         hide_env_values = true
     )]
     pub quantize: baton_model::Quantization,
+    /// How KV blocks travel from prefill to decode workers: as they are, or as 8-bit integers for links slower than
+    /// prefill; answers are then no longer the same to the bit as one worker's
+    #[arg(long, value_name = "none|int8", default_value = "none")]
+    pub kv_compression: baton_worker::KvCompression,
+    /// Time an engine step shall take while streams run: long prompts are computed in chunks that fit. Smaller is
+    /// smoother for the streams, 0 sets no limit [default: 150]
+    #[arg(long, value_name = "MS")]
+    pub step_target_ms: Option<u64>,
     /// Prompts with more tokens than this are computed by a prefill worker [default: 256; 16 with the demo model]
     #[arg(long, value_name = "TOKENS")]
     pub prefill_threshold: Option<u32>,

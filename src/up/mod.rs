@@ -354,7 +354,7 @@ fn coordinator_config(plan: &Plan, data: &DataDir, http: SocketAddr, cluster: So
 
 /// A worker's settings, likewise.
 fn worker_config(plan: &Plan, data: &DataDir, name: &str, role: &str, coordinator: SocketAddr) -> Value {
-    json!({
+    let mut config = json!({
         "worker_id": name,
         "role": role,
         "model_path": utf8(&plan.model_path),
@@ -364,10 +364,15 @@ fn worker_config(plan: &Plan, data: &DataDir, name: &str, role: &str, coordinato
         "threads": plan.threads,
         "tensor_parallel": plan.tensor_parallel,
         "quantization": plan.quantization,
+        "kv_compression": plan.kv_compression,
         "cores_shared": plan.cores_shared,
         "kv_bytes": plan.kv_bytes,
         "block_size": BLOCK_TOKENS,
         "batch_tokens_max": BATCH_TOKENS_MAX,
         "seqs_max": SEQUENCES_MAX,
-    })
+    });
+    if let Some(step_target_ms) = plan.step_target_ms {
+        config["step_target_ms"] = step_target_ms.into();
+    }
+    config
 }

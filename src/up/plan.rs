@@ -9,6 +9,7 @@ use crate::{demo, model_dir};
 use anyhow::{Context, bail};
 use baton_model::gguf::gguf_file;
 use baton_model::{MemoryNeed, ModelConfig, ModelFiles, Quantization, ShardSlices, Stage};
+use baton_worker::KvCompression;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -61,6 +62,10 @@ pub struct Plan {
     pub tensor_parallel: usize,
     /// What weights become in memory.
     pub quantization: Quantization,
+    /// How KV travels between workers.
+    pub kv_compression: KvCompression,
+    /// The pace of engine steps, where not the workers' default.
+    pub step_target_ms: Option<u64>,
     /// Whether workers together have more threads than there are cores, so that none may spin. Cores are divided by
     /// number only, not pinned: on a machine that people also use, the system places threads better than a plan can.
     pub cores_shared: bool,
@@ -174,6 +179,8 @@ impl Plan {
             cores_shared: threads * workers.len() > cores,
             workers,
             quantization: args.quantize,
+            kv_compression: args.kv_compression,
+            step_target_ms: args.step_target_ms,
             kv_bytes,
             api_key: args.api_key.clone(),
             prefill_threshold: args

@@ -101,3 +101,45 @@ async fn disaggregated_equals_monolithic() {
         }
     }
 }
+
+/// Compressed on the way, KV is smaller and nearly the same: most answers of a trained model do not change.
+#[tokio::test(flavor = "multi_thread")]
+async fn kv_may_travel_compressed() {
+    let mut sent = Vec::new();
+    let mut answers = Vec::new();
+    for compression in ["none", "int8"] {
+        let cluster = Cluster::start(&["--prefill-threshold", "0", "--kv-compression", compression]).await;
+        let mut texts = Vec::new();
+        for i in 0..20 {
+            let prompt = format!(
+                "My code is {}{}{}{}. What is my code?",
+                i % 10,
+                (i + 3) % 10,
+                i % 7,
+                (i * 3) % 10
+            );
+            let body = chat_body(&prompt, json!({"max_tokens": 12, "temperature": 0}));
+            texts.push(ChatStream::start(&cluster.url, &body).await.finish().await.text);
+        }
+        cluster.assert_nothing_leaked().await;
+        let workers = cluster.workers().await;
+        let prefill = workers.iter().find(|worker| worker["role"] == "prefill");
+        sent.push(
+            prefill
+                .and_then(|worker| worker["transferred_bytes_total"].as_u64())
+                .expect("a count"),
+        );
+        answers.push(texts);
+        assert!(cluster.stop().await.success());
+    }
+    assert!(
+        sent[1] > 0 && sent[1] * 3 < sent[0] * 2,
+        "bytes sent as they are and compressed: {sent:?}"
+    );
+    let same = answers[0]
+        .iter()
+        .zip(&answers[1])
+        .filter(|(plain, compressed)| plain == compressed)
+        .count();
+    assert!(same >= 18, "only {same} of 20 answers are the same: {answers:?}");
+}

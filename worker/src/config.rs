@@ -1,6 +1,7 @@
 //! The worker's configuration file, one documented field per setting.
 
 use crate::WorkerError;
+use crate::compression::KvCompression;
 use baton_model::Quantization;
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
@@ -76,7 +77,7 @@ pub struct WorkerConfig {
     /// Memory for KV blocks, in bytes.
     #[serde(default = "default_kv_bytes")]
     pub kv_bytes: u64,
-    /// Tokens per KV block. Workers that hand blocks over must agree.
+    /// Tokens per KV block. Workers that hand blocks over need not agree.
     #[serde(default = "default_block_size")]
     pub block_size: usize,
     /// Most tokens computed in one engine step, and so the longest prefill chunk. Working memory grows with it.
@@ -95,6 +96,11 @@ pub struct WorkerConfig {
     /// Longest wait for a prefill worker before the prompt is computed here, in milliseconds.
     #[serde(default = "default_fill_timeout_ms")]
     pub fill_timeout_ms: u64,
+    /// How this worker wants KV blocks from prefill workers: `none` (as they are) or `int8` (8-bit integers with a scale per
+    /// head and token, about half the bytes of bf16). For links that are slower than prefill; answers are then no longer
+    /// the same to the bit as those of a worker that computes its prompts itself.
+    #[serde(default)]
+    pub kv_compression: KvCompression,
 }
 
 impl WorkerConfig {

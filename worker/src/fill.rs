@@ -7,11 +7,12 @@
 //! - failed: the peer is gone, refused, or too slow; the scheduler prefills locally;
 //! - cancelled: nobody wants the tokens any more.
 
+use crate::compression::{KvCompression, Rows};
 use crate::peers::{Peers, is_prefilled};
 use baton_engine::spans::{self, Table};
 use baton_kvtransfer::{Agent, Region};
 use baton_model::KvGeometry;
-use baton_proto::worker::{Prefill, PrefillDone, PrefillPeer, Sampling};
+use baton_proto::worker::{self, Prefill, PrefillDone, PrefillPeer, Sampling};
 use prost::Message;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -27,6 +28,7 @@ pub(crate) struct FillContext {
     pub(crate) geometry: KvGeometry,
     pub(crate) peers: Peers,
     pub(crate) timeout: Duration,
+    pub(crate) compression: KvCompression,
 }
 
 /// One prompt to be computed elsewhere.
@@ -73,18 +75,28 @@ async fn attempt(context: &FillContext, job: FillJob) -> Result<PrefillDone, Str
         .link(&job.peer.addr, job.peer.epoch)
         .await
         .map_err(|error| error.to_string())?;
+    let blocks = job.blocks.clone();
     let table = Table {
         start: job.cached_tokens,
         block_size: context.geometry.block_size,
-        blocks: &job.blocks,
+        blocks: &blocks,
+    };
+    let staging = match context.compression {
+        KvCompression::None => None,
+        KvCompression::Int8 => {
+            let rows = Rows::new(context.geometry, job.cached_tokens..job.prompt.len());
+            let bytes = rows.bytes().ok_or("the prompt is too long to be compressed")?;
+            Some((rows, Region::new(bytes).map_err(|error| error.to_string())?))
+        }
     };
     let ranges = spans::window(&context.geometry, job.cached_tokens..job.prompt.len(), table)
         .ok_or("the block table does not cover the prompt; this is a bug in the scheduler")?;
     // Whatever ends this function drops the window, and with that closes it.
-    let window = context
-        .agent
-        .open_window(&context.region, ranges)
-        .map_err(|error| error.to_string())?;
+    let window = match &staging {
+        None => context.agent.open_window(&context.region, ranges),
+        Some((_, staging)) => context.agent.open_window(staging, vec![0..staging.len()]),
+    };
+    let window = window.map_err(|error| error.to_string())?;
     let mut pending = link
         .prefill(Prefill {
             id: 0,
@@ -98,6 +110,11 @@ async fn attempt(context: &FillContext, job: FillJob) -> Result<PrefillDone, Str
             window: window.id(),
             blocks: job.blocks,
             block_size: u32::try_from(context.geometry.block_size).map_err(|_| "absurd block size".to_owned())?,
+            kv_compression: match context.compression {
+                KvCompression::None => worker::KvCompression::None,
+                KvCompression::Int8 => worker::KvCompression::Int8,
+            }
+            .into(),
         })
         .map_err(|error| error.to_string())?;
     let payload = tokio::select! {
@@ -111,5 +128,13 @@ async fn attempt(context: &FillContext, job: FillJob) -> Result<PrefillDone, Str
             window.wait().await.map_err(|error| error.to_string())?
         }
     };
+    if let Some((rows, staging)) = staging {
+        for layer in 0..context.geometry.layers {
+            rows.decode(&staging, layer, &context.region, table)
+                .ok_or("the block table does not cover the prompt; this is a bug in the scheduler")?;
+            // A cancelled fill stops here, before its blocks go to somebody else.
+            tokio::task::yield_now().await;
+        }
+    }
     PrefillDone::decode(payload).map_err(|error| format!("unreadable hand-over: {error}"))
 }

@@ -24,6 +24,7 @@
 #![forbid(unsafe_code)]
 
 mod caller;
+mod compression;
 mod config;
 mod engine_loop;
 mod engine_thread;
@@ -36,6 +37,7 @@ mod push;
 mod server;
 mod service;
 
+pub use compression::KvCompression;
 pub use config::{WorkerConfig, WorkerRole};
 pub use error::WorkerError;
 pub use load::run;

@@ -4,13 +4,15 @@
 //! never blocks. The async side ([`hand_over`]) owns the push itself, sends the first token with its last
 //! notification, and reports the end, after which nothing reads the sequence's blocks any more.
 
+use crate::compression::Rows;
 use crate::engine_thread::{Command, EngineHandle, Ticket};
 use baton_engine::spans::{self, Table};
-use baton_kvtransfer::{Push, PushError, PushWriter};
+use baton_kvtransfer::{Push, PushError, PushWriter, Region};
 use baton_model::KvGeometry;
 use baton_proto::worker::{Finish, FinishReason, PrefillDone};
 use prost::Message;
 use std::ops::Range;
+use std::sync::Arc;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
@@ -24,21 +26,35 @@ pub(crate) struct CallersBlocks {
     pub(crate) skip_tokens: usize,
 }
 
+/// Where a prompt's KV is compressed before it is sent.
+pub(crate) struct Compressed {
+    pub(crate) arena: Arc<Region>,
+    pub(crate) staging: Arc<Region>,
+    pub(crate) rows: Rows,
+}
+
 /// Queues the KV of one prompt, layer by layer, into the caller's window.
 pub(crate) struct LayerPush {
     writer: PushWriter,
     geometry: KvGeometry,
     /// The caller's blocks for positions from `skip_tokens` on.
     remote: CallersBlocks,
+    compressed: Option<Compressed>,
     failed: Option<PushFailed>,
 }
 
 impl LayerPush {
-    pub(crate) fn new(writer: PushWriter, geometry: KvGeometry, remote: CallersBlocks) -> Self {
+    pub(crate) fn new(
+        writer: PushWriter,
+        geometry: KvGeometry,
+        remote: CallersBlocks,
+        compressed: Option<Compressed>,
+    ) -> Self {
         Self {
             writer,
             geometry,
             remote,
+            compressed,
             failed: None,
         }
     }
@@ -66,6 +82,15 @@ impl LayerPush {
             block_size: self.geometry.block_size,
             blocks,
         };
+        if let Some(Compressed { arena, staging, rows }) = &self.compressed {
+            let written = rows.encode(arena, local, layer, positions, staging);
+            self.failed = match written.map(|range| self.writer.write(range.clone(), range.start)) {
+                Some(Ok(())) => None,
+                Some(Err(error)) => Some(PushFailed::Transfer(error)),
+                None => Some(PushFailed::Tables),
+            };
+            return;
+        }
         let remote = Table {
             start: self.remote.skip_tokens,
             block_size: self.remote.block_size,

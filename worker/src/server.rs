@@ -114,6 +114,7 @@ pub async fn serve(
         geometry,
         peers: Peers::new(identity.clone(), config.worker_id.clone(), kv_digest),
         timeout: Duration::from_millis(config.fill_timeout_ms),
+        compression: config.kv_compression,
     };
     let scheduler = SchedulerConfig {
         batch_tokens_max: config.batch_tokens_max,

@@ -5,14 +5,15 @@
 //! that merely cannot be served is answered with a `Finish` of reason ERROR.
 
 use crate::caller::{OUTBOUND_MESSAGES_MAX, OutboundSender};
+use crate::compression::Rows;
 use crate::engine_thread::{Command, EngineHandle, PrefillCommand, Ticket};
-use crate::push::{CallersBlocks, LayerPush, hand_over};
+use crate::push::{CallersBlocks, Compressed, LayerPush, hand_over};
 use crate::server::Advertised;
 use baton_identity::{Role, require_role};
 use baton_kvtransfer::{Agent, Region};
 use baton_model::KvGeometry;
 use baton_proto::worker::worker_server::Worker;
-use baton_proto::worker::{FromWorker, Generate, HelloReply, Prefill, ToWorker, from_worker, to_worker};
+use baton_proto::worker::{FromWorker, Generate, HelloReply, KvCompression, Prefill, ToWorker, from_worker, to_worker};
 use baton_proto::{PROTOCOL_VERSION, limits};
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -208,8 +209,24 @@ impl Service {
         let Ok(peer) = request.transfer_addr.parse::<SocketAddr>() else {
             return Err(Status::invalid_argument("transfer_addr is not an ip:port"));
         };
+        let compressed = match request.kv_compression() {
+            KvCompression::None => None,
+            KvCompression::Int8 => {
+                let rows = Rows::new(geometry, skip..request.prompt.len());
+                let staging = rows.bytes().map(Region::new).and_then(Result::ok);
+                let staging = staging.ok_or_else(|| Status::resource_exhausted("no memory to compress KV in"))?;
+                Some(Compressed {
+                    arena: self.region.clone(),
+                    staging,
+                    rows,
+                })
+            }
+        };
+        let source = compressed
+            .as_ref()
+            .map_or(&self.region, |compressed| &compressed.staging);
         // A push that cannot start fails on its own, and with it the request.
-        let push = self.agent.push(peer, request.window, self.region.clone());
+        let push = self.agent.push(peer, request.window, source.clone());
         let layers = LayerPush::new(
             push.writer(),
             geometry,
@@ -218,6 +235,7 @@ impl Service {
                 block_size,
                 skip_tokens: skip,
             },
+            compressed,
         );
         let (sender, prefilled) = oneshot::channel();
         let cancelled = CancellationToken::new();

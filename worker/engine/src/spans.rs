@@ -27,7 +27,7 @@ pub struct Table<'a> {
 
 impl Table<'_> {
     /// The block that holds `position`, if the table reaches it.
-    fn block(&self, position: usize) -> Option<u32> {
+    pub fn block(&self, position: usize) -> Option<u32> {
         let index = position.checked_sub(self.start)? / self.block_size;
         self.blocks.get(index).copied()
     }

@@ -160,6 +160,7 @@ impl Cell {
             seqs_max: 32,
             waiting_max: 1024,
             fill_timeout_ms: 20_000,
+            kv_compression: Default::default(),
         }
     }
 
