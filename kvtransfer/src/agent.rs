@@ -1,18 +1,22 @@
 //! The agent: one per process, the front door of the crate. It opens windows, starts pushes and owns the transport.
 
 use crate::hello::Hello;
-use crate::limits::NAME_BYTES_MAX;
+use crate::limits::{NAME_BYTES_MAX, PAYLOAD_BYTES_MAX};
 use crate::push::{Outgoing, Push};
+use crate::push_state::PushLimits;
 use crate::quic::QuicTransport;
 use crate::ranges::RangeSet;
 use crate::stats::Counters;
+use crate::storage::Memory;
 use crate::transport::Transport;
 use crate::window_table::WindowTable;
-use crate::{PushError, Region, SetupError, TransferLimits, TransferStats, Window, WindowOptions};
+use crate::{PushError, SetupError, TransferLimits, TransferStats, Window, WindowOptions};
 use baton_identity::Identity;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::runtime::Handle;
 
 /// What an agent is bound with.
 pub struct AgentConfig<'a> {
@@ -41,6 +45,21 @@ struct Inner {
     counters: Arc<Counters>,
     limits: Arc<TransferLimits>,
     random: &'static dyn rustls::crypto::SecureRandom,
+    runtime: Handle,
+}
+
+/// What one push may take.
+#[derive(Debug, Clone, Default)]
+pub struct PushOptions {
+    /// From its start until the receiver's acknowledgement; `None`: as long as it makes progress.
+    pub deadline: Option<Duration>,
+}
+
+/// Fails the push when its time is over.
+async fn expire(push: Arc<Outgoing>, limit: Duration) {
+    if tokio::time::timeout(limit, push.settled()).await.is_err() {
+        push.fail(PushError::DeadlineExceeded { limit });
+    }
 }
 
 impl Agent {
@@ -56,9 +75,10 @@ impl Agent {
                 max: NAME_BYTES_MAX,
             });
         }
+        let runtime = Handle::try_current().map_err(|_| SetupError::NoRuntime)?;
         let limits = Arc::new(config.limits);
         let counters = Arc::new(Counters::default());
-        let table = Arc::new(WindowTable::new(limits.windows_max, counters.clone()));
+        let table = Arc::new(WindowTable::new(&limits, counters.clone()));
         let hello = Hello {
             version: baton_proto::PROTOCOL_VERSION,
             digest: config.digest,
@@ -71,6 +91,7 @@ impl Agent {
                 table,
                 counters,
                 limits,
+                runtime,
                 random: rustls::crypto::ring::default_provider().secure_random,
             }),
         })
@@ -81,12 +102,12 @@ impl Agent {
         self.inner.transport.local_addr()
     }
 
-    /// Opens a window over `ranges` of `region` for one push.
+    /// Opens a window over `ranges` of `memory` for one push.
     ///
     /// # Errors
     /// [`SetupError`]: misuse of ranges, overlap with another open window, too many windows, a closed agent.
-    pub fn open_window(&self, region: &Arc<Region>, ranges: Vec<Range<usize>>) -> Result<Window, SetupError> {
-        self.open_window_with(region, ranges, WindowOptions::default())
+    pub fn open_window(&self, memory: impl Into<Memory>, ranges: Vec<Range<usize>>) -> Result<Window, SetupError> {
+        self.open_window_with(memory, ranges, WindowOptions::default())
     }
 
     /// [`Agent::open_window`] with a bound on the bytes, or a lifetime.
@@ -95,40 +116,56 @@ impl Agent {
     /// As [`Agent::open_window`].
     pub fn open_window_with(
         &self,
-        region: &Arc<Region>,
+        memory: impl Into<Memory>,
         ranges: Vec<Range<usize>>,
         options: WindowOptions,
     ) -> Result<Window, SetupError> {
         let inner = &self.inner;
-        let ranges = RangeSet::new(ranges, region.len(), inner.limits.window_ranges_max)?;
+        let memory = memory.into();
+        let ranges = RangeSet::new(ranges, memory.len(), inner.limits.window_ranges_max)?;
         // Twice: a sender may rewrite what it wrote, but not for ever.
         let bytes_max = options.bytes_max.unwrap_or_else(|| ranges.bytes().saturating_mul(2));
-        let cell = inner.table.open(region, ranges, bytes_max, || {
-            let mut id = [0; 8];
-            let filled = inner.random.fill(&mut id);
-            filled.map_err(|_| SetupError::Random)?;
-            Ok(u64::from_le_bytes(id))
-        })?;
+        let cell = inner.table.open(&memory, ranges, bytes_max, || inner.random_id())?;
         let lifetime = options.lifetime.unwrap_or(inner.limits.window_lifetime);
         Ok(Window::new(cell, inner.table.clone(), lifetime))
     }
 
-    /// Starts a push of bytes of `region` into the window with id `window` at `peer`. Returns at once, from any
+    /// Starts a push of bytes of `memory` into the window with id `window` at `peer`. Returns at once, from any
     /// thread; the connection is made in the background, and if it fails so does the push.
-    pub fn push(&self, peer: SocketAddr, window: u64, region: Arc<Region>) -> Push {
+    pub fn push(&self, peer: SocketAddr, window: u64, memory: impl Into<Memory>) -> Push {
+        self.push_with(peer, window, memory, PushOptions::default())
+    }
+
+    /// [`Agent::push`] with a deadline.
+    pub fn push_with(&self, peer: SocketAddr, window: u64, memory: impl Into<Memory>, options: PushOptions) -> Push {
         let inner = &self.inner;
         let max = inner.limits.pushes_max;
         let full = inner.counters.pushes_open.get() >= max as u64;
+        let limits = PushLimits {
+            descriptors_max: inner.limits.descriptors_max,
+            payload_max: PAYLOAD_BYTES_MAX,
+            retries_max: inner.limits.lane_retries_max,
+            backoff: inner.limits.lane_backoff,
+            grace: inner.limits.lane_grace,
+        };
+        // Without random bytes the push is refused below; nobody sees the id.
+        let id = inner.random_id();
         let out = Arc::new(Outgoing::new(
             window,
-            region,
-            inner.limits.descriptors_max,
+            id.as_ref().map_or(0, |id| *id),
+            memory.into(),
+            limits,
             inner.counters.clone(),
         ));
-        if full {
-            out.fail(PushError::TooManyPushes { max });
-        } else {
-            inner.transport.carry(peer, out.clone());
+        match id {
+            Err(_) => out.fail(PushError::AgentClosed),
+            Ok(_) if full => out.fail(PushError::TooManyPushes { max }),
+            Ok(_) => {
+                inner.transport.carry(peer, out.clone());
+                if let Some(limit) = options.deadline {
+                    inner.runtime.spawn(expire(out.clone(), limit));
+                }
+            }
         }
         Push::new(out)
     }
@@ -146,6 +183,12 @@ impl Agent {
 }
 
 impl Inner {
+    fn random_id(&self) -> Result<u64, SetupError> {
+        let mut id = [0; 8];
+        self.random.fill(&mut id).map_err(|_| SetupError::Random)?;
+        Ok(u64::from_le_bytes(id))
+    }
+
     fn shut(&self) -> impl Future<Output = ()> + use<> {
         self.table.shut();
         self.transport.close()

@@ -46,8 +46,10 @@
 
 mod agent;
 mod busy;
+mod coverage;
 mod error;
 mod hello;
+mod inbox;
 mod incoming;
 pub mod limits;
 #[allow(unsafe_code)]
@@ -60,18 +62,21 @@ mod quic;
 mod ranges;
 mod refusal;
 mod stats;
+mod storage;
 mod transport;
 mod window;
 mod window_state;
 mod window_table;
 mod wire;
 
-pub use agent::{Agent, AgentConfig};
+pub use agent::{Agent, AgentConfig, PushOptions};
 pub use error::{AbortReason, PushError, SetupError, WindowError};
+pub use inbox::Notification;
 pub use limits::TransferLimits;
 pub use memory::{ALIGN, Region};
 pub use push::{Push, PushWriter};
 pub use push_state::PushReport;
 pub use refusal::Refusal;
 pub use stats::TransferStats;
+pub use storage::{FileMemory, Memory, MemoryKind};
 pub use window::{Window, WindowOptions};

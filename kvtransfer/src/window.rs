@@ -12,7 +12,7 @@ use tokio::time::Instant;
 /// What one window allows beyond its ranges.
 #[derive(Debug, Clone, Default)]
 pub struct WindowOptions {
-    /// Most bytes a push may write in total, counting rewrites; `None`: twice the bytes of the ranges.
+    /// Most bytes one lane of a push may write in total, counting repetitions; `None`: twice the bytes of the ranges.
     pub bytes_max: Option<u64>,
     /// How long [`Window::wait`] waits, from now; `None`: the agent's `window_lifetime`.
     pub lifetime: Option<Duration>,
@@ -49,7 +49,7 @@ impl Window {
         self.cell.id()
     }
 
-    /// Bytes landed so far.
+    /// Bytes landed so far, each counted once, in steps of whole frames.
     pub fn landed(&self) -> u64 {
         self.cell.landed()
     }

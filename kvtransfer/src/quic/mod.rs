@@ -109,6 +109,7 @@ fn connect_error(peer: SocketAddr, error: &ConnectionError) -> PushError {
 fn lost_error(peer: SocketAddr, error: &ConnectionError) -> PushError {
     match error {
         ConnectionError::LocallyClosed => PushError::AgentClosed,
+        ConnectionError::ApplicationClosed(_) => PushError::PeerClosed { peer },
         _ => PushError::PeerLost {
             peer,
             detail: error.to_string(),
