@@ -1,7 +1,10 @@
 //! The agent: one per process, the front door of the crate. It opens windows, starts pushes and owns the transport.
 
+use crate::control::Control;
+use crate::export::Exports;
 use crate::hello::Hello;
-use crate::limits::{NAME_BYTES_MAX, PAYLOAD_BYTES_MAX};
+use crate::inbox::Inbox;
+use crate::limits::{CONTROL_BYTES_MAX, NAME_BYTES_MAX, PAYLOAD_BYTES_MAX};
 use crate::push::{Outgoing, Push};
 use crate::push_state::PushLimits;
 use crate::quic::QuicTransport;
@@ -9,13 +12,17 @@ use crate::ranges::RangeSet;
 use crate::stats::Counters;
 use crate::storage::Memory;
 use crate::transport::Transport;
-use crate::window_table::WindowTable;
-use crate::{PushError, SetupError, TransferLimits, TransferStats, Window, WindowOptions};
+use crate::window_table::{WindowTable, lock};
+use crate::wire::CONTROL_WINDOW;
+use crate::{
+    ALIGN, MemoryDescription, PushError, Refusal, Region, SetupError, TransferLimits, TransferStats, Window,
+    WindowOptions,
+};
 use baton_identity::Identity;
 use std::net::SocketAddr;
 use std::ops::Range;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
 /// What an agent is bound with.
@@ -39,13 +46,26 @@ pub struct Agent {
     inner: Arc<Inner>,
 }
 
-struct Inner {
+/// What the agent tells about itself, as far as it changes.
+pub(crate) struct Card {
+    pub(crate) addresses: Vec<SocketAddr>,
+    pub(crate) memories: Vec<MemoryDescription>,
+    /// Registrations ever made: the last one's id.
+    pub(crate) registrations: u64,
+}
+
+pub(crate) struct Inner {
     transport: Box<dyn Transport>,
     table: Arc<WindowTable>,
     counters: Arc<Counters>,
     limits: Arc<TransferLimits>,
     random: &'static dyn rustls::crypto::SecureRandom,
     runtime: Handle,
+    hello: Hello,
+    card: Mutex<Card>,
+    exports: Arc<Exports>,
+    /// What control messages are pushed from: none of it is read.
+    empty: Memory,
 }
 
 /// What one push may take.
@@ -84,17 +104,42 @@ impl Agent {
             digest: config.digest,
             name: config.name,
         };
-        let transport = QuicTransport::bind(config.bind, config.identity, hello, table.clone(), limits.clone())?;
-        Ok(Self {
-            inner: Arc::new(Inner {
-                transport: Box::new(transport),
-                table,
-                counters,
-                limits,
-                runtime,
-                random: rustls::crypto::ring::default_provider().secure_random,
+        let empty = Region::new(ALIGN)?.into();
+        let transport = QuicTransport::bind(
+            config.bind,
+            config.identity,
+            hello.clone(),
+            table.clone(),
+            limits.clone(),
+        )?;
+        let exports = Arc::<Exports>::default();
+        runtime.spawn(exports.clone().run());
+        let inner = Arc::new(Inner {
+            card: Mutex::new(Card {
+                addresses: vec![transport.local_addr()],
+                memories: Vec::new(),
+                registrations: 0,
             }),
-        })
+            transport: Box::new(transport),
+            table,
+            counters,
+            limits,
+            random: rustls::crypto::ring::default_provider().secure_random,
+            runtime,
+            hello,
+            exports,
+            empty,
+        });
+        let served = Arc::downgrade(&inner);
+        inner.table.inbox().serve(Box::new(move |peer, message| {
+            let agent = served.upgrade().ok_or(Refusal::UnknownExport)?;
+            agent.control(peer, message)
+        }));
+        Ok(Self { inner })
+    }
+
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.inner
     }
 
     /// The UDP address that peers push to.
@@ -138,36 +183,10 @@ impl Agent {
 
     /// [`Agent::push`] with a deadline.
     pub fn push_with(&self, peer: SocketAddr, window: u64, memory: impl Into<Memory>, options: PushOptions) -> Push {
-        let inner = &self.inner;
-        let max = inner.limits.pushes_max;
-        let full = inner.counters.pushes_open.get() >= max as u64;
-        let limits = PushLimits {
-            descriptors_max: inner.limits.descriptors_max,
-            payload_max: PAYLOAD_BYTES_MAX,
-            retries_max: inner.limits.lane_retries_max,
-            backoff: inner.limits.lane_backoff,
-            grace: inner.limits.lane_grace,
-        };
-        // Without random bytes the push is refused below; nobody sees the id.
-        let id = inner.random_id();
-        let out = Arc::new(Outgoing::new(
-            window,
-            id.as_ref().map_or(0, |id| *id),
-            memory.into(),
-            limits,
-            inner.counters.clone(),
-        ));
-        match id {
-            Err(_) => out.fail(PushError::AgentClosed),
-            Ok(_) if full => out.fail(PushError::TooManyPushes { max }),
-            Ok(_) => {
-                inner.transport.carry(peer, out.clone());
-                if let Some(limit) = options.deadline {
-                    inner.runtime.spawn(expire(out.clone(), limit));
-                }
-            }
-        }
-        Push::new(out)
+        let push = self
+            .inner
+            .start(peer, window, memory.into(), options.deadline, PAYLOAD_BYTES_MAX);
+        Push::new(push)
     }
 
     /// What the agent has done and what is open, for metrics.
@@ -183,13 +202,92 @@ impl Agent {
 }
 
 impl Inner {
-    fn random_id(&self) -> Result<u64, SetupError> {
+    /// Starts a push, or a failed one.
+    pub(crate) fn start(
+        &self,
+        peer: SocketAddr,
+        window: u64,
+        memory: Memory,
+        deadline: Option<Duration>,
+        payload_max: usize,
+    ) -> Arc<Outgoing> {
+        let max = self.limits.pushes_max;
+        let full = self.counters.pushes_open.get() >= max as u64;
+        let limits = PushLimits {
+            descriptors_max: self.limits.descriptors_max,
+            payload_max,
+            retries_max: self.limits.lane_retries_max,
+            backoff: self.limits.lane_backoff,
+            grace: self.limits.lane_grace,
+        };
+        // Without random bytes the push is refused below; nobody sees the id.
+        let id = self.random_id();
+        let push = Arc::new(Outgoing::new(
+            window,
+            id.as_ref().map_or(0, |id| *id),
+            memory,
+            limits,
+            self.counters.clone(),
+        ));
+        match id {
+            Err(_) => push.fail(PushError::AgentClosed),
+            Ok(_) if full => push.fail(PushError::TooManyPushes { max }),
+            Ok(_) => {
+                self.transport.carry(peer, push.clone());
+                if let Some(limit) = deadline {
+                    self.runtime.spawn(expire(push.clone(), limit));
+                }
+            }
+        }
+        push
+    }
+
+    /// Sends a control message and waits until it is taken.
+    pub(crate) async fn call(
+        &self,
+        peer: SocketAddr,
+        message: &Control,
+        deadline: Option<Duration>,
+    ) -> Result<(), PushError> {
+        let push = self.start(peer, CONTROL_WINDOW, self.empty.clone(), deadline, CONTROL_BYTES_MAX);
+        // A caller that goes away takes the message with it.
+        let push = Push::new(push);
+        push.outgoing().finish(message.encode(), false, Instant::now())?;
+        push.outgoing().settled().await.map(drop)
+    }
+
+    pub(crate) fn runtime(&self) -> &Handle {
+        &self.runtime
+    }
+
+    pub(crate) fn limits(&self) -> &TransferLimits {
+        &self.limits
+    }
+
+    pub(crate) fn hello(&self) -> &Hello {
+        &self.hello
+    }
+
+    pub(crate) fn inbox(&self) -> &Arc<Inbox> {
+        self.table.inbox()
+    }
+
+    pub(crate) fn exports(&self) -> &Arc<Exports> {
+        &self.exports
+    }
+
+    pub(crate) fn with_card<T>(&self, change: impl FnOnce(&mut Card) -> T) -> T {
+        change(&mut lock(&self.card))
+    }
+
+    pub(crate) fn random_id(&self) -> Result<u64, SetupError> {
         let mut id = [0; 8];
         self.random.fill(&mut id).map_err(|_| SetupError::Random)?;
         Ok(u64::from_le_bytes(id))
     }
 
     fn shut(&self) -> impl Future<Output = ()> + use<> {
+        self.exports.shut();
         self.table.shut();
         self.transport.close()
     }
@@ -199,6 +297,14 @@ impl Drop for Inner {
     fn drop(&mut self) {
         // Nobody can wait here; the closing itself happens at once.
         drop(self.shut());
+    }
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inner")
+            .field("name", &self.hello.name)
+            .finish_non_exhaustive()
     }
 }
 

@@ -74,6 +74,29 @@ pub enum SetupError {
         /// The limit.
         max: usize,
     },
+    /// Too many exports.
+    #[error("{max} exports are held, the most this agent takes; end some or raise exports_max")]
+    Exports {
+        /// The limit.
+        max: usize,
+    },
+    /// Metadata of an agent that this one cannot work with.
+    #[error("{peer} is incompatible: {mismatch}")]
+    Incompatible {
+        /// The peer's name.
+        peer: String,
+        /// What differs, with both sides' values.
+        mismatch: String,
+    },
+    /// Metadata that names no address.
+    #[error("the metadata of {peer} has no address to reach it at; see Agent::advertise")]
+    NoAddress {
+        /// The peer's name.
+        peer: String,
+    },
+    /// Bytes that are no metadata.
+    #[error("these bytes are no agent metadata: {0}")]
+    Metadata(String),
     /// A window over nothing.
     #[error("a window needs at least one range")]
     WindowEmpty,
@@ -333,6 +356,32 @@ pub enum PushError {
     /// A write after `finish`.
     #[error("the push is already finished; nothing can be written any more")]
     Finished,
+}
+
+/// Why a transfer did not succeed. In every case nothing of it is read or written any more.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TransferError {
+    /// The push of a write failed, or the request of a read.
+    #[error(transparent)]
+    Push(#[from] PushError),
+    /// The window of a read failed.
+    #[error(transparent)]
+    Window(#[from] WindowError),
+    /// A read could not begin: the reason is a [`SetupError`]'s.
+    #[error("the read could not begin: {0}")]
+    Setup(String),
+    /// The owner of the bytes does not serve the read any more.
+    #[error("the owner ended the read: {0}; compute the bytes or fetch them elsewhere")]
+    Ended(Refusal),
+    /// The owner was not heard of for a whole term of the lease.
+    #[error("the owner was not heard of for {term:?}; compute the bytes or fetch them elsewhere")]
+    OwnerLost {
+        /// The term of the lease.
+        term: Duration,
+    },
+    /// Cancelled on this side.
+    #[error("the transfer was cancelled")]
+    Cancelled,
 }
 
 impl PushError {

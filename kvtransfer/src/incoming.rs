@@ -79,18 +79,27 @@ impl Incoming {
     /// The refusal to send as the last reply; the window, if there is one, has failed with it, or lost this lane if the
     /// refusal is about the lane only.
     pub(crate) fn feed(&mut self, input: &[u8]) -> Result<Option<Reply>, Refusal> {
+        self.feed_at(input, Instant::now())
+    }
+
+    /// [`Incoming::feed`] at a given time.
+    pub(crate) fn feed_at(&mut self, input: &[u8], now: Instant) -> Result<Option<Reply>, Refusal> {
         let result = self.step(input);
         if let Err(refusal) = result {
-            self.refuse(refusal);
+            self.refuse_at(refusal, now);
         }
         result
     }
 
     /// Fails the window for a breach that the transport noticed; ends the lane if that is all it means.
     pub(crate) fn refuse(&mut self, refusal: Refusal) {
+        self.refuse_at(refusal, Instant::now());
+    }
+
+    fn refuse_at(&mut self, refusal: Refusal, now: Instant) {
         self.table.counters().refusals.add(1);
         if refusal.lane_only() {
-            self.broken(refusal.to_string(), Instant::now());
+            self.broken(refusal.to_string(), now);
         } else if let Target::Window(window, _) = &self.target {
             window.fail(WindowError::Refused(refusal));
         }
@@ -134,16 +143,19 @@ impl Incoming {
     /// Resolves once the window is given up on this side, with the reason to send; never without a window, nor after
     /// FINISH.
     pub(crate) async fn interrupted(&self) -> Refusal {
-        let Target::Window(window, _) = &self.target else {
-            return std::future::pending().await;
-        };
-        window
-            .until(|phase| match phase {
-                Phase::Failed(WindowError::Refused(refusal)) if !refusal.lane_only() => Some(*refusal),
-                Phase::Closed | Phase::Failed(_) => Some(Refusal::WindowClosed),
-                Phase::Open | Phase::Receiving | Phase::Completed(_) => None,
-            })
-            .await
+        match &self.target {
+            Target::Window(window, _) => window.until(given_up).await,
+            _ => std::future::pending().await,
+        }
+    }
+
+    /// The reason to send, if the window is given up on this side.
+    #[cfg(test)]
+    pub(crate) fn given_up(&self) -> Option<Refusal> {
+        match &self.target {
+            Target::Window(window, _) => given_up(&window.phase()),
+            _ => None,
+        }
     }
 
     fn step(&mut self, mut input: &[u8]) -> Result<Option<Reply>, Refusal> {
@@ -262,6 +274,15 @@ impl Incoming {
     fn acknowledge(&mut self, total: u64) -> Reply {
         self.done = true;
         Reply::Done(total)
+    }
+}
+
+/// What a sender is told of a window in this phase, if it is over without success.
+fn given_up(phase: &Phase) -> Option<Refusal> {
+    match phase {
+        Phase::Failed(WindowError::Refused(refusal)) if !refusal.lane_only() => Some(*refusal),
+        Phase::Closed | Phase::Failed(_) => Some(Refusal::WindowClosed),
+        Phase::Open | Phase::Receiving | Phase::Completed(_) => None,
     }
 }
 

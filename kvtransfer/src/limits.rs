@@ -48,6 +48,9 @@ pub const REMEMBERED_MAX: usize = 4096;
 /// Notifications that nobody has taken yet; further ones are refused. A consumer that is this far behind is stuck.
 pub const NOTIFICATIONS_MAX: usize = 4096;
 
+/// Longest encoded agent metadata in bytes: ten thousand registered memories fit.
+pub const METADATA_BYTES_MAX: usize = 1 << 20;
+
 /// Longest agent name in bytes: a host name and an ordinal fit.
 pub const NAME_BYTES_MAX: usize = 64;
 
@@ -61,7 +64,9 @@ pub struct TransferLimits {
     /// How long [`Window::wait`](crate::Window::wait) waits, from the opening. Longer than any prefill worth waiting
     /// for; then the caller computes locally.
     pub window_lifetime: Duration,
-    /// Pushes in flight from this agent at once; more fail at once.
+    /// Exports held at once. One per request whose blocks wait to be read.
+    pub exports_max: usize,
+    /// Pushes in flight from this agent at once, control messages included; more fail at once.
     pub pushes_max: usize,
     /// Pushes in flight on one connection; the receiver enforces it, further ones wait at the sender.
     pub pushes_per_connection_max: u32,
@@ -98,6 +103,7 @@ impl Default for TransferLimits {
             windows_max: 4096,
             window_ranges_max: 65_536,
             window_lifetime: Duration::from_secs(600),
+            exports_max: 4096,
             pushes_max: 4096,
             pushes_per_connection_max: 256,
             descriptors_max: 65_536,

@@ -154,7 +154,7 @@ impl Pair {
                 let part: Vec<u8> = self.backward.drain(..count.min(self.backward.len())).collect();
                 let mut input = &part[..];
                 while let Some(reply) = self.replies.next(&mut input).unwrap() {
-                    if let Err(error) = self.lane.reply(reply) {
+                    if let Err(error) = self.lane.replies().reply(reply) {
                         assert_eq!(self.lane.broke(error), None);
                     }
                 }

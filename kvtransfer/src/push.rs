@@ -71,11 +71,6 @@ impl Outgoing {
         }
     }
 
-    /// What is pushed from. What a transport maps; it reads it only between [`Outgoing::reading`]'s guards.
-    pub(crate) fn memory(&self) -> &Memory {
-        &self.memory
-    }
-
     /// A lane for `slot`, to be called again after the time that [`Lane::broke`] says. `None`: the push is over, or
     /// the slot may not be used (any more).
     pub(crate) fn lane(self: &Arc<Self>, slot: u16, integrity: Integrity) -> Option<Lane> {
@@ -272,11 +267,6 @@ impl Lane {
     /// Waits for something to send.
     pub(crate) async fn work(&self) {
         self.replies.work.notified().await;
-    }
-
-    /// See [`LaneReplies::reply`].
-    pub(crate) fn reply(&self, reply: Reply) -> Result<(), PushError> {
-        self.replies.reply(reply)
     }
 
     /// See [`LaneReplies::broke`].

@@ -44,6 +44,11 @@ impl Window {
         }
     }
 
+    /// What a transfer needs to close the window from outside of its task.
+    pub(crate) fn parts(&self) -> (Arc<WindowCell>, Arc<WindowTable>) {
+        (self.cell.clone(), self.table.clone())
+    }
+
     /// The id to hand to the pushing side. Random, not guessable: knowing it is the permission.
     pub fn id(&self) -> u64 {
         self.cell.id()

@@ -111,11 +111,6 @@ impl WindowState {
         matches!(self.phase, Phase::Open | Phase::Receiving)
     }
 
-    /// The memory it is over. What a transport maps; bytes go through [`WindowState::land`].
-    pub(crate) fn memory(&self) -> &Memory {
-        &self.memory
-    }
-
     /// Bytes that this live window and another one over `ranges` of `memory` would both own.
     pub(crate) fn conflict(&self, memory: &Memory, ranges: &RangeSet) -> Option<Range<usize>> {
         (self.live() && self.memory.same(memory))

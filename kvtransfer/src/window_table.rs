@@ -47,11 +47,6 @@ impl WindowCell {
         lock(&self.state).phase().clone()
     }
 
-    /// What the window is over, for transports that map memory.
-    pub(crate) fn memory(&self) -> Memory {
-        lock(&self.state).memory().clone()
-    }
-
     pub(crate) fn claim(&self, push: u64, lane: LaneKey) -> Result<(), Refusal> {
         lock(&self.state).claim(push, lane)?;
         // A rescued window has another deadline.
@@ -107,6 +102,7 @@ impl WindowCell {
     }
 
     /// When the window wants [`WindowCell::expire`].
+    #[cfg(test)]
     pub(crate) fn deadline(&self) -> Option<Instant> {
         lock(&self.state).deadline()
     }

@@ -32,16 +32,21 @@ impl Drop for Settle {
 
 /// The task of one push. The guard is made before the future is first polled, so that a push handed to a stopped
 /// runtime fails instead of hanging.
-pub(super) fn carry(pool: Arc<Pool>, peer: SocketAddr, push: Arc<Outgoing>) -> impl Future<Output = ()> + Send {
+pub(super) fn carry(
+    pool: Arc<Pool>,
+    peer: SocketAddr,
+    push: Arc<Outgoing>,
+    integrity: Integrity,
+) -> impl Future<Output = ()> + Send {
     let settle = Settle(push);
     async move {
         let slots = 0..pool.limits().lanes_per_push.clamp(1, LANES_MAX);
-        join_all(slots.map(|slot| carry_slot(&pool, peer, &settle.0, slot))).await;
+        join_all(slots.map(|slot| carry_slot(&pool, peer, &settle.0, slot, integrity))).await;
     }
 }
 
 /// Carries what one slot's lanes take, until the push is settled or the slot is used up.
-async fn carry_slot(pool: &Pool, peer: SocketAddr, push: &Arc<Outgoing>, slot: u16) {
+async fn carry_slot(pool: &Pool, peer: SocketAddr, push: &Arc<Outgoing>, slot: u16, integrity: Integrity) {
     if slot > 0 {
         // Most pushes are too small to gain from it.
         tokio::select! {
@@ -50,7 +55,7 @@ async fn carry_slot(pool: &Pool, peer: SocketAddr, push: &Arc<Outgoing>, slot: u
             () = push.crowded(slot) => {}
         }
     }
-    while let Some(mut lane) = push.lane(slot, Integrity::Transport) {
+    while let Some(mut lane) = push.lane(slot, integrity) {
         let wait = carry_lane(pool, peer, push, &mut lane).await;
         let Some(wait) = wait else { return };
         tracing::debug!(%peer, slot, ?wait, "a lane of a kv push broke; it is opened again");
