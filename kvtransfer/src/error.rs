@@ -23,6 +23,20 @@ pub enum SetupError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// Device memory, which no transport of this build reaches.
+    #[error("memory of device {ordinal} cannot be registered: this build has no transport for device memory")]
+    DeviceMemory {
+        /// The device.
+        ordinal: u32,
+    },
+    /// A file that cannot be opened or sized.
+    #[error("cannot use {path:?} as memory: {source}; check the path and the free space")]
+    FileMemory {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// An agent name that is empty or too long.
     #[error("{name:?} is not an agent name: use 1 to {max} bytes")]
     AgentName {
@@ -60,6 +74,29 @@ pub enum SetupError {
         /// The limit.
         max: usize,
     },
+    /// Too many exports.
+    #[error("{max} exports are held, the most this agent takes; end some or raise exports_max")]
+    Exports {
+        /// The limit.
+        max: usize,
+    },
+    /// Metadata of an agent that this one cannot work with.
+    #[error("{peer} is incompatible: {mismatch}")]
+    Incompatible {
+        /// The peer's name.
+        peer: String,
+        /// What differs, with both sides' values.
+        mismatch: String,
+    },
+    /// Metadata that names no address.
+    #[error("the metadata of {peer} has no address to reach it at; see Agent::advertise")]
+    NoAddress {
+        /// The peer's name.
+        peer: String,
+    },
+    /// Bytes that are no metadata.
+    #[error("these bytes are no agent metadata: {0}")]
+    Metadata(String),
     /// A window over nothing.
     #[error("a window needs at least one range")]
     WindowEmpty,
@@ -111,6 +148,15 @@ pub enum AbortReason {
     /// The sender's transport gave up: it waited too long, or the receiver answered against the protocol.
     #[error("the sender's transport gave up")]
     Transport,
+    /// Only this lane is given up; the push goes on over another.
+    #[error("the sender replaced the lane")]
+    LaneReplaced,
+    /// The push's deadline passed.
+    #[error("the sender's deadline passed")]
+    DeadlineExceeded,
+    /// The lease on the bytes being read ended.
+    #[error("the lease on the bytes ended")]
+    LeaseEnded,
     /// A code this version does not know.
     #[error("the sender aborted with unknown code {0}")]
     Unknown(u64),
@@ -124,6 +170,9 @@ impl AbortReason {
             Self::ComputeFailed => 3,
             Self::ShuttingDown => 4,
             Self::Transport => 5,
+            Self::LaneReplaced => 6,
+            Self::DeadlineExceeded => 7,
+            Self::LeaseEnded => 8,
             // Only ever made from a received code; sent on, it says no more than "aborted".
             Self::Unknown(_) => 0,
         }
@@ -136,6 +185,9 @@ impl AbortReason {
             3 => Self::ComputeFailed,
             4 => Self::ShuttingDown,
             5 => Self::Transport,
+            6 => Self::LaneReplaced,
+            7 => Self::DeadlineExceeded,
+            8 => Self::LeaseEnded,
             other => Self::Unknown(other),
         }
     }
@@ -210,6 +262,12 @@ pub enum PushError {
         /// What the transport saw.
         detail: String,
     },
+    /// The peer's agent was closed.
+    #[error("the transfer agent at {peer} was closed")]
+    PeerClosed {
+        /// The peer's address.
+        peer: SocketAddr,
+    },
     /// The receiver refused the push or closed its window.
     #[error("the receiver refused the push: {0}")]
     Refused(Refusal),
@@ -272,7 +330,77 @@ pub enum PushError {
         /// The limit.
         max: usize,
     },
+    /// What was written falls into too many pieces at the receiver.
+    #[error("the writes fall into more than {max} pieces at the receiver; write larger or adjacent ranges")]
+    TooScattered {
+        /// The limit.
+        max: usize,
+    },
+    /// The push's deadline passed.
+    #[error("the push was not acknowledged within its deadline of {limit:?}")]
+    DeadlineExceeded {
+        /// The deadline, from the start of the push.
+        limit: Duration,
+    },
+    /// A reply arrived damaged; the lane ends and the push goes on over another.
+    #[error("a reply of the receiver arrived damaged")]
+    Corrupt,
+    /// The local memory could not be read: an I/O error of a file.
+    #[error("{len} bytes at local offset {local} cannot be read from their file; compute or fetch them again")]
+    MemoryFailed {
+        /// Local byte offset.
+        local: usize,
+        /// Bytes.
+        len: usize,
+    },
     /// A write after `finish`.
     #[error("the push is already finished; nothing can be written any more")]
     Finished,
+}
+
+/// Why a transfer did not succeed. In every case nothing of it is read or written any more.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TransferError {
+    /// The push of a write failed, or the request of a read.
+    #[error(transparent)]
+    Push(#[from] PushError),
+    /// The window of a read failed.
+    #[error(transparent)]
+    Window(#[from] WindowError),
+    /// A read could not begin: the reason is a [`SetupError`]'s.
+    #[error("the read could not begin: {0}")]
+    Setup(String),
+    /// The owner of the bytes does not serve the read any more.
+    #[error("the owner ended the read: {0}; compute the bytes or fetch them elsewhere")]
+    Ended(Refusal),
+    /// The owner was not heard of for a whole term of the lease.
+    #[error("the owner was not heard of for {term:?}; compute the bytes or fetch them elsewhere")]
+    OwnerLost {
+        /// The term of the lease.
+        term: Duration,
+    },
+    /// Cancelled on this side.
+    #[error("the transfer was cancelled")]
+    Cancelled,
+}
+
+impl PushError {
+    /// Whether the push may go on over another lane after one of its lanes ended with this.
+    pub(crate) fn lane_only(&self) -> bool {
+        match self {
+            Self::PeerLost { .. } | Self::Stalled { .. } | Self::Corrupt => true,
+            Self::Refused(refusal) => refusal.lane_only(),
+            _ => false,
+        }
+    }
+
+    /// What the receiver is told about it.
+    pub(crate) fn abort_reason(&self) -> AbortReason {
+        match self {
+            Self::Aborted(reason) => *reason,
+            Self::DeadlineExceeded { .. } => AbortReason::DeadlineExceeded,
+            Self::MemoryFailed { .. } => AbortReason::ComputeFailed,
+            _ => AbortReason::Transport,
+        }
+    }
 }

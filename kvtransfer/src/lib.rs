@@ -42,18 +42,26 @@
 //! Sans-IO cores: `ranges`, `wire`, `hello`, `window_state`, `incoming` (receiving), `push_state`, `busy` (sending).
 //! Handles and locks: `window`, `window_table`, `push`, `agent`. Memory: `memory`, the only file with `unsafe`.
 //! Transports: `transport` (the seam), `quic`. Tests of both cores together over a fake stream: `pair`.
-#![deny(unsafe_code)]
+#![deny(missing_docs, unsafe_code)]
 
 mod agent;
 mod busy;
+mod control;
+mod coverage;
+mod descriptors;
 mod error;
+mod export;
 mod hello;
+mod hold;
+mod inbox;
 mod incoming;
+mod lease;
 pub mod limits;
 #[allow(unsafe_code)]
 mod memory;
 #[allow(unsafe_code)]
 mod nixl;
+mod metadata;
 #[cfg(test)]
 mod pair;
 mod push;
@@ -62,18 +70,31 @@ mod quic;
 mod ranges;
 mod refusal;
 mod stats;
+mod storage;
+mod transfer;
 mod transport;
+mod verbs;
 mod window;
 mod window_state;
 mod window_table;
 mod wire;
 
-pub use agent::{Agent, AgentConfig};
-pub use error::{AbortReason, PushError, SetupError, WindowError};
+pub use agent::{Agent, AgentConfig, PushOptions};
+pub use descriptors::DescriptorList;
+pub use error::{AbortReason, PushError, SetupError, TransferError, WindowError};
+pub use export::{Export, ExportGrant};
+pub use hold::Hold;
+pub use inbox::Notification;
+pub use lease::{LeaseEnd, LeaseOptions};
 pub use limits::TransferLimits;
 pub use memory::{ALIGN, Region};
+pub use metadata::{AgentMetadata, MemoryDescription, Peer};
 pub use push::{Push, PushWriter};
 pub use push_state::PushReport;
+pub use ranges::Descriptor;
 pub use refusal::Refusal;
 pub use stats::TransferStats;
+pub use storage::{FileMemory, Memory, MemoryKind};
+pub use transfer::{Transfer, TransferOptions, TransferReport, TransferStatus};
+pub use verbs::Registered;
 pub use window::{Window, WindowOptions};

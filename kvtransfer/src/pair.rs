@@ -2,19 +2,22 @@
 //! transport sends, how much of the stream arrives and when either side gives up; proptest prints and shrinks it.
 
 use crate::limits::SEND_CHUNK_BYTES;
-use crate::push::{Next, Outgoing, Push};
+use crate::push::{Lane, Next, Outgoing, Push};
+use crate::push_state::PushLimits;
 use crate::ranges::RangeSet;
 use crate::stats::Counters;
+use crate::storage::Memory;
 use crate::window_state::Phase;
 use crate::window_table::{WindowCell, WindowTable};
-use crate::wire::{Reply, ReplyDecoder};
-use crate::{AbortReason, PushError, PushReport, Refusal, Region, WindowError, incoming::Incoming};
+use crate::wire::{Integrity, LaneKey, Reply, ReplyDecoder};
+use crate::{AbortReason, PushError, PushReport, Refusal, Region, TransferLimits, WindowError, incoming::Incoming};
 use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use proptest::prelude::*;
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 const LEN: usize = 2 << 20;
 const SLOT: usize = LEN / 32;
@@ -26,6 +29,7 @@ struct Pair {
     table: Arc<WindowTable>,
     cell: Arc<WindowCell>,
     out: Arc<Outgoing>,
+    lane: Lane,
     push: Option<Push>,
     finishing: Option<BoxFuture<'static, Result<PushReport, PushError>>>,
     incoming: Option<Incoming>,
@@ -75,15 +79,23 @@ fn ending() -> impl Strategy<Value = Option<(usize, Event)>> {
 impl Pair {
     fn new() -> Self {
         let counters = Arc::new(Counters::default());
-        let table = Arc::new(WindowTable::new(4, counters.clone()));
+        let table = Arc::new(WindowTable::new(&TransferLimits::default(), counters.clone()));
         let (source, target) = (Region::new(LEN).unwrap(), Region::new(LEN).unwrap());
         let pattern: Vec<u8> = (0..LEN).map(|at| (at % 251) as u8 + 1).collect();
         assert!(source.copy_in(0, &pattern));
         let ranges = RangeSet::new((0..32).map(|slot| slot * SLOT..(slot + 1) * SLOT).collect(), LEN, 32).unwrap();
-        let cell = table.open(&target, ranges, u64::MAX, || Ok(9)).unwrap();
-        let out = Arc::new(Outgoing::new(9, source.clone(), 1024, counters));
+        let cell = table.open(&Memory::from(&target), ranges, u64::MAX, || Ok(9)).unwrap();
+        let limits = PushLimits {
+            descriptors_max: 1024,
+            payload_max: 64,
+            retries_max: 0,
+            backoff: Duration::ZERO,
+            grace: Duration::ZERO,
+        };
+        let out = Arc::new(Outgoing::new(9, 5, Memory::from(&source), limits, counters));
+        let mut lane = out.lane(0, Integrity::Transport).unwrap();
         Self {
-            forward: out.opening().into_iter().collect(),
+            forward: lane.opening().into_iter().collect(),
             incoming: Some(Incoming::new(table.clone(), "pair".into())),
             push: Some(Push::new(out.clone())),
             finishing: None,
@@ -97,6 +109,7 @@ impl Pair {
             table,
             cell,
             out,
+            lane,
         }
     }
 
@@ -116,7 +129,7 @@ impl Pair {
                     self.finishing = Some(Box::pin(push.finish(Bytes::from_static(b"payload"))));
                 }
             }
-            Event::Send => match self.out.next(&mut Vec::new()) {
+            Event::Send => match self.lane.next(&mut Vec::new()) {
                 Next::Send(bytes) => self.forward.extend(bytes),
                 Next::Last(bytes) => {
                     assert!(!std::mem::replace(&mut self.last_sent, true), "FINISH leaves once");
@@ -141,8 +154,8 @@ impl Pair {
                 let part: Vec<u8> = self.backward.drain(..count.min(self.backward.len())).collect();
                 let mut input = &part[..];
                 while let Some(reply) = self.replies.next(&mut input).unwrap() {
-                    if let Err(error) = self.out.reply(reply) {
-                        self.out.fail(error);
+                    if let Err(error) = self.lane.replies().reply(reply) {
+                        assert_eq!(self.lane.broke(error), None);
                     }
                 }
             }
@@ -155,7 +168,7 @@ impl Pair {
                 self.incoming = None;
                 // From here on the sender's blocks belong to somebody else.
                 assert!(self.source.copy_in(0, &vec![0; LEN]));
-                assert!(matches!(self.out.next(&mut Vec::new()), Next::Over));
+                assert!(matches!(self.lane.next(&mut Vec::new()), Next::Over));
             }
             Event::Close => self.table.close(&self.cell),
             Event::Cut => {
@@ -200,6 +213,9 @@ proptest! {
             pair.step(Event::Deliver(usize::MAX));
             pair.step(Event::Answer(usize::MAX));
         }
+        if let Some(deadline) = pair.cell.deadline() {
+            pair.cell.expire(deadline);
+        }
         let memory = pair.memory();
         if let Some(fenced) = fenced {
             prop_assert!(memory == fenced, "a byte landed behind the fence");
@@ -238,5 +254,6 @@ fn the_undisturbed_pair_succeeds() {
     assert!(pair.memory() == pair.expected);
     let refused = Refusal::UnknownWindow;
     pair.table.close(&pair.cell);
-    assert_eq!(pair.table.claim(9).unwrap_err(), refused);
+    let lane = LaneKey { slot: 0, generation: 0 };
+    assert_eq!(pair.table.claim(9, 6, lane).unwrap_err(), refused);
 }

@@ -1,33 +1,42 @@
-//! The sender's handles on a push, and what a transport sees of it.
+//! The sender's handles on a push, and what a transport sees of it: an [`Outgoing`] and its [`Lane`]s.
 //!
 //! Two locks with two jobs. The *queue* lock guards the state machine and is held for moments only, so that
 //! [`PushWriter::write`], called by compute between two layers, never waits for memory or network. The *fence* lock is
-//! held while bytes are copied out of the region; dropping or aborting a push takes it, so that afterwards nothing
-//! reads the blocks any more and they may be reused.
+//! held (shared between lanes) while bytes are copied out of the memory; ending a push takes it alone, so that
+//! afterwards nothing reads the blocks any more and they may be reused.
+//!
+//! A transport opens a lane per slot it wants to use, drives it until it ends, and reports a lane that broke with
+//! [`Lane::broke`]; the answer says when to open the slot again. It never decides by itself that a push has failed
+//! because of a lane.
 
-use crate::limits::SEND_CHUNK_BYTES;
-use crate::push_state::{After, PushReport, PushState};
+use crate::limits::{LANE_BACKLOG_BYTES, SEND_CHUNK_BYTES};
+use crate::push_state::{After, PushLimits, PushReport, PushState};
 use crate::ranges::Descriptor;
 use crate::stats::Counters;
+use crate::storage::Memory;
 use crate::window_table::lock;
-use crate::wire::{Reply, WRITE_HEADER_BYTES, put_finish, put_mark, put_open, put_write};
-use crate::{AbortReason, PushError, Region};
+use crate::wire::{FrameEncoder, Integrity, LaneKey, Reply};
+use crate::{AbortReason, PushError};
 use bytes::{Bytes, BytesMut};
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 /// One push, shared by its owner, its writers and the transport that carries it.
 #[derive(Debug)]
 pub(crate) struct Outgoing {
     window: u64,
-    region: Arc<Region>,
+    /// Random; by it the receiver knows that lanes belong together.
+    id: u64,
+    memory: Memory,
     state: Mutex<PushState>,
-    /// True once nothing may be read from the region any more.
-    fence: Mutex<bool>,
-    /// Something to send.
-    work: Notify,
+    /// True once nothing may be read from the memory any more.
+    fence: RwLock<bool>,
+    /// Something to send, for each slot's lane.
+    work: Mutex<Vec<Arc<Notify>>>,
+    /// Much is queued.
+    crowded: Notify,
     /// Settled.
     settled: Notify,
     counters: Arc<Counters>,
@@ -37,97 +46,80 @@ pub(crate) struct Outgoing {
 pub(crate) enum Next {
     /// Send these bytes, then ask again.
     Send(Bytes),
-    /// Send these bytes; they are the last.
+    /// Send these bytes; they are the last of the lane.
     Last(Bytes),
-    /// Wait for [`Outgoing::work`].
+    /// Wait for [`Lane::work`].
     Wait,
-    /// The push is over; stop.
+    /// The push is over, or another lane has taken this one's place; stop.
     Over,
 }
 
 impl Outgoing {
-    pub(crate) fn new(window: u64, region: Arc<Region>, descriptors_max: usize, counters: Arc<Counters>) -> Self {
+    /// A push of bytes of `memory` into `window`. `id` is random.
+    pub(crate) fn new(window: u64, id: u64, memory: Memory, limits: PushLimits, counters: Arc<Counters>) -> Self {
         counters.pushes_open.add(1);
         Self {
             window,
-            state: Mutex::new(PushState::new(region.len(), descriptors_max)),
-            region,
-            fence: Mutex::new(false),
-            work: Notify::new(),
+            id,
+            state: Mutex::new(PushState::new(memory.len(), limits)),
+            memory,
+            fence: RwLock::new(false),
+            work: Mutex::default(),
+            crowded: Notify::new(),
             settled: Notify::new(),
             counters,
         }
     }
 
-    /// The frame that names the window.
-    pub(crate) fn opening(&self) -> Bytes {
-        let mut out = BytesMut::with_capacity(16);
-        put_open(&mut out, self.window);
-        out.freeze()
-    }
-
-    /// The next bytes of the stream. `batch` is scratch space, kept by the caller between calls.
-    pub(crate) fn next(&self, batch: &mut Vec<Descriptor>) -> Next {
-        let after = lock(&self.state).take_batch(batch);
-        match after {
-            After::Over => return Next::Over,
-            After::Idle => return Next::Wait,
-            After::More | After::Mark | After::Finish { .. } => {}
-        }
-        let data: usize = batch.iter().map(|piece| piece.len).sum();
-        let mut out = BytesMut::with_capacity(data + (batch.len() + 2) * WRITE_HEADER_BYTES);
-        let fenced = lock(&self.fence);
-        if *fenced {
-            return Next::Over;
-        }
-        for piece in batch.iter() {
-            debug_assert!(piece.len <= SEND_CHUNK_BYTES);
-            put_write(&mut out, piece.remote as u64, piece.len as u32);
-            let start = out.len();
-            out.resize(start + piece.len, 0);
-            // Inside the region: checked when it was written.
-            let copied = self.region.copy_out(piece.local, &mut out[start..]);
-            debug_assert!(copied);
-        }
-        drop(fenced);
-        self.counters.bytes_out.add(data as u64);
-        match after {
-            After::Finish { total, payload } => {
-                put_finish(&mut out, total, &payload);
-                Next::Last(out.freeze())
+    /// A lane for `slot`, to be called again after the time that [`Lane::broke`] says. `None`: the push is over, or
+    /// the slot may not be used (any more).
+    pub(crate) fn lane(self: &Arc<Self>, slot: u16, integrity: Integrity) -> Option<Lane> {
+        let key = lock(&self.state).open(slot)?;
+        let work = {
+            let mut all = lock(&self.work);
+            while all.len() <= usize::from(slot) {
+                all.push(Arc::default());
             }
-            After::Mark => {
-                put_mark(&mut out);
-                Next::Send(out.freeze())
-            }
-            After::More | After::Idle | After::Over => Next::Send(out.freeze()),
-        }
-    }
-
-    /// Waits for something to send.
-    pub(crate) async fn work(&self) {
-        self.work.notified().await;
-    }
-
-    /// Hands over the receiver's reply.
-    pub(crate) fn reply(&self, reply: Reply) -> Result<(), PushError> {
-        let settled = {
-            let mut state = lock(&self.state);
-            state.reply(reply, Instant::now())?;
-            state.settled().is_some()
+            all[usize::from(slot)].clone()
         };
-        if settled {
-            self.counters.pushes_open.sub(1);
-            self.counters.pushes_completed.add(1);
-            self.settled.notify_waiters();
-        }
-        Ok(())
+        Some(Lane {
+            encoder: FrameEncoder::new(integrity),
+            replies: LaneReplies {
+                push: self.clone(),
+                key,
+                work,
+            },
+        })
     }
 
-    /// Ends the push with `error`, unless it is settled. When this returns the region is not read any more.
+    /// Runs `read` unless the push is over; nothing ends it meanwhile.
+    pub(crate) fn reading<T>(&self, read: impl FnOnce(&Memory) -> T) -> Option<T> {
+        let fenced = self.fence.read().unwrap_or_else(PoisonError::into_inner);
+        (!*fenced).then(|| read(&self.memory))
+    }
+
+    /// Resolves once so much is queued that `lanes` lanes are too few.
+    pub(crate) async fn crowded(&self, lanes: u16) {
+        let mut crowded = std::pin::pin!(self.crowded.notified());
+        loop {
+            crowded.as_mut().enable();
+            if lock(&self.state).queued_bytes() > LANE_BACKLOG_BYTES * u64::from(lanes) {
+                return;
+            }
+            crowded.as_mut().await;
+            crowded.set(self.crowded.notified());
+        }
+    }
+
+    /// Grows with every acknowledgement.
+    pub(crate) fn progress(&self) -> u64 {
+        lock(&self.state).progress()
+    }
+
+    /// Ends the push with `error`, unless it is settled. When this returns the memory is not read any more.
     pub(crate) fn fail(&self, error: PushError) {
         let failed = lock(&self.state).fail(error);
-        *lock(&self.fence) = true;
+        self.shut();
         if failed {
             self.counters.pushes_open.sub(1);
             self.counters.pushes_failed.add(1);
@@ -141,18 +133,207 @@ impl Outgoing {
         loop {
             // Listen first, look second: a change in between is not missed.
             settled.as_mut().enable();
-            if let Some(result) = lock(&self.state).settled() {
-                return result.clone();
+            if let Some(result) = self.result() {
+                return result;
             }
             settled.as_mut().await;
             settled.set(self.settled.notified());
         }
     }
 
+    /// How the push ended, once it has.
+    pub(crate) fn result(&self) -> Option<Result<PushReport, PushError>> {
+        lock(&self.state).settled().cloned()
+    }
+
+    pub(crate) fn write(&self, local: Range<usize>, remote: usize, now: Instant) -> Result<(), PushError> {
+        lock(&self.state).write(local, remote, now)?;
+        self.wake();
+        Ok(())
+    }
+
+    pub(crate) fn finish(&self, payload: Bytes, notify: bool, now: Instant) -> Result<(), PushError> {
+        lock(&self.state).finish(payload, notify, now)?;
+        self.wake();
+        Ok(())
+    }
+
+    /// There is something for the lanes.
+    fn wake(&self) {
+        self.crowded.notify_waiters();
+        for lane in lock(&self.work).iter() {
+            lane.notify_one();
+        }
+    }
+
+    /// From here on nothing is read.
+    fn shut(&self) {
+        *self.fence.write().unwrap_or_else(PoisonError::into_inner) = true;
+    }
+
     fn error(&self) -> Option<PushError> {
-        lock(&self.state)
-            .settled()
-            .and_then(|result| result.as_ref().err().cloned())
+        self.result().and_then(Result::err)
+    }
+}
+
+/// One ordered, reliable byte stream of a push.
+#[derive(Debug)]
+pub(crate) struct Lane {
+    encoder: FrameEncoder,
+    replies: LaneReplies,
+}
+
+/// The receiving half of a lane's owner: what its replies do to the push.
+#[derive(Debug, Clone)]
+pub(crate) struct LaneReplies {
+    push: Arc<Outgoing>,
+    key: LaneKey,
+    work: Arc<Notify>,
+}
+
+impl Lane {
+    /// Whether it takes the place of one that broke.
+    pub(crate) fn again(&self) -> bool {
+        self.replies.key.generation > 0
+    }
+
+    /// A handle for whoever reads the replies.
+    pub(crate) fn replies(&self) -> LaneReplies {
+        self.replies.clone()
+    }
+
+    /// The frame that names the window, the push and the lane: the first bytes of the stream.
+    pub(crate) fn opening(&mut self) -> Bytes {
+        let mut out = BytesMut::with_capacity(64);
+        let LaneReplies { push, key, .. } = &self.replies;
+        self.encoder.open(&mut out, push.window, push.id, *key);
+        out.freeze()
+    }
+
+    /// The next writes, as descriptors: for transports that move bytes by themselves, between [`Outgoing::reading`].
+    pub(crate) fn take(&self, batch: &mut Vec<Descriptor>) -> After {
+        lock(&self.replies.push.state).take_batch(self.replies.key, batch)
+    }
+
+    /// The next bytes of the stream. `batch` is scratch space, kept by the caller between calls.
+    pub(crate) fn next(&mut self, batch: &mut Vec<Descriptor>) -> Next {
+        let after = self.take(batch);
+        match after {
+            After::Over => return Next::Over,
+            After::Idle => return Next::Wait,
+            After::More | After::Mark | After::Finish { .. } => {}
+        }
+        let data: usize = batch.iter().map(|piece| piece.len).sum();
+        let mut out = BytesMut::with_capacity(data + FrameEncoder::overhead(batch.len() + 2));
+        let encoder = &mut self.encoder;
+        let copied = self.replies.push.reading(|memory| {
+            for piece in batch.iter() {
+                debug_assert!(piece.len <= SEND_CHUNK_BYTES);
+                let copied = encoder.write(&mut out, piece.remote as u64, piece.len, |to| {
+                    // Inside the memory, checked when it was written; a file may still fail.
+                    memory.copy_out(piece.local, to)
+                });
+                if !copied {
+                    return Err(PushError::MemoryFailed {
+                        local: piece.local,
+                        len: piece.len,
+                    });
+                }
+            }
+            Ok(())
+        });
+        match copied {
+            Some(Ok(())) => {}
+            Some(Err(error)) => {
+                self.replies.push.fail(error);
+                return Next::Over;
+            }
+            None => return Next::Over,
+        }
+        self.replies.push.counters.bytes_out.add(data as u64);
+        match after {
+            After::Finish { total, payload, notify } => {
+                self.encoder.finish(&mut out, total, &payload, notify);
+                Next::Last(out.freeze())
+            }
+            After::Mark => {
+                self.encoder.mark(&mut out);
+                Next::Send(out.freeze())
+            }
+            After::More | After::Idle | After::Over => Next::Send(out.freeze()),
+        }
+    }
+
+    /// Waits for something to send.
+    pub(crate) async fn work(&self) {
+        self.replies.work.notified().await;
+    }
+
+    /// See [`LaneReplies::broke`].
+    pub(crate) fn broke(&self, error: PushError) -> Option<Duration> {
+        self.replies.broke(error)
+    }
+}
+
+impl LaneReplies {
+    /// Hands over the receiver's reply.
+    ///
+    /// # Errors
+    /// What the lane ends with: give it to [`Lane::broke`].
+    pub(crate) fn reply(&self, reply: Reply) -> Result<(), PushError> {
+        self.reply_at(reply, Instant::now())
+    }
+
+    /// [`Lane::reply`] at a given time.
+    pub(crate) fn reply_at(&self, reply: Reply, now: Instant) -> Result<(), PushError> {
+        let push = &self.push;
+        let settled = {
+            let mut state = lock(&push.state);
+            let open = state.settled().is_none();
+            state.reply(self.key, reply, now)?;
+            open && state.settled().is_some()
+        };
+        if settled {
+            // Another lane may just be sending again what has landed already.
+            push.shut();
+            push.counters.pushes_open.sub(1);
+            push.counters.pushes_completed.add(1);
+            push.settled.notify_waiters();
+        } else {
+            // There may be room in flight again.
+            self.work.notify_one();
+        }
+        Ok(())
+    }
+
+    /// The lane ended with `error`: what it carried goes back to the others. How long to wait before opening the slot
+    /// again; `None` if that is not to be done. Has failed the push if the error is not about the lane only, or if no
+    /// lane is left.
+    pub(crate) fn broke(&self, error: PushError) -> Option<Duration> {
+        self.broke_at(error, Instant::now())
+    }
+
+    /// [`LaneReplies::broke`] at a given time.
+    pub(crate) fn broke_at(&self, error: PushError, now: Instant) -> Option<Duration> {
+        let push = &self.push;
+        let (wait, over) = {
+            let mut state = lock(&push.state);
+            if state.settled().is_some() {
+                return None;
+            }
+            let wait = state.broke(self.key, error, now);
+            (wait, state.settled().is_some())
+        };
+        if over {
+            push.shut();
+            push.counters.pushes_open.sub(1);
+            push.counters.pushes_failed.add(1);
+            push.settled.notify_waiters();
+        } else {
+            push.counters.lanes_broken.add(1);
+            push.wake();
+        }
+        wait
     }
 }
 
@@ -168,6 +349,11 @@ impl Push {
         Self { out }
     }
 
+    /// What a transport carries.
+    pub(crate) fn outgoing(&self) -> &Arc<Outgoing> {
+        &self.out
+    }
+
     /// A handle for the computing thread.
     pub fn writer(&self) -> PushWriter {
         PushWriter { out: self.out.clone() }
@@ -179,8 +365,7 @@ impl Push {
     /// # Errors
     /// Any [`PushError`]; the receiver then sees its window fail.
     pub async fn finish(self, payload: Bytes) -> Result<PushReport, PushError> {
-        lock(&self.out.state).finish(payload, Instant::now())?;
-        self.out.work.notify_one();
+        self.out.finish(payload, false, Instant::now())?;
         self.out.settled().await
     }
 
@@ -218,13 +403,12 @@ pub struct PushWriter {
 
 impl PushWriter {
     /// Queues the bytes of `local` in the pushing region to be written to `remote_offset` in the receiver's. Never
-    /// blocks. The bytes are read later: they must stay untouched until the push is settled.
+    /// blocks. The bytes are read later: they must stay untouched until the push is settled. Writes travel over several
+    /// lanes and may be repeated, so two writes to one place must carry the same bytes.
     ///
     /// # Errors
     /// Misuse (nothing is queued), or the push's own failure, after which no write can succeed.
     pub fn write(&self, local: Range<usize>, remote_offset: usize) -> Result<(), PushError> {
-        lock(&self.out.state).write(local, remote_offset, Instant::now())?;
-        self.out.work.notify_one();
-        Ok(())
+        self.out.write(local, remote_offset, Instant::now())
     }
 }

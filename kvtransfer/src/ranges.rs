@@ -82,25 +82,27 @@ pub(crate) fn aligned(offset: usize) -> bool {
     offset.is_multiple_of(ALIGN)
 }
 
-/// One contiguous piece of a push: `len` bytes from `local` in the sender's region to `remote` in the receiver's.
+/// One contiguous piece of a transfer: `len` bytes between `local` in this agent's memory and `remote` in the peer's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Descriptor {
-    /// Byte offset in the sender's region.
-    pub(crate) local: usize,
-    /// Byte offset in the receiver's region.
-    pub(crate) remote: usize,
+pub struct Descriptor {
+    /// Byte offset in this agent's memory.
+    pub local: usize,
+    /// Byte offset in the peer's memory.
+    pub remote: usize,
     /// Bytes.
-    pub(crate) len: usize,
+    pub len: usize,
 }
 
 impl Descriptor {
     /// Appends `next` if it continues this piece on both sides.
     pub(crate) fn absorb(&mut self, next: &Self) -> bool {
-        let continues = self.local + self.len == next.local && self.remote + self.len == next.remote;
-        if continues {
-            self.len += next.len;
+        let continues = self.local.checked_add(self.len) == Some(next.local)
+            && self.remote.checked_add(self.len) == Some(next.remote);
+        match self.len.checked_add(next.len).filter(|_| continues) {
+            Some(len) => self.len = len,
+            None => return false,
         }
-        continues
+        true
     }
 
     /// Takes at most `len_max` bytes off the front; the piece must be longer than that or is taken whole.

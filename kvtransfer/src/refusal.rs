@@ -79,6 +79,47 @@ pub enum Refusal {
         /// The limit in milliseconds.
         limit_ms: u64,
     },
+    /// A frame's checksum is wrong; the lane ends, and what it carried is sent again on another one.
+    #[error("a frame arrived damaged")]
+    Corrupt,
+    /// A newer lane has taken this one's place.
+    #[error("the lane was replaced by a newer one")]
+    Superseded,
+    /// More lanes, or more openings of lanes, than a push may have.
+    #[error("a push may use {max} lanes")]
+    TooManyLanes {
+        /// The limit.
+        max: u64,
+    },
+    /// What has landed falls into too many pieces.
+    #[error("what has landed falls into more than {max} pieces; write larger or adjacent ranges")]
+    TooScattered {
+        /// The limit.
+        max: u64,
+    },
+    /// The receiver could not write its memory: an I/O error of a file.
+    #[error("the receiver cannot write its memory (see its log)")]
+    MemoryFailed,
+    /// No such export: never granted, ended already, or granted by an earlier life of the process.
+    #[error("the export is not there: its lease has ended, or it belongs to an earlier life of the process")]
+    UnknownExport,
+    /// A read of bytes that the export does not cover.
+    #[error("{len} bytes at offset {offset} are not inside the export")]
+    OutsideExport {
+        /// Byte offset in the owner's memory.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// The receiver's queue is full: of notifications nobody takes, or of reads being served.
+    #[error("the receiver's queue of {max} is full; try again later")]
+    Busy {
+        /// The limit.
+        max: u64,
+    },
+    /// A control message of an unknown kind, or one that does not decode.
+    #[error("a control message that this version does not understand")]
+    BadControl,
     /// A code this version does not know.
     #[error("refused with unknown code {code}")]
     Unknown {
@@ -88,6 +129,11 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// Whether only the lane ends and the push may go on over another.
+    pub(crate) fn lane_only(self) -> bool {
+        matches!(self, Self::Corrupt | Self::Superseded)
+    }
+
     /// Code and operands on the wire.
     pub(crate) fn to_wire(self) -> (u8, u64, u64) {
         match self {
@@ -105,6 +151,15 @@ impl Refusal {
             Self::Malformed { tag } => (11, u64::from(tag), 0),
             Self::Unfinished => (12, 0, 0),
             Self::TooSlow { limit_ms } => (13, limit_ms, 0),
+            Self::Corrupt => (14, 0, 0),
+            Self::Superseded => (15, 0, 0),
+            Self::TooManyLanes { max } => (16, max, 0),
+            Self::TooScattered { max } => (17, max, 0),
+            Self::MemoryFailed => (18, 0, 0),
+            Self::UnknownExport => (19, 0, 0),
+            Self::OutsideExport { offset, len } => (20, offset, len),
+            Self::Busy { max } => (21, max, 0),
+            Self::BadControl => (22, 0, 0),
         }
     }
 
@@ -126,6 +181,15 @@ impl Refusal {
             },
             12 => Self::Unfinished,
             13 => Self::TooSlow { limit_ms: a },
+            14 => Self::Corrupt,
+            15 => Self::Superseded,
+            16 => Self::TooManyLanes { max: a },
+            17 => Self::TooScattered { max: a },
+            18 => Self::MemoryFailed,
+            19 => Self::UnknownExport,
+            20 => Self::OutsideExport { offset: a, len: b },
+            21 => Self::Busy { max: a },
+            22 => Self::BadControl,
             _ => Self::Unknown { code },
         }
     }

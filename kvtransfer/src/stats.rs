@@ -22,7 +22,9 @@ pub struct TransferStats {
     pub pushes_completed: u64,
     /// Pushes that failed or were aborted.
     pub pushes_failed: u64,
-    /// Pushes from peers that were refused.
+    /// Lanes of pushes that broke while their push went on.
+    pub lanes_broken: u64,
+    /// Pushes, or lanes of them, from peers that were refused.
     pub refusals: u64,
     /// Connections from peers, established.
     pub connections_in: u64,
@@ -39,6 +41,7 @@ pub(crate) struct Counters {
     pub(crate) pushes_open: Counter,
     pub(crate) pushes_completed: Counter,
     pub(crate) pushes_failed: Counter,
+    pub(crate) lanes_broken: Counter,
     pub(crate) refusals: Counter,
     pub(crate) connections_in: Counter,
 }
@@ -72,6 +75,7 @@ impl Counters {
             pushes_open: self.pushes_open.get(),
             pushes_completed: self.pushes_completed.get(),
             pushes_failed: self.pushes_failed.get(),
+            lanes_broken: self.lanes_broken.get(),
             refusals: self.refusals.get(),
             connections_in: self.connections_in.get(),
         }

@@ -17,6 +17,10 @@ pub(crate) trait Transport: Send + Sync + 'static {
     /// Where peers reach this agent.
     fn local_addr(&self) -> SocketAddr;
 
+    /// Whether what arrives is what the peer sent, and nothing else: TLS, or memory that both map. If not, frames carry
+    /// hashes, and damage ends a lane.
+    fn authenticates(&self) -> bool;
+
     /// Carries `push` to `peer` in the background. Returns at once, from any thread.
     fn carry(&self, peer: SocketAddr, push: Arc<Outgoing>);
 

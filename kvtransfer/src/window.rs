@@ -12,7 +12,7 @@ use tokio::time::Instant;
 /// What one window allows beyond its ranges.
 #[derive(Debug, Clone, Default)]
 pub struct WindowOptions {
-    /// Most bytes a push may write in total, counting rewrites; `None`: twice the bytes of the ranges.
+    /// Most bytes one lane of a push may write in total, counting repetitions; `None`: twice the bytes of the ranges.
     pub bytes_max: Option<u64>,
     /// How long [`Window::wait`] waits, from now; `None`: the agent's `window_lifetime`.
     pub lifetime: Option<Duration>,
@@ -44,12 +44,17 @@ impl Window {
         }
     }
 
+    /// What a transfer needs to close the window from outside of its task.
+    pub(crate) fn parts(&self) -> (Arc<WindowCell>, Arc<WindowTable>) {
+        (self.cell.clone(), self.table.clone())
+    }
+
     /// The id to hand to the pushing side. Random, not guessable: knowing it is the permission.
     pub fn id(&self) -> u64 {
         self.cell.id()
     }
 
-    /// Bytes landed so far.
+    /// Bytes landed so far, each counted once, in steps of whole frames.
     pub fn landed(&self) -> u64 {
         self.cell.landed()
     }

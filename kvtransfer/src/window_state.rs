@@ -1,21 +1,32 @@
-//! A window's life as a state machine: no locks, no tasks, no clock.
+//! A window's life as a state machine: no locks, no tasks; the time is passed in.
 //!
 //! ```text
-//!             claim            finish
-//!   Open ───────────► Receiving ─────► Completed(payload)
-//!    │ fail / close       │ fail / close
-//!    ▼                    ▼
-//!  Failed(error) or Closed
+//!          claim by a push's first lane          FINISH seen and all of its total covered
+//!   Open ──────────────────────────► Receiving ──────────────────────────► Completed(payload)
+//!    │ fail / close                   │  ▲   │ fail / close / grace over
+//!    │                 last lane broke│  │claim by a new lane of the push
+//!    ▼                                ▼  │   ▼
+//!  Failed(error) or Closed         (orphaned)  Failed(error) or Closed
 //! ```
 //!
-//! Invariants: bytes land only in Receiving and only inside the ranges; Receiving is entered once; the three states on
-//! the right and bottom are final. [`crate::window_table`] keeps each machine under one lock, and that lock is the
-//! fence: once `close` or `fail` has returned, `land` can only refuse.
+//! A push comes over one or more lanes. Each is known by its slot and generation; a lane with a larger generation takes
+//! the place of the slot's earlier one, which is fenced from then on. Frames of different lanes come in any order and
+//! may repeat: what has landed is a set of positions, not a sum.
+//!
+//! Invariants: bytes land only in Receiving, only from a current lane of the push that claimed the window, and only
+//! inside the ranges; a window has one push in its life; the two states on the right and Closed are final; Completed
+//! means that as many different bytes as FINISH names have landed. [`crate::window_table`] keeps each machine under
+//! one lock, and that lock is the fence: once `close` or `fail` has returned, `land` can only refuse.
 
+use crate::coverage::Coverage;
+use crate::limits::{COVERAGE_FRAGMENTS_MAX, LANE_OPENINGS_MAX, LANES_MAX};
 use crate::ranges::{RangeSet, aligned};
-use crate::{Refusal, Region, WindowError};
+use crate::storage::Memory;
+use crate::wire::LaneKey;
+use crate::{Refusal, WindowError};
 use bytes::Bytes;
-use std::sync::Arc;
+use std::ops::Range;
+use std::time::{Duration, Instant};
 
 /// What state a window is in.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,27 +43,57 @@ pub(crate) enum Phase {
     Closed,
 }
 
+/// What a lane's FINISH says. All lanes of a push say the same.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Finish {
+    /// Different bytes of the whole push.
+    pub(crate) total: u64,
+    pub(crate) payload: Bytes,
+    /// The payload is also a notification.
+    pub(crate) notify: bool,
+}
+
+/// One slot of the push.
+#[derive(Debug)]
+struct Lane {
+    key: LaneKey,
+    /// Its stream has not ended.
+    live: bool,
+    /// Bytes of its writes begun, including those still on their way. Bounds the total before they arrive.
+    promised: u64,
+}
+
 /// One window.
 #[derive(Debug)]
 pub(crate) struct WindowState {
     phase: Phase,
-    region: Arc<Region>,
+    memory: Memory,
     ranges: RangeSet,
     bytes_max: u64,
-    landed: u64,
-    /// Bytes of writes begun, including those still on their way. Bounds the total before they arrive.
-    promised: u64,
+    lane_grace: Duration,
+    push: Option<u64>,
+    lanes: Vec<Lane>,
+    openings: u32,
+    covered: Coverage,
+    finish: Option<Finish>,
+    /// The last lane broke: until when another may come, and what it means if none does.
+    orphaned: Option<(Instant, WindowError)>,
 }
 
 impl WindowState {
-    pub(crate) fn new(region: Arc<Region>, ranges: RangeSet, bytes_max: u64) -> Self {
+    pub(crate) fn new(memory: Memory, ranges: RangeSet, bytes_max: u64, lane_grace: Duration) -> Self {
         Self {
             phase: Phase::Open,
-            region,
+            memory,
             ranges,
             bytes_max,
-            landed: 0,
-            promised: 0,
+            lane_grace,
+            push: None,
+            lanes: Vec::new(),
+            openings: 0,
+            covered: Coverage::default(),
+            finish: None,
+            orphaned: None,
         }
     }
 
@@ -60,8 +101,9 @@ impl WindowState {
         &self.phase
     }
 
+    /// Different bytes landed.
     pub(crate) fn landed(&self) -> u64 {
-        self.landed
+        self.covered.bytes()
     }
 
     /// Whether the window may still be written.
@@ -69,28 +111,47 @@ impl WindowState {
         matches!(self.phase, Phase::Open | Phase::Receiving)
     }
 
-    /// Bytes that this live window and another one over `ranges` of `region` would both own.
-    pub(crate) fn conflict(&self, region: &Arc<Region>, ranges: &RangeSet) -> Option<std::ops::Range<usize>> {
-        (self.live() && Arc::ptr_eq(&self.region, region))
+    /// Bytes that this live window and another one over `ranges` of `memory` would both own.
+    pub(crate) fn conflict(&self, memory: &Memory, ranges: &RangeSet) -> Option<Range<usize>> {
+        (self.live() && self.memory.same(memory))
             .then(|| self.ranges.intersection(ranges))
             .flatten()
     }
 
-    /// A push names this window.
-    pub(crate) fn claim(&mut self) -> Result<(), Refusal> {
-        match self.phase {
-            Phase::Open => {
-                self.phase = Phase::Receiving;
-                Ok(())
-            }
-            Phase::Closed => Err(Refusal::WindowClosed),
-            Phase::Receiving | Phase::Completed(_) | Phase::Failed(_) => Err(Refusal::WindowTaken),
+    /// A lane of `push` names this window. The lane takes the place of earlier ones of its slot.
+    pub(crate) fn claim(&mut self, push: u64, key: LaneKey) -> Result<(), Refusal> {
+        match (&self.phase, self.push) {
+            (Phase::Closed, _) => return Err(Refusal::WindowClosed),
+            (Phase::Failed(_), Some(owner)) if owner == push => return Err(Refusal::WindowClosed),
+            (Phase::Failed(_), _) => return Err(Refusal::WindowTaken),
+            (_, Some(owner)) if owner != push => return Err(Refusal::WindowTaken),
+            (Phase::Open | Phase::Receiving | Phase::Completed(_), _) => {}
         }
+        if key.slot >= LANES_MAX || self.openings >= LANE_OPENINGS_MAX {
+            return Err(Refusal::TooManyLanes { max: LANES_MAX.into() });
+        }
+        let lane = Lane {
+            key,
+            live: true,
+            promised: 0,
+        };
+        match self.lanes.iter_mut().find(|lane| lane.key.slot == key.slot) {
+            Some(earlier) if earlier.key.generation >= key.generation => return Err(Refusal::Superseded),
+            Some(earlier) => *earlier = lane,
+            None => self.lanes.push(lane),
+        }
+        self.openings += 1;
+        self.push = Some(push);
+        self.orphaned = None;
+        if self.phase == Phase::Open {
+            self.phase = Phase::Receiving;
+        }
+        Ok(())
     }
 
-    /// The push announces a write. Its start in the region, if all of it is allowed.
-    pub(crate) fn admit(&mut self, offset: u64, len: u64) -> Result<usize, Refusal> {
-        self.receiving()?;
+    /// A lane announces a write. Its start in the memory, if all of it is allowed.
+    pub(crate) fn admit(&mut self, key: LaneKey, offset: u64, len: u64) -> Result<usize, Refusal> {
+        self.current(key)?;
         if len == 0 {
             return Err(Refusal::EmptyWrite { offset });
         }
@@ -104,41 +165,125 @@ impl WindowState {
         if !self.ranges.covers(&(start..end)) {
             return Err(out_of_range);
         }
-        let promised = self.promised.saturating_add(len);
-        if promised > self.bytes_max {
-            return Err(Refusal::TooManyBytes { max: self.bytes_max });
+        let max = self.bytes_max;
+        let lane = self.current(key)?;
+        lane.promised = lane.promised.saturating_add(len);
+        if lane.promised > max {
+            return Err(Refusal::TooManyBytes { max });
         }
-        self.promised = promised;
         Ok(start)
     }
 
-    /// Bytes of an admitted write arrive. Checked again: the fence stands or falls here.
-    pub(crate) fn land(&mut self, offset: usize, bytes: &[u8]) -> Result<(), Refusal> {
-        self.receiving()?;
+    /// Bytes of an admitted write arrive. Checked again: the fence stands or falls here. In a completed window they
+    /// are repetitions, and nothing is written.
+    pub(crate) fn land(&mut self, key: LaneKey, offset: usize, bytes: &[u8]) -> Result<(), Refusal> {
+        self.current(key)?;
         let inside = offset
             .checked_add(bytes.len())
             .is_some_and(|end| self.ranges.covers(&(offset..end)));
-        if !inside || !self.region.copy_in(offset, bytes) {
+        if !inside {
             return Err(Refusal::OutOfRange {
                 offset: offset as u64,
                 len: bytes.len() as u64,
             });
         }
-        self.landed += bytes.len() as u64;
+        if self.phase == Phase::Receiving && !self.memory.copy_in(offset, bytes) {
+            return Err(Refusal::MemoryFailed);
+        }
         Ok(())
     }
 
-    /// The push says it is complete. The bytes landed, to acknowledge.
-    pub(crate) fn finish(&mut self, total: u64, payload: Bytes) -> Result<u64, Refusal> {
-        self.receiving()?;
-        if total != self.landed {
-            return Err(Refusal::WrongTotal {
-                claimed: total,
-                landed: self.landed,
+    /// All bytes of a write are in memory. The push's total, if that completes the window.
+    pub(crate) fn cover(&mut self, key: LaneKey, range: Range<usize>) -> Result<Option<u64>, Refusal> {
+        self.current(key)?;
+        if self.phase != Phase::Receiving {
+            return Ok(None);
+        }
+        if !self.ranges.covers(&range) {
+            return Err(Refusal::OutOfRange {
+                offset: range.start as u64,
+                len: range.len() as u64,
             });
         }
-        self.phase = Phase::Completed(payload);
-        Ok(self.landed)
+        self.covered.insert(range).map_err(|_| Refusal::TooScattered {
+            max: COVERAGE_FRAGMENTS_MAX as u64,
+        })?;
+        self.complete()
+    }
+
+    /// A lane says that it has sent everything, and what the whole push amounts to. The total, if the window is
+    /// complete.
+    pub(crate) fn finish(&mut self, key: LaneKey, finish: Finish) -> Result<Option<u64>, Refusal> {
+        self.current(key)?;
+        if let Some(earlier) = &self.finish
+            && *earlier != finish
+        {
+            return Err(Refusal::WrongTotal {
+                claimed: finish.total,
+                landed: self.landed(),
+            });
+        }
+        let total = finish.total;
+        self.finish = Some(finish);
+        if matches!(self.phase, Phase::Completed(_)) {
+            return Ok(Some(total));
+        }
+        self.complete()
+    }
+
+    fn complete(&mut self) -> Result<Option<u64>, Refusal> {
+        let Some(finish) = &self.finish else { return Ok(None) };
+        let landed = self.covered.bytes();
+        if landed > finish.total {
+            return Err(Refusal::WrongTotal {
+                claimed: finish.total,
+                landed,
+            });
+        }
+        if landed < finish.total {
+            return Ok(None);
+        }
+        let total = finish.total;
+        self.phase = Phase::Completed(finish.payload.clone());
+        Ok(Some(total))
+    }
+
+    /// The push and its total, once completed: what is remembered when the window is gone.
+    pub(crate) fn completed(&self) -> Option<(u64, u64)> {
+        matches!(self.phase, Phase::Completed(_)).then_some((self.push?, self.covered.bytes()))
+    }
+
+    /// The payload of a completed window whose push asked for a notification.
+    pub(crate) fn notification(&self) -> Option<Bytes> {
+        match (&self.phase, &self.finish) {
+            (Phase::Completed(payload), Some(finish)) if finish.notify => Some(payload.clone()),
+            _ => None,
+        }
+    }
+
+    /// A lane's stream ended, but the push may go on. If it was the last lane, another has `lane_grace` to come.
+    pub(crate) fn lane_broke(&mut self, key: LaneKey, cause: WindowError, now: Instant) {
+        let Ok(lane) = self.current(key) else { return };
+        lane.live = false;
+        if self.phase == Phase::Receiving && self.lanes.iter().all(|lane| !lane.live) {
+            self.orphaned.get_or_insert((now + self.lane_grace, cause));
+        }
+    }
+
+    /// When [`WindowState::expire`] has something to do.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.orphaned.as_ref().filter(|_| self.live()).map(|(until, _)| *until)
+    }
+
+    /// Fails the window if it waited for another lane long enough.
+    pub(crate) fn expire(&mut self, now: Instant) -> bool {
+        match &self.orphaned {
+            Some((until, cause)) if *until <= now => {
+                let cause = cause.clone();
+                self.fail(cause)
+            }
+            _ => false,
+        }
     }
 
     /// Gives the window up for `error`. False if it was over already.
@@ -159,11 +304,15 @@ impl WindowState {
         live
     }
 
-    fn receiving(&self) -> Result<(), Refusal> {
-        match self.phase {
-            Phase::Receiving => Ok(()),
-            _ => Err(Refusal::WindowClosed),
+    /// The lane, if it may act: its push holds the window, and no newer one has taken its place.
+    fn current(&mut self, key: LaneKey) -> Result<&mut Lane, Refusal> {
+        if !matches!(self.phase, Phase::Receiving | Phase::Completed(_)) {
+            return Err(Refusal::WindowClosed);
         }
+        self.lanes
+            .iter_mut()
+            .find(|lane| lane.key == key)
+            .ok_or(Refusal::Superseded)
     }
 }
 
@@ -171,23 +320,74 @@ impl WindowState {
 #[allow(clippy::single_range_in_vec_init)] // windows over one range are what is meant
 mod tests {
     use super::*;
-    use crate::AbortReason;
+    use crate::{AbortReason, Region};
     use proptest::prelude::*;
+    use std::sync::Arc;
 
     const LEN: usize = 256;
+    const GRACE: Duration = Duration::from_secs(1);
+    const PUSH: u64 = 77;
+
+    fn key(slot: u16, generation: u32) -> LaneKey {
+        LaneKey { slot, generation }
+    }
+
+    fn finish(total: u64) -> Finish {
+        Finish {
+            total,
+            payload: Bytes::from_static(b"x"),
+            notify: false,
+        }
+    }
 
     fn window(bytes_max: u64) -> (Arc<Region>, WindowState) {
         let region = Region::new(LEN).unwrap();
         let ranges = RangeSet::new(vec![16..64, 128..160], LEN, 8).unwrap();
-        (region.clone(), WindowState::new(region, ranges, bytes_max))
+        (
+            region.clone(),
+            WindowState::new(region.into(), ranges, bytes_max, GRACE),
+        )
+    }
+
+    fn write(window: &mut WindowState, lane: LaneKey, range: Range<usize>) -> Result<Option<u64>, Refusal> {
+        let start = window.admit(lane, range.start as u64, range.len() as u64)?;
+        window.land(lane, start, &vec![1; range.len()])?;
+        window.cover(lane, range)
+    }
+
+    fn lost() -> WindowError {
+        WindowError::PeerLost {
+            peer: "tester".into(),
+            detail: "cut".into(),
+        }
     }
 
     #[derive(Debug, Clone)]
     enum Op {
-        Claim,
-        Write { offset: u64, len: u64 },
-        LandAt { offset: usize, len: usize },
-        Finish { total: u64 },
+        Claim {
+            push: u64,
+            slot: u16,
+            generation: u32,
+        },
+        Write {
+            slot: u16,
+            generation: u32,
+            offset: u64,
+            len: u64,
+        },
+        LandAt {
+            offset: usize,
+            len: usize,
+        },
+        Finish {
+            slot: u16,
+            total: u64,
+        },
+        Broke {
+            slot: u16,
+            generation: u32,
+        },
+        Tick,
         Fail,
         Close,
     }
@@ -200,63 +400,91 @@ mod tests {
             (0u64..33).prop_map(|at| at * 8)
         ];
         let len = prop_oneof![0u64..80, Just(u64::MAX), (0u64..8).prop_map(|words| words * 8)];
+        let (slot, generation) = (0u16..3, 0u32..3);
         prop_oneof![
-            1 => Just(Op::Claim),
-            8 => (offset, len).prop_map(|(offset, len)| Op::Write { offset, len }),
+            3 => (PUSH..PUSH + 2, slot.clone(), generation.clone())
+                .prop_map(|(push, slot, generation)| Op::Claim { push, slot, generation }),
+            12 => (slot.clone(), generation.clone(), offset, len)
+                .prop_map(|(slot, generation, offset, len)| Op::Write { slot, generation, offset, len }),
             2 => (0usize..300, 0usize..40).prop_map(|(offset, len)| Op::LandAt { offset, len }),
-            1 => (0u64..100).prop_map(|total| Op::Finish { total }),
+            2 => (slot.clone(), 0u64..100).prop_map(|(slot, total)| Op::Finish { slot, total }),
+            1 => (slot, generation).prop_map(|(slot, generation)| Op::Broke { slot, generation }),
+            1 => Just(Op::Tick),
             1 => Just(Op::Fail),
             1 => Just(Op::Close),
         ]
     }
 
     proptest! {
-        /// Whatever a peer does: no byte outside of the ranges changes, none at all outside of Receiving, the total
-        /// bound holds for announced writes, and final states stay.
+        /// Whatever a peer does: no byte outside of the ranges changes, none at all outside of Receiving or from a lane
+        /// that is not the slot's newest, each lane's bound holds, completion means the named coverage, and final
+        /// states stay.
         #[test]
         fn no_byte_lands_where_it_must_not(ops in prop::collection::vec(op(), 0..60), bytes_max in 0u64..200) {
             let (region, mut window) = window(bytes_max);
-            prop_assert!(window.claim().is_ok());
-            let mut model = vec![0u8; LEN];
-            let mut promised = 0u64;
+            let mut now = Instant::now();
+            prop_assert!(window.claim(PUSH, key(0, 0)).is_ok());
+            let (mut model, mut covered) = (vec![0u8; LEN], vec![false; LEN]);
+            let mut newest = [Some(0), None, None];
             for (step, op) in ops.into_iter().enumerate() {
                 let fill = step as u8 + 1;
                 let before = window.phase().clone();
                 let receiving = before == Phase::Receiving;
                 match op {
-                    Op::Claim => prop_assert!(window.claim().is_err()),
-                    Op::Write { offset, len } => match window.admit(offset, len) {
-                        Ok(start) => {
-                            prop_assert!(receiving && len > 0);
-                            promised += len;
-                            prop_assert!(promised <= bytes_max);
-                            let bytes = vec![fill; len as usize];
-                            window.land(start, &bytes).unwrap();
-                            model[start..start + bytes.len()].copy_from_slice(&bytes);
+                    Op::Claim { push, slot, generation } => {
+                        let newer = newest[slot as usize].is_none_or(|have| generation > have);
+                        let taken = window.claim(push, key(slot, generation)).is_ok();
+                        let open = receiving || matches!(before, Phase::Completed(_));
+                        prop_assert_eq!(taken, open && push == PUSH && newer);
+                        if taken {
+                            newest[slot as usize] = Some(generation);
                         }
-                        Err(refusal) => prop_assert!(receiving || refusal == Refusal::WindowClosed),
-                    },
+                    }
+                    Op::Write { slot, generation, offset, len } => {
+                        let lane = key(slot, generation);
+                        if let Ok(start) = window.admit(lane, offset, len) {
+                            prop_assert!(newest[slot as usize] == Some(generation) && len > 0 && len <= bytes_max);
+                            let bytes = vec![fill; len as usize];
+                            window.land(lane, start, &bytes).unwrap();
+                            if receiving {
+                                model[start..start + bytes.len()].copy_from_slice(&bytes);
+                                covered[start..start + bytes.len()].fill(true);
+                            }
+                            let _ = window.cover(lane, start..start + bytes.len());
+                        }
+                    }
                     Op::LandAt { offset, len } => {
                         let bytes = vec![fill; len];
-                        if window.land(offset, &bytes).is_ok() {
-                            prop_assert!(receiving);
+                        if window.land(key(0, newest[0].unwrap_or(0)), offset, &bytes).is_ok() && receiving {
                             model[offset..offset + len].copy_from_slice(&bytes);
                         }
                     }
-                    Op::Finish { total } => {
-                        let landed = window.landed();
-                        prop_assert_eq!(window.finish(total, Bytes::new()).is_ok(), receiving && total == landed);
+                    Op::Finish { slot, total } => {
+                        let lane = key(slot, newest[slot as usize].unwrap_or(9));
+                        let _ = window.finish(lane, finish(total));
                     }
-                    Op::Fail => prop_assert_eq!(window.fail(WindowError::Aborted(AbortReason::Dropped)), receiving),
+                    Op::Broke { slot, generation } => window.lane_broke(key(slot, generation), lost(), now),
+                    Op::Tick => {
+                        now += GRACE;
+                        let due = window.deadline().is_some_and(|at| at <= now);
+                        prop_assert_eq!(window.expire(now), due);
+                    }
+                    Op::Fail => {
+                        prop_assert_eq!(window.fail(WindowError::Aborted(AbortReason::Dropped)), receiving);
+                    }
                     Op::Close => prop_assert_eq!(window.close(), receiving),
                 }
                 if !receiving {
                     prop_assert_eq!(window.phase(), &before);
                 }
-                let mut now = vec![0u8; LEN];
-                prop_assert!(region.copy_out(0, &mut now));
-                prop_assert_eq!(&now, &model);
-                prop_assert!(now[..16].iter().chain(&now[64..128]).chain(&now[160..]).all(|&byte| byte == 0));
+                prop_assert_eq!(window.landed(), covered.iter().filter(|on| **on).count() as u64);
+                if matches!(window.phase(), Phase::Completed(_)) {
+                    prop_assert_eq!(window.finish.as_ref().map(|finish| finish.total), Some(window.landed()));
+                }
+                let mut memory = vec![0u8; LEN];
+                prop_assert!(region.copy_out(0, &mut memory));
+                prop_assert_eq!(&memory, &model);
+                prop_assert!(memory[..16].iter().chain(&memory[64..128]).chain(&memory[160..]).all(|&byte| byte == 0));
             }
         }
     }
@@ -264,41 +492,109 @@ mod tests {
     #[test]
     fn each_misuse_has_its_refusal() {
         let (_, mut window) = window(48);
+        let lane = key(0, 0);
         assert_eq!(
-            window.admit(16, 8),
+            window.admit(lane, 16, 8),
             Err(Refusal::WindowClosed),
             "nothing lands before a push names it"
         );
-        window.claim().unwrap();
-        assert_eq!(window.claim(), Err(Refusal::WindowTaken));
-        assert_eq!(window.admit(16, 0), Err(Refusal::EmptyWrite { offset: 16 }));
-        assert!(matches!(window.admit(12, 8), Err(Refusal::Misaligned { .. })));
-        assert!(matches!(window.admit(16, 12), Err(Refusal::Misaligned { .. })));
-        assert!(matches!(window.admit(56, 16), Err(Refusal::OutOfRange { .. })));
+        window.claim(PUSH, lane).unwrap();
+        assert_eq!(window.claim(PUSH + 1, lane), Err(Refusal::WindowTaken));
+        assert_eq!(window.claim(PUSH, lane), Err(Refusal::Superseded));
         assert!(matches!(
-            window.admit(u64::MAX - 7, 16),
+            window.claim(PUSH, key(LANES_MAX, 0)),
+            Err(Refusal::TooManyLanes { .. })
+        ));
+        assert_eq!(window.admit(lane, 16, 0), Err(Refusal::EmptyWrite { offset: 16 }));
+        assert!(matches!(window.admit(lane, 12, 8), Err(Refusal::Misaligned { .. })));
+        assert!(matches!(window.admit(lane, 16, 12), Err(Refusal::Misaligned { .. })));
+        assert!(matches!(window.admit(lane, 56, 16), Err(Refusal::OutOfRange { .. })));
+        assert!(matches!(
+            window.admit(lane, u64::MAX - 7, 16),
             Err(Refusal::OutOfRange { .. })
         ));
-        assert_eq!(window.admit(16, 48), Ok(16));
-        assert_eq!(window.admit(16, 8), Err(Refusal::TooManyBytes { max: 48 }));
+        assert_eq!(window.admit(lane, 16, 48), Ok(16));
+        assert_eq!(window.admit(lane, 16, 8), Err(Refusal::TooManyBytes { max: 48 }));
         assert_eq!(
-            window.finish(48, Bytes::new()),
-            Err(Refusal::WrongTotal { claimed: 48, landed: 0 })
+            window.finish(lane, finish(48)),
+            Ok(None),
+            "the rest may come on another lane"
         );
+        assert!(matches!(
+            window.finish(lane, finish(40)),
+            Err(Refusal::WrongTotal { .. })
+        ));
         assert!(window.close());
-        assert_eq!(window.claim(), Err(Refusal::WindowClosed));
-        assert_eq!(window.land(16, &[1]), Err(Refusal::WindowClosed));
+        assert_eq!(window.claim(PUSH, key(0, 1)), Err(Refusal::WindowClosed));
+        assert_eq!(window.land(lane, 16, &[1]), Err(Refusal::WindowClosed));
+    }
+
+    #[test]
+    fn lanes_finish_in_any_order_and_repeat_without_harm() {
+        let (_, mut window) = window(u64::MAX);
+        let (one, two) = (key(0, 0), key(1, 0));
+        window.claim(PUSH, two).unwrap();
+        window.claim(PUSH, one).unwrap();
+        assert_eq!(window.finish(two, finish(48)), Ok(None));
+        assert_eq!(write(&mut window, one, 16..40), Ok(None));
+        assert_eq!(write(&mut window, one, 16..40), Ok(None), "a repetition counts once");
+        assert_eq!(write(&mut window, one, 40..64), Ok(Some(48)));
+        assert_eq!(window.completed(), Some((PUSH, 48)));
+        assert_eq!(
+            write(&mut window, one, 16..40),
+            Ok(None),
+            "late repetitions are no breach"
+        );
+        assert_eq!(window.finish(one, finish(48)), Ok(Some(48)));
+        assert_eq!(window.claim(PUSH, key(1, 1)), Ok(()), "a retry is told, not refused");
+        assert_eq!(window.finish(key(1, 1), finish(48)), Ok(Some(48)));
+    }
+
+    #[test]
+    fn a_newer_generation_fences_the_older() {
+        let (region, mut window) = window(u64::MAX);
+        window.claim(PUSH, key(0, 0)).unwrap();
+        assert_eq!(window.admit(key(0, 0), 16, 8), Ok(16));
+        window.claim(PUSH, key(0, 1)).unwrap();
+        assert_eq!(window.land(key(0, 0), 16, &[9; 8]), Err(Refusal::Superseded));
+        assert_eq!(window.cover(key(0, 0), 16..24), Err(Refusal::Superseded));
+        assert_eq!(window.finish(key(0, 0), finish(0)), Err(Refusal::Superseded));
+        let mut memory = [1; 8];
+        assert!(region.copy_out(16, &mut memory));
+        assert_eq!(memory, [0; 8]);
+    }
+
+    #[test]
+    fn the_last_lane_leaves_a_grace() {
+        let (_, mut window) = window(u64::MAX);
+        let now = Instant::now();
+        window.claim(PUSH, key(0, 0)).unwrap();
+        window.claim(PUSH, key(1, 0)).unwrap();
+        window.lane_broke(key(0, 0), lost(), now);
+        assert_eq!(window.deadline(), None, "another lane lives");
+        window.lane_broke(key(1, 0), lost(), now);
+        assert_eq!(window.deadline(), Some(now + GRACE));
+        window.claim(PUSH, key(0, 1)).unwrap();
+        assert!(!window.expire(now + GRACE), "rescued");
+        window.lane_broke(key(1, 0), lost(), now);
+        window.lane_broke(key(0, 1), lost(), now);
+        assert!(!window.expire(now + GRACE / 2));
+        assert!(window.expire(now + GRACE));
+        assert_eq!(window.phase(), &Phase::Failed(lost()));
+        assert_eq!(window.claim(PUSH, key(0, 2)), Err(Refusal::WindowClosed));
+        assert_eq!(window.claim(PUSH + 1, key(0, 0)), Err(Refusal::WindowTaken));
     }
 
     #[test]
     fn only_live_windows_of_the_same_region_conflict() {
         let (region, mut one) = window(48);
+        let memory = Memory::from(region);
         let overlapping = RangeSet::new(vec![56..72], LEN, 8).unwrap();
         let beside = RangeSet::new(vec![64..72], LEN, 8).unwrap();
-        assert_eq!(one.conflict(&region, &overlapping), Some(56..64));
-        assert_eq!(one.conflict(&region, &beside), None);
-        assert_eq!(one.conflict(&Region::new(LEN).unwrap(), &overlapping), None);
+        assert_eq!(one.conflict(&memory, &overlapping), Some(56..64));
+        assert_eq!(one.conflict(&memory, &beside), None);
+        assert_eq!(one.conflict(&Region::new(LEN).unwrap().into(), &overlapping), None);
         one.close();
-        assert_eq!(one.conflict(&region, &overlapping), None);
+        assert_eq!(one.conflict(&memory, &overlapping), None);
     }
 }

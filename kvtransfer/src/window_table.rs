@@ -4,13 +4,19 @@
 //! wait and the push that is writing see it at once. The wake-up is tokio's `Notify`, a flag that needs no runtime;
 //! nothing here waits.
 
+use crate::inbox::Inbox;
+use crate::limits::REMEMBERED_MAX;
 use crate::ranges::RangeSet;
 use crate::stats::Counters;
-use crate::window_state::{Phase, WindowState};
-use crate::{Refusal, Region, SetupError, WindowError};
+use crate::storage::Memory;
+use crate::window_state::{Finish, Phase, WindowState};
+use crate::wire::{CONTROL_WINDOW, LaneKey};
+use crate::{Refusal, SetupError, TransferLimits, WindowError};
 use bytes::Bytes;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 /// Locks even if another thread panicked while it held the lock: the state machines are consistent between calls.
@@ -18,7 +24,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// One window, shared by its owner, the table and the push that writes it.
+/// One window, shared by its owner, the table and the lanes that write it.
 #[derive(Debug)]
 pub(crate) struct WindowCell {
     id: u64,
@@ -41,25 +47,72 @@ impl WindowCell {
         lock(&self.state).phase().clone()
     }
 
-    pub(crate) fn claim(&self) -> Result<(), Refusal> {
-        lock(&self.state).claim()
+    pub(crate) fn claim(&self, push: u64, lane: LaneKey) -> Result<(), Refusal> {
+        lock(&self.state).claim(push, lane)?;
+        // A rescued window has another deadline.
+        self.changed.notify_waiters();
+        Ok(())
     }
 
-    pub(crate) fn admit(&self, offset: u64, len: u64) -> Result<usize, Refusal> {
-        lock(&self.state).admit(offset, len)
+    pub(crate) fn admit(&self, lane: LaneKey, offset: u64, len: u64) -> Result<usize, Refusal> {
+        lock(&self.state).admit(lane, offset, len)
     }
 
-    pub(crate) fn land(&self, offset: usize, bytes: &[u8]) -> Result<(), Refusal> {
-        lock(&self.state).land(offset, bytes)?;
+    pub(crate) fn land(&self, lane: LaneKey, offset: usize, bytes: &[u8]) -> Result<(), Refusal> {
+        lock(&self.state).land(lane, offset, bytes)?;
         self.counters.bytes_in.add(bytes.len() as u64);
         Ok(())
     }
 
-    pub(crate) fn finish(&self, total: u64, payload: Bytes) -> Result<u64, Refusal> {
-        let landed = lock(&self.state).finish(total, payload)?;
-        self.counters.windows_completed.add(1);
+    /// All bytes of a write are in memory. The push's total if that completes the window.
+    pub(crate) fn cover(&self, lane: LaneKey, range: Range<usize>) -> Result<Option<u64>, Refusal> {
+        let (before, total) = {
+            let mut state = lock(&self.state);
+            (state.live(), state.cover(lane, range)?)
+        };
+        self.completed(before && total.is_some());
+        Ok(total)
+    }
+
+    pub(crate) fn finish(&self, lane: LaneKey, finish: Finish) -> Result<Option<u64>, Refusal> {
+        let (before, total) = {
+            let mut state = lock(&self.state);
+            (state.live(), state.finish(lane, finish)?)
+        };
+        self.completed(before && total.is_some());
+        Ok(total)
+    }
+
+    fn completed(&self, just_now: bool) {
+        if just_now {
+            self.counters.windows_completed.add(1);
+            self.changed.notify_waiters();
+        }
+    }
+
+    /// The notification that the push asked for, once completed.
+    pub(crate) fn notification(&self) -> Option<Bytes> {
+        lock(&self.state).notification()
+    }
+
+    /// A lane ended, but its push may go on.
+    pub(crate) fn lane_broke(&self, lane: LaneKey, cause: WindowError, now: Instant) {
+        lock(&self.state).lane_broke(lane, cause, now);
         self.changed.notify_waiters();
-        Ok(landed)
+    }
+
+    /// When the window wants [`WindowCell::expire`].
+    #[cfg(test)]
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        lock(&self.state).deadline()
+    }
+
+    /// Fails the window if it has waited for another lane long enough.
+    pub(crate) fn expire(&self, now: Instant) {
+        if lock(&self.state).expire(now) {
+            self.counters.windows_failed.add(1);
+            self.changed.notify_waiters();
+        }
     }
 
     /// Fences and fails the window, unless it is over already.
@@ -77,16 +130,27 @@ impl WindowCell {
         }
     }
 
-    /// Resolves once `done` gives a value for the current phase.
+    /// Resolves once `done` gives a value for the current phase; a window whose last lane broke fails meanwhile when
+    /// its grace is over.
     pub(crate) async fn until<T>(&self, mut done: impl FnMut(&Phase) -> Option<T>) -> T {
         let mut changed = std::pin::pin!(self.changed.notified());
         loop {
             // Listen first, look second: a change in between is not missed.
             changed.as_mut().enable();
-            if let Some(value) = done(lock(&self.state).phase()) {
-                return value;
+            let deadline = {
+                let state = lock(&self.state);
+                if let Some(value) = done(state.phase()) {
+                    return value;
+                }
+                state.deadline()
+            };
+            match deadline {
+                None => changed.as_mut().await,
+                Some(at) => match tokio::time::timeout_at(at.into(), changed.as_mut()).await {
+                    Ok(()) => {}
+                    Err(_) => self.expire(Instant::now()),
+                },
             }
-            changed.as_mut().await;
             changed.set(self.changed.notified());
         }
     }
@@ -96,7 +160,18 @@ impl WindowCell {
 #[derive(Debug, Default)]
 struct Windows {
     cells: HashMap<u64, Arc<WindowCell>>,
+    /// Pushes completed into windows that are gone, or control messages taken, with their totals; the oldest first.
+    remembered: VecDeque<((u64, u64), u64)>,
     closed: bool,
+}
+
+/// What a lane's OPEN leads to.
+#[derive(Debug)]
+pub(crate) enum Claimed {
+    /// The window is the push's.
+    Window(Arc<WindowCell>),
+    /// The push was completed before, with this total; the acknowledgement must have been lost.
+    Done(u64),
 }
 
 /// The open windows of one agent.
@@ -104,15 +179,19 @@ struct Windows {
 pub(crate) struct WindowTable {
     windows: Mutex<Windows>,
     windows_max: usize,
+    lane_grace: Duration,
     counters: Arc<Counters>,
+    inbox: Arc<Inbox>,
 }
 
 impl WindowTable {
-    pub(crate) fn new(windows_max: usize, counters: Arc<Counters>) -> Self {
+    pub(crate) fn new(limits: &TransferLimits, counters: Arc<Counters>) -> Self {
         Self {
             windows: Mutex::default(),
-            windows_max,
+            windows_max: limits.windows_max,
+            lane_grace: limits.lane_grace,
             counters,
+            inbox: Arc::default(),
         }
     }
 
@@ -120,10 +199,15 @@ impl WindowTable {
         &self.counters
     }
 
+    /// Where notifications and control messages go.
+    pub(crate) fn inbox(&self) -> &Arc<Inbox> {
+        &self.inbox
+    }
+
     /// Opens a window. `random_id` gives unguessable ids; it is asked again in the unlikely case of a repeat.
     pub(crate) fn open(
         &self,
-        region: &Arc<Region>,
+        memory: &Memory,
         ranges: RangeSet,
         bytes_max: u64,
         mut random_id: impl FnMut() -> Result<u64, SetupError>,
@@ -136,19 +220,19 @@ impl WindowTable {
             return Err(SetupError::Windows { max: self.windows_max });
         }
         // Two owners of one byte is a bug that would show up as wrong tokens; here it is cheap to catch.
-        let conflict = |cell: &Arc<WindowCell>| lock(&cell.state).conflict(region, &ranges);
+        let conflict = |cell: &Arc<WindowCell>| lock(&cell.state).conflict(memory, &ranges);
         if let Some(range) = windows.cells.values().find_map(conflict) {
             return Err(SetupError::WindowOverlap { range });
         }
         let id = loop {
             let id = random_id()?;
-            if !windows.cells.contains_key(&id) {
+            if id != CONTROL_WINDOW && !windows.cells.contains_key(&id) {
                 break id;
             }
         };
         let cell = Arc::new(WindowCell {
             id,
-            state: Mutex::new(WindowState::new(region.clone(), ranges, bytes_max)),
+            state: Mutex::new(WindowState::new(memory.clone(), ranges, bytes_max, self.lane_grace)),
             changed: Notify::new(),
             counters: self.counters.clone(),
         });
@@ -157,22 +241,46 @@ impl WindowTable {
         Ok(cell)
     }
 
-    /// The window that a push names, now its own.
-    pub(crate) fn claim(&self, id: u64) -> Result<Arc<WindowCell>, Refusal> {
-        let cell = lock(&self.windows)
-            .cells
-            .get(&id)
-            .cloned()
-            .ok_or(Refusal::UnknownWindow)?;
-        cell.claim()?;
-        Ok(cell)
+    /// The window that a lane names, now its push's own.
+    pub(crate) fn claim(&self, id: u64, push: u64, lane: LaneKey) -> Result<Claimed, Refusal> {
+        let cell = {
+            let windows = lock(&self.windows);
+            match windows.cells.get(&id) {
+                Some(cell) => cell.clone(),
+                None => {
+                    let remembered = windows.remembered.iter().rev().find(|(key, _)| *key == (id, push));
+                    return match remembered {
+                        Some(&(_, total)) => Ok(Claimed::Done(total)),
+                        None => Err(Refusal::UnknownWindow),
+                    };
+                }
+            }
+        };
+        cell.claim(push, lane)?;
+        Ok(Claimed::Window(cell))
+    }
+
+    /// Whether this control message was taken before.
+    pub(crate) fn control_taken(&self, push: u64) -> bool {
+        let key = (CONTROL_WINDOW, push);
+        let windows = lock(&self.windows);
+        windows.remembered.iter().rev().any(|(seen, _)| *seen == key)
+    }
+
+    /// Remembers a control message, so that a repetition of it is acknowledged and does nothing.
+    pub(crate) fn remember_control(&self, push: u64) {
+        lock(&self.windows).remember((CONTROL_WINDOW, push), 0);
     }
 
     /// Fences, closes and forgets a window.
     pub(crate) fn close(&self, cell: &WindowCell) {
         cell.close();
-        if lock(&self.windows).cells.remove(&cell.id).is_some() {
+        let mut windows = lock(&self.windows);
+        if windows.cells.remove(&cell.id).is_some() {
             self.counters.windows_open.sub(1);
+            if let Some((push, total)) = lock(&cell.state).completed() {
+                windows.remember((cell.id, push), total);
+            }
         }
     }
 
@@ -186,5 +294,15 @@ impl WindowTable {
         for cell in cells {
             cell.fail(WindowError::AgentClosed);
         }
+        self.inbox.shut();
+    }
+}
+
+impl Windows {
+    fn remember(&mut self, key: (u64, u64), total: u64) {
+        if self.remembered.len() >= REMEMBERED_MAX {
+            self.remembered.pop_front();
+        }
+        self.remembered.push_back((key, total));
     }
 }

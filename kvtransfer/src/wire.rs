@@ -1,20 +1,25 @@
-//! The bytes of a push stream, sans-IO. Integers are little-endian.
+//! The bytes of a lane, sans-IO. Integers are little-endian.
 //!
 //! ```text
-//! sender to receiver                         receiver to sender
-//! 1 OPEN   window u64                        129 LANDED  bytes u64      everything before a MARK is in memory
-//! 2 WRITE  offset u64, len u32, len bytes    130 DONE    bytes u64      FINISH was delivered; the last reply
-//! 3 MARK                                     131 REFUSED code u8, a u64, b u64                 the last reply
-//! 4 FINISH total u64, len u32, payload
+//! sender to receiver                                             receiver to sender
+//! 1 OPEN   window u64, push u64, slot u16, generation u32        129 LANDED  bytes u64    of this lane are in memory
+//! 2 WRITE  offset u64, len u32, len bytes                        130 DONE    bytes u64    all of the push; the last
+//! 3 MARK                                                         131 REFUSED code u8, a u64, b u64    the last reply
+//! 4 FINISH total u64, len u32, flags u8, payload
 //! ```
 //!
 //! OPEN comes first and once, FINISH last. The decoders take bytes in any split and never hold more than a header or
 //! a payload; the bytes of a WRITE pass through uncopied. What a frame *means* (is that window open, is that offset
 //! inside) is the business of [`crate::incoming`] and [`crate::push_state`].
+//!
+//! Where the transport does not authenticate, every frame and reply is followed by eight bytes: the XXH3-64 hash of
+//! the frame, seeded with its number on the lane, so that damaged, lost, repeated and swapped frames all show. Then a
+//! WRITE is held back until its hash is checked, because a damaged repetition must not spoil what has landed.
 
 use crate::Refusal;
-use crate::limits::{FRAME_BYTES_MAX, PAYLOAD_BYTES_MAX};
+use crate::limits::{CONTROL_BYTES_MAX, FRAME_BYTES_MAX, PAYLOAD_BYTES_MAX};
 use bytes::{BufMut, Bytes, BytesMut};
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 const OPEN: u8 = 1;
 const WRITE: u8 = 2;
@@ -24,95 +29,208 @@ const LANDED: u8 = 129;
 const DONE: u8 = 130;
 const REFUSED: u8 = 131;
 
-/// Tag, u64, u32: the longest header of [`FrameDecoder`].
-const HEADER_BYTES_MAX: usize = 13;
-/// Tag, u8, u64, u64: the longest reply.
+/// Tag, u64, u64, u16, u32: the longest header of [`FrameDecoder`].
+const HEADER_BYTES_MAX: usize = OPEN_BYTES;
+const OPEN_BYTES: usize = 23;
+const FINISH_BYTES: usize = 14;
+/// Tag, u8, u64, u64: the longest reply, without its hash.
 const REPLY_BYTES_MAX: usize = 18;
+/// A hash.
+const HASH_BYTES: usize = 8;
 
 /// Bytes of a WRITE frame before its data.
-pub(crate) const WRITE_HEADER_BYTES: usize = HEADER_BYTES_MAX;
+pub(crate) const WRITE_HEADER_BYTES: usize = 13;
 
-pub(crate) fn put_open(out: &mut BytesMut, window: u64) {
-    out.put_u8(OPEN);
-    out.put_u64_le(window);
+/// FINISH flag: the payload is also delivered as a notification.
+const FLAG_NOTIFY: u8 = 1;
+
+/// The window id of control messages; no window has it.
+pub(crate) const CONTROL_WINDOW: u64 = 0;
+
+/// Who vouches that bytes arrive as they were sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Integrity {
+    /// The transport authenticates: TLS, or memory that both sides map.
+    Transport,
+    /// Nobody else does: frames carry hashes.
+    Checksum,
 }
 
-/// The header of a write; the caller appends the `len` bytes.
-pub(crate) fn put_write(out: &mut BytesMut, offset: u64, len: u32) {
-    out.put_u8(WRITE);
-    out.put_u64_le(offset);
-    out.put_u32_le(len);
+impl Integrity {
+    /// What a transport needs that does or does not authenticate.
+    pub(crate) fn of(authenticates: bool) -> Self {
+        if authenticates { Self::Transport } else { Self::Checksum }
+    }
 }
 
-pub(crate) fn put_mark(out: &mut BytesMut) {
-    out.put_u8(MARK);
+/// Which lane of a push: a place among its parallel lanes, and how often that place was filled before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct LaneKey {
+    pub(crate) slot: u16,
+    /// A larger one takes the place of a smaller one.
+    pub(crate) generation: u32,
 }
 
-/// The payload is at most [`PAYLOAD_BYTES_MAX`] long; its length is checked where it enters.
-pub(crate) fn put_finish(out: &mut BytesMut, total: u64, payload: &[u8]) {
-    out.put_u8(FINISH);
-    out.put_u64_le(total);
-    out.put_u32_le(payload.len() as u32);
-    out.put_slice(payload);
+/// Writes the frames of one lane, with hashes if it needs them.
+#[derive(Debug)]
+pub(crate) struct FrameEncoder {
+    integrity: Integrity,
+    number: u64,
 }
 
-/// One step of a decoded push stream.
+impl FrameEncoder {
+    pub(crate) fn new(integrity: Integrity) -> Self {
+        Self { integrity, number: 0 }
+    }
+
+    /// Bytes that `frames` frames take beyond their data, at most.
+    pub(crate) fn overhead(frames: usize) -> usize {
+        frames * (WRITE_HEADER_BYTES + HASH_BYTES)
+    }
+
+    pub(crate) fn open(&mut self, out: &mut BytesMut, window: u64, push: u64, lane: LaneKey) {
+        self.frame(out, |out| {
+            out.put_u8(OPEN);
+            out.put_u64_le(window);
+            out.put_u64_le(push);
+            out.put_u16_le(lane.slot);
+            out.put_u32_le(lane.generation);
+        });
+    }
+
+    /// A write whose `len` bytes `fill` puts in place; what `fill` says is handed back.
+    pub(crate) fn write<T>(
+        &mut self,
+        out: &mut BytesMut,
+        offset: u64,
+        len: usize,
+        fill: impl FnOnce(&mut [u8]) -> T,
+    ) -> T {
+        self.frame(out, |out| {
+            out.put_u8(WRITE);
+            out.put_u64_le(offset);
+            // At most SEND_CHUNK_BYTES.
+            out.put_u32_le(len as u32);
+            let start = out.len();
+            out.resize(start + len, 0);
+            fill(&mut out[start..])
+        })
+    }
+
+    pub(crate) fn mark(&mut self, out: &mut BytesMut) {
+        self.frame(out, |out| out.put_u8(MARK));
+    }
+
+    /// The length of the payload is checked where it enters.
+    pub(crate) fn finish(&mut self, out: &mut BytesMut, total: u64, payload: &[u8], notify: bool) {
+        self.frame(out, |out| {
+            out.put_u8(FINISH);
+            out.put_u64_le(total);
+            out.put_u32_le(payload.len() as u32);
+            out.put_u8(if notify { FLAG_NOTIFY } else { 0 });
+            out.put_slice(payload);
+        });
+    }
+
+    fn frame<T>(&mut self, out: &mut BytesMut, put: impl FnOnce(&mut BytesMut) -> T) -> T {
+        let start = out.len();
+        let result = put(out);
+        if self.integrity == Integrity::Checksum {
+            let hash = xxh3_64_with_seed(&out[start..], self.number);
+            out.put_u64_le(hash);
+            self.number += 1;
+        }
+        result
+    }
+}
+
+/// One step of a decoded lane.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Piece<'a> {
-    /// The push names its window.
-    Open { window: u64 },
+    /// The lane names its window and itself.
+    Open { window: u64, push: u64, lane: LaneKey },
     /// A write begins; `len` bytes follow as [`Piece::Bytes`].
     Write { offset: u64, len: u32 },
     /// The next bytes of the current write.
     Bytes(&'a [u8]),
+    /// A whole write whose hash is right; instead of the two above where frames carry hashes.
+    Whole { offset: u64, bytes: Bytes },
     /// The sender asks how much has landed.
     Mark,
-    /// The push is complete.
-    Finish { total: u64, payload: Bytes },
+    /// The push is complete once `total` different bytes have landed.
+    Finish { total: u64, payload: Bytes, notify: bool },
 }
 
-/// Cuts a push stream into [`Piece`]s.
-#[derive(Debug, Default)]
+/// Cuts a lane into [`Piece`]s.
+#[derive(Debug)]
 pub(crate) struct FrameDecoder {
+    integrity: Integrity,
+    /// Frames whose hash was right.
+    number: u64,
     header: [u8; HEADER_BYTES_MAX],
     header_len: usize,
     body: Body,
-    opened: bool,
+    opened: Option<u64>,
     finished: bool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 enum Body {
     /// Between frames, or within a header.
-    #[default]
     None,
     /// Bytes of the current write still to come.
     Write { left: usize },
-    /// The finishing payload so far.
-    Finish { total: u64, len: usize, payload: BytesMut },
+    /// Everything after a header that must be held back: a payload, a checked write, a hash.
+    Held { len: usize, held: BytesMut },
+}
+
+impl Default for FrameDecoder {
+    fn default() -> Self {
+        Self::new(Integrity::Transport)
+    }
 }
 
 impl FrameDecoder {
-    /// Takes the next piece off the front of `input`; `None` once it needs more. After an error the stream is
-    /// unusable.
+    pub(crate) fn new(integrity: Integrity) -> Self {
+        Self {
+            integrity,
+            number: 0,
+            header: [0; HEADER_BYTES_MAX],
+            header_len: 0,
+            body: Body::None,
+            opened: None,
+            finished: false,
+        }
+    }
+
+    /// Takes the next piece off the front of `input`; `None` once it needs more. After an error the lane is unusable.
     pub(crate) fn next<'a>(&mut self, input: &mut &'a [u8]) -> Result<Option<Piece<'a>>, Refusal> {
+        let result = self.step(input);
+        match self.integrity {
+            Integrity::Transport => result,
+            // What looks like a breach may be damage; only the hash could tell, and it does not come any more.
+            Integrity::Checksum => result.map_err(|_| Refusal::Corrupt),
+        }
+    }
+
+    fn step<'a>(&mut self, input: &mut &'a [u8]) -> Result<Option<Piece<'a>>, Refusal> {
         loop {
             match &mut self.body {
-                Body::Write { left: 0 } => self.body = Body::None,
+                Body::Write { left: 0 } => self.clear(),
                 Body::Write { left } => {
                     let bytes = take(input, *left);
                     *left -= bytes.len();
                     return Ok((!bytes.is_empty()).then_some(Piece::Bytes(bytes)));
                 }
-                Body::Finish { total, len, payload } => {
-                    payload.extend_from_slice(take(input, *len - payload.len()));
-                    if payload.len() < *len {
+                Body::Held { len, held } => {
+                    held.extend_from_slice(take(input, *len - held.len()));
+                    if held.len() < *len {
                         return Ok(None);
                     }
-                    let (total, payload) = (*total, std::mem::take(payload).freeze());
-                    self.body = Body::None;
-                    self.finished = true;
-                    return Ok(Some(Piece::Finish { total, payload }));
+                    let held = std::mem::take(held).freeze();
+                    let piece = self.complete(held)?;
+                    self.clear();
+                    return Ok(Some(piece));
                 }
                 Body::None => {
                     let Some(&first) = self.header[..self.header_len].first().or(input.first()) else {
@@ -125,7 +243,6 @@ impl FrameDecoder {
                     if self.header_len < needed {
                         return Ok(None);
                     }
-                    self.header_len = 0;
                     if let Some(piece) = self.begin()? {
                         return Ok(Some(piece));
                     }
@@ -134,47 +251,104 @@ impl FrameDecoder {
         }
     }
 
+    fn clear(&mut self) {
+        self.body = Body::None;
+        self.header_len = 0;
+    }
+
     /// Length of the header that starts with `tag`, if that frame may come now.
     fn header_bytes(&self, tag: u8) -> Result<usize, Refusal> {
+        let running = self.opened.is_some() && !self.finished;
         match tag {
-            OPEN if !self.opened => Ok(9),
-            WRITE | FINISH if self.opened && !self.finished => Ok(13),
-            MARK if self.opened && !self.finished => Ok(1),
+            OPEN if self.opened.is_none() => Ok(OPEN_BYTES),
+            WRITE if running => Ok(WRITE_HEADER_BYTES),
+            FINISH if running => Ok(FINISH_BYTES),
+            MARK if running => Ok(1),
             _ => Err(Refusal::Malformed { tag }),
         }
     }
 
-    /// Acts on a complete header.
+    /// The first number of a header, and the length at the place where WRITE and FINISH have it.
+    fn numbers(&self) -> (u64, u32) {
+        (u64_at(&self.header, 1), u32::from_le_bytes(fixed(&self.header[9..13])))
+    }
+
+    /// Acts on a complete header: checks lengths, and says what follows it.
     fn begin(&mut self) -> Result<Option<Piece<'static>>, Refusal> {
-        let [tag, rest @ ..] = self.header;
-        let (number, len) = rest.split_at(8);
-        let number = u64::from_le_bytes(fixed(number));
-        let len = u32::from_le_bytes(fixed(len));
-        match tag {
-            OPEN => {
-                self.opened = true;
-                Ok(Some(Piece::Open { window: number }))
+        let (number, len) = self.numbers();
+        let payload_max = match self.opened {
+            Some(CONTROL_WINDOW) => CONTROL_BYTES_MAX,
+            _ => PAYLOAD_BYTES_MAX,
+        };
+        let body = match self.header[0] {
+            WRITE if len as usize > FRAME_BYTES_MAX => {
+                return Err(Refusal::FrameTooLong {
+                    len: len.into(),
+                    max: FRAME_BYTES_MAX as u64,
+                });
             }
-            WRITE if len as usize > FRAME_BYTES_MAX => Err(Refusal::FrameTooLong {
-                len: len.into(),
-                max: FRAME_BYTES_MAX as u64,
-            }),
-            WRITE => {
+            FINISH if len as usize > payload_max => {
+                return Err(Refusal::PayloadTooLong {
+                    len: len.into(),
+                    max: payload_max as u64,
+                });
+            }
+            WRITE if self.integrity == Integrity::Transport => {
                 self.body = Body::Write { left: len as usize };
-                Ok(Some(Piece::Write { offset: number, len }))
+                return Ok(Some(Piece::Write { offset: number, len }));
             }
-            MARK => Ok(Some(Piece::Mark)),
-            _ if len as usize > PAYLOAD_BYTES_MAX => Err(Refusal::PayloadTooLong {
-                len: len.into(),
-                max: PAYLOAD_BYTES_MAX as u64,
+            WRITE | FINISH => len as usize,
+            _ => 0,
+        };
+        let hash = match self.integrity {
+            Integrity::Transport => 0,
+            Integrity::Checksum => HASH_BYTES,
+        };
+        self.body = Body::Held {
+            len: body + hash,
+            held: BytesMut::new(),
+        };
+        Ok(None)
+    }
+
+    /// Acts on a complete frame.
+    fn complete(&mut self, mut held: Bytes) -> Result<Piece<'static>, Refusal> {
+        let header = &self.header[..self.header_len];
+        if self.integrity == Integrity::Checksum {
+            let hash = held.split_off(held.len().saturating_sub(HASH_BYTES));
+            let mut hasher = xxhash_rust::xxh3::Xxh3::with_seed(self.number);
+            hasher.update(header);
+            hasher.update(&held);
+            if hash[..] != hasher.digest().to_le_bytes() {
+                return Err(Refusal::Corrupt);
+            }
+            self.number += 1;
+        }
+        let (number, _) = self.numbers();
+        match self.header[0] {
+            OPEN => {
+                self.opened = Some(number);
+                Ok(Piece::Open {
+                    window: number,
+                    push: u64_at(&self.header, 9),
+                    lane: LaneKey {
+                        slot: u16::from_le_bytes(fixed(&self.header[17..19])),
+                        generation: u32::from_le_bytes(fixed(&self.header[19..23])),
+                    },
+                })
+            }
+            WRITE => Ok(Piece::Whole {
+                offset: number,
+                bytes: held,
             }),
+            MARK => Ok(Piece::Mark),
             _ => {
-                self.body = Body::Finish {
+                self.finished = true;
+                Ok(Piece::Finish {
                     total: number,
-                    len: len as usize,
-                    payload: BytesMut::new(),
-                };
-                Ok(None)
+                    payload: held,
+                    notify: self.header[13] & FLAG_NOTIFY != 0,
+                })
             }
         }
     }
@@ -183,16 +357,24 @@ impl FrameDecoder {
 /// A receiver's answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Reply {
-    /// This many bytes are in memory.
+    /// This many bytes of the lane are in memory.
     Landed(u64),
-    /// All bytes are in memory and the payload is delivered.
+    /// All bytes are in memory, each counted once, and the payload is delivered.
     Done(u64),
-    /// The push is refused.
+    /// The lane, and unless the refusal is about the lane only, the push, is refused.
     Refused(Refusal),
 }
 
 impl Reply {
+    /// Writes a reply of a transport that authenticates.
     pub(crate) fn put(self, out: &mut BytesMut) {
+        self.put_with(out, Integrity::Transport);
+    }
+
+    /// Writes a reply, with its hash if it needs one. Unlike frames, replies are not numbered: a lost or repeated one
+    /// says nothing that the next does not.
+    pub(crate) fn put_with(self, out: &mut BytesMut, integrity: Integrity) {
+        let start = out.len();
         match self {
             Self::Landed(bytes) => {
                 out.put_u8(LANDED);
@@ -210,27 +392,67 @@ impl Reply {
                 out.put_u64_le(b);
             }
         }
+        if integrity == Integrity::Checksum {
+            let hash = xxh3_64_with_seed(&out[start..], 0);
+            out.put_u64_le(hash);
+        }
+    }
+}
+
+/// Why a reply cannot be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum BadReply {
+    #[error("unknown reply tag")]
+    UnknownTag,
+    #[error("damaged reply")]
+    Corrupt,
+}
+
+impl From<BadReply> for crate::PushError {
+    fn from(bad: BadReply) -> Self {
+        match bad {
+            BadReply::UnknownTag => Self::Protocol("unknown reply tag"),
+            BadReply::Corrupt => Self::Corrupt,
+        }
     }
 }
 
 /// Cuts a reply stream into [`Reply`]s.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct ReplyDecoder {
-    buffer: [u8; REPLY_BYTES_MAX],
+    integrity: Integrity,
+    buffer: [u8; REPLY_BYTES_MAX + HASH_BYTES],
     len: usize,
 }
 
+impl Default for ReplyDecoder {
+    fn default() -> Self {
+        Self::new(Integrity::Transport)
+    }
+}
+
 impl ReplyDecoder {
+    pub(crate) fn new(integrity: Integrity) -> Self {
+        Self {
+            integrity,
+            buffer: [0; REPLY_BYTES_MAX + HASH_BYTES],
+            len: 0,
+        }
+    }
+
     /// Takes the next reply off the front of `input`; `None` once it needs more.
-    pub(crate) fn next(&mut self, input: &mut &[u8]) -> Result<Option<Reply>, &'static str> {
+    pub(crate) fn next(&mut self, input: &mut &[u8]) -> Result<Option<Reply>, BadReply> {
         let Some(&tag) = self.buffer[..self.len].first().or(input.first()) else {
             return Ok(None);
         };
-        let needed = match tag {
+        let checked = self.integrity == Integrity::Checksum;
+        let body = match tag {
             LANDED | DONE => 9,
             REFUSED => REPLY_BYTES_MAX,
-            _ => return Err("unknown reply tag"),
+            _ if checked => return Err(BadReply::Corrupt),
+            _ => return Err(BadReply::UnknownTag),
         };
+        let needed = if checked { body + HASH_BYTES } else { body };
         let part = take(input, needed - self.len);
         self.buffer[self.len..self.len + part.len()].copy_from_slice(part);
         self.len += part.len();
@@ -238,11 +460,17 @@ impl ReplyDecoder {
             return Ok(None);
         }
         self.len = 0;
-        let number = |at: usize| u64::from_le_bytes(fixed(&self.buffer[at..at + 8]));
+        if checked && xxh3_64_with_seed(&self.buffer[..body], 0) != u64_at(&self.buffer, body) {
+            return Err(BadReply::Corrupt);
+        }
         Ok(Some(match tag {
-            LANDED => Reply::Landed(number(1)),
-            DONE => Reply::Done(number(1)),
-            _ => Reply::Refused(Refusal::from_wire(self.buffer[1], number(2), number(10))),
+            LANDED => Reply::Landed(u64_at(&self.buffer, 1)),
+            DONE => Reply::Done(u64_at(&self.buffer, 1)),
+            _ => Reply::Refused(Refusal::from_wire(
+                self.buffer[1],
+                u64_at(&self.buffer, 2),
+                u64_at(&self.buffer, 10),
+            )),
         }))
     }
 }
@@ -254,7 +482,11 @@ fn take<'a>(input: &mut &'a [u8], count: usize) -> &'a [u8] {
     front
 }
 
-/// The array of a slice whose length the caller has fixed; shorter ones are padded with zeros, never a panic.
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(fixed(&bytes[at..]))
+}
+
+/// The first bytes of a slice as an array; shorter ones are padded with zeros, never a panic.
 fn fixed<const N: usize>(bytes: &[u8]) -> [u8; N] {
     let mut array = [0; N];
     for (to, from) in array.iter_mut().zip(bytes) {
@@ -268,6 +500,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const LANE: LaneKey = LaneKey { slot: 3, generation: 4 };
+
     #[derive(Debug, Clone)]
     enum Frame {
         Write(u64, Vec<u8>),
@@ -279,9 +513,17 @@ mod tests {
         prop::collection::vec(prop_oneof![4 => write, 1 => Just(Frame::Mark)], 0..12)
     }
 
-    /// Decodes everything, joining the bytes of each write.
-    fn decode(input: &[u8], splits: &[usize]) -> Result<Vec<String>, Refusal> {
-        let mut decoder = FrameDecoder::default();
+    fn integrity() -> impl Strategy<Value = Integrity> {
+        any::<bool>().prop_map(Integrity::of)
+    }
+
+    fn write(encoder: &mut FrameEncoder, out: &mut BytesMut, offset: u64, bytes: &[u8]) {
+        encoder.write(out, offset, bytes.len(), |to| to.copy_from_slice(bytes));
+    }
+
+    /// Decodes everything; the two ways of giving a write read the same.
+    fn decode(integrity: Integrity, input: &[u8], splits: &[usize]) -> Result<Vec<String>, Refusal> {
+        let mut decoder = FrameDecoder::new(integrity);
         let (mut seen, mut data) = (Vec::new(), Vec::new());
         let (mut rest, mut splits) = (input, splits.iter().cycle());
         while !rest.is_empty() {
@@ -293,6 +535,16 @@ mod tests {
                 }
                 match piece {
                     Piece::Bytes(bytes) => data.extend_from_slice(bytes),
+                    Piece::Whole { offset, bytes } => {
+                        seen.push(format!(
+                            "{:?}",
+                            Piece::Write {
+                                offset,
+                                len: bytes.len() as u32
+                            }
+                        ));
+                        data.extend_from_slice(&bytes);
+                    }
                     other => seen.push(format!("{other:?}")),
                 }
             }
@@ -301,56 +553,121 @@ mod tests {
         Ok(seen)
     }
 
+    /// A whole lane and what it decodes to.
+    fn lane(integrity: Integrity, frames: &[Frame], payload: &[u8]) -> (BytesMut, Vec<String>) {
+        let (mut wire, mut encoder) = (BytesMut::new(), FrameEncoder::new(integrity));
+        encoder.open(&mut wire, 7, 8, LANE);
+        let mut expected = vec![format!(
+            "{:?}",
+            Piece::Open {
+                window: 7,
+                push: 8,
+                lane: LANE
+            }
+        )];
+        for frame in frames {
+            match frame {
+                Frame::Write(offset, bytes) => {
+                    write(&mut encoder, &mut wire, *offset, bytes);
+                    expected.push(format!(
+                        "{:?}",
+                        Piece::Write {
+                            offset: *offset,
+                            len: bytes.len() as u32
+                        }
+                    ));
+                    if !bytes.is_empty() {
+                        expected.push(format!("{bytes:?}"));
+                    }
+                }
+                Frame::Mark => {
+                    encoder.mark(&mut wire);
+                    expected.push(format!("{:?}", Piece::Mark));
+                }
+            }
+        }
+        encoder.finish(&mut wire, 99, payload, true);
+        let payload = Bytes::copy_from_slice(payload);
+        expected.push(format!(
+            "{:?}",
+            Piece::Finish {
+                total: 99,
+                payload,
+                notify: true
+            }
+        ));
+        (wire, expected)
+    }
+
     proptest! {
         #[test]
         fn any_split_decodes_the_same(
-            frames in frames(), payload in prop::collection::vec(any::<u8>(), 0..40),
+            frames in frames(), payload in prop::collection::vec(any::<u8>(), 0..40), integrity in integrity(),
             splits in prop::collection::vec(1usize..20, 1..10),
         ) {
-            let mut wire = BytesMut::new();
-            put_open(&mut wire, 7);
-            let mut expected = vec![format!("{:?}", Piece::Open { window: 7 })];
-            for frame in &frames {
-                match frame {
-                    Frame::Write(offset, bytes) => {
-                        put_write(&mut wire, *offset, bytes.len() as u32);
-                        wire.put_slice(bytes);
-                        expected.push(format!("{:?}", Piece::Write { offset: *offset, len: bytes.len() as u32 }));
-                        if !bytes.is_empty() {
-                            expected.push(format!("{bytes:?}"));
+            let (wire, expected) = lane(integrity, &frames, &payload);
+            prop_assert_eq!(decode(integrity, &wire, &splits).unwrap(), expected.clone());
+            prop_assert_eq!(decode(integrity, &wire, &[1]).unwrap(), expected);
+        }
+
+        /// A flipped bit anywhere is found before anything of its frame is passed on.
+        #[test]
+        fn damage_is_found(
+            frames in frames(), at in any::<prop::sample::Index>(), bit in 0u32..8, split in 1usize..30,
+        ) {
+            let (mut wire, expected) = lane(Integrity::Checksum, &frames, b"payload");
+            let at = at.index(wire.len());
+            wire[at] ^= 1 << bit;
+            let mut decoder = FrameDecoder::new(Integrity::Checksum);
+            let (mut seen, mut damaged) = (Vec::new(), false);
+            'all: for mut part in wire.chunks(split) {
+                loop {
+                    match decoder.next(&mut part) {
+                        Ok(Some(Piece::Whole { offset, bytes })) => {
+                            seen.push(format!("{:?}", Piece::Write { offset, len: bytes.len() as u32 }));
+                            if !bytes.is_empty() {
+                                seen.push(format!("{:?}", bytes.to_vec()));
+                            }
                         }
-                    }
-                    Frame::Mark => {
-                        put_mark(&mut wire);
-                        expected.push(format!("{:?}", Piece::Mark));
+                        Ok(Some(piece)) => seen.push(format!("{piece:?}")),
+                        Ok(None) => break,
+                        Err(refusal) => {
+                            prop_assert_eq!(refusal, Refusal::Corrupt);
+                            damaged = true;
+                            break 'all;
+                        }
                     }
                 }
             }
-            put_finish(&mut wire, 99, &payload);
-            expected.push(format!("{:?}", Piece::Finish { total: 99, payload: payload.into() }));
-            prop_assert_eq!(decode(&wire, &splits).unwrap(), expected.clone());
-            prop_assert_eq!(decode(&wire, &[1]).unwrap(), expected);
+            // A damaged length may leave the decoder waiting; it never passes the frame on.
+            prop_assert!(damaged || seen.len() < expected.len());
+            prop_assert!(expected.starts_with(&seen), "{seen:?}");
         }
 
         #[test]
-        fn arbitrary_bytes_never_panic(input in prop::collection::vec(any::<u8>(), 0..400), split in 1usize..9) {
-            let _ = decode(&input, &[split]);
-            let mut opened = vec![OPEN, 0, 0, 0, 0, 0, 0, 0, 0];
+        fn arbitrary_bytes_never_panic(
+            input in prop::collection::vec(any::<u8>(), 0..400), split in 1usize..9, integrity in integrity(),
+        ) {
+            let _ = decode(integrity, &input, &[split]);
+            let mut opened = BytesMut::new();
+            FrameEncoder::new(integrity).open(&mut opened, 1, 2, LANE);
             opened.extend(&input);
-            let _ = decode(&opened, &[split]);
-            let mut replies = ReplyDecoder::default();
+            let _ = decode(integrity, &opened, &[split]);
+            let mut replies = ReplyDecoder::new(integrity);
             for mut part in input.chunks(split) {
                 while let Ok(Some(_)) = replies.next(&mut part) {}
             }
         }
 
         #[test]
-        fn replies_survive_any_split(code in any::<u8>(), a in any::<u64>(), b in any::<u64>(), split in 1usize..19) {
+        fn replies_survive_any_split(
+            code in any::<u8>(), a in any::<u64>(), b in any::<u64>(), split in 1usize..19, integrity in integrity(),
+        ) {
             let refusal = Refusal::from_wire(code, a, b);
             let sent = [Reply::Landed(a), Reply::Refused(refusal), Reply::Done(b)];
             let mut wire = BytesMut::new();
-            sent.iter().for_each(|reply| reply.put(&mut wire));
-            let (mut decoder, mut seen) = (ReplyDecoder::default(), Vec::new());
+            sent.iter().for_each(|reply| reply.put_with(&mut wire, integrity));
+            let (mut decoder, mut seen) = (ReplyDecoder::new(integrity), Vec::new());
             for mut part in wire.chunks(split) {
                 while let Some(reply) = decoder.next(&mut part).unwrap() {
                     seen.push(reply);
@@ -361,28 +678,48 @@ mod tests {
     }
 
     #[test]
+    fn damaged_replies_are_found() {
+        let mut wire = BytesMut::new();
+        Reply::Landed(64).put_with(&mut wire, Integrity::Checksum);
+        for bit in 0..wire.len() * 8 {
+            let mut damaged = wire.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            let mut decoder = ReplyDecoder::new(Integrity::Checksum);
+            let result = decoder.next(&mut &damaged[..]);
+            assert!(
+                matches!(result, Err(BadReply::Corrupt) | Ok(None)),
+                "bit {bit}: {result:?}"
+            );
+        }
+    }
+
+    #[test]
     fn order_and_size_are_enforced() {
-        let refused = |bytes: &[u8]| decode(bytes, &[usize::MAX]).unwrap_err();
+        let refused = |bytes: &[u8]| decode(Integrity::Transport, bytes, &[usize::MAX]).unwrap_err();
+        let opened = || {
+            let (mut wire, mut encoder) = (BytesMut::new(), FrameEncoder::new(Integrity::Transport));
+            encoder.open(&mut wire, 1, 2, LANE);
+            (wire, encoder)
+        };
         assert_eq!(refused(&[MARK]), Refusal::Malformed { tag: MARK });
         assert_eq!(refused(&[0]), Refusal::Malformed { tag: 0 });
-        let mut twice = BytesMut::new();
-        put_open(&mut twice, 1);
-        put_open(&mut twice, 1);
+        let (mut twice, mut encoder) = opened();
+        encoder.open(&mut twice, 1, 2, LANE);
         assert_eq!(refused(&twice), Refusal::Malformed { tag: OPEN });
-        let mut after = BytesMut::new();
-        put_open(&mut after, 1);
-        put_finish(&mut after, 0, b"");
-        put_mark(&mut after);
+        let (mut after, mut encoder) = opened();
+        encoder.finish(&mut after, 0, b"", false);
+        encoder.mark(&mut after);
         assert_eq!(refused(&after), Refusal::Malformed { tag: MARK });
-        let mut long = BytesMut::new();
-        put_open(&mut long, 1);
-        put_write(&mut long, 0, FRAME_BYTES_MAX as u32 + 1);
+        let (mut long, _) = opened();
+        long.put_u8(WRITE);
+        long.put_u64_le(0);
+        long.put_u32_le(FRAME_BYTES_MAX as u32 + 1);
         assert!(matches!(refused(&long), Refusal::FrameTooLong { .. }));
-        let mut heavy = BytesMut::new();
-        put_open(&mut heavy, 1);
+        let (mut heavy, _) = opened();
         heavy.put_u8(FINISH);
         heavy.put_u64_le(0);
-        heavy.put_u32_le(u32::MAX);
+        heavy.put_u32_le(PAYLOAD_BYTES_MAX as u32 + 1);
+        heavy.put_u8(0);
         assert!(matches!(refused(&heavy), Refusal::PayloadTooLong { .. }));
     }
 }

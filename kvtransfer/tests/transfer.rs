@@ -4,7 +4,8 @@
 
 mod common;
 
-use baton_kvtransfer::{Agent, Region};
+use baton_identity::Role;
+use baton_kvtransfer::{Agent, FileMemory, Region, TransferLimits};
 use bytes::Bytes;
 use common::{Cluster, eventually, filled, image, within};
 use proptest::prelude::*;
@@ -164,4 +165,55 @@ async fn many_concurrent_pushes_between_three_agents() {
         assert_eq!((stats.windows_open, stats.pushes_open, stats.refusals), (0, 0, 0));
         assert_eq!((stats.windows_completed, stats.pushes_completed), (32, 32));
     }
+}
+
+/// One push over several lanes: the same bytes, counted once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn several_lanes_carry_one_push() {
+    const LEN: usize = 24 << 20;
+    let cluster = Cluster::new();
+    let limits = TransferLimits {
+        lanes_per_push: 4,
+        ..common::limits()
+    };
+    let from = cluster.agent_with("prefill-0", Role::Worker, [7; 32], limits);
+    let to = cluster.agent("decode-0");
+    for round in 0..3 {
+        let (source, target) = (filled(LEN, round), Region::new(LEN).unwrap());
+        let window = to.open_window(&target, vec![0..LEN]).unwrap();
+        let push = from.push(to.local_addr(), window.id(), source.clone());
+        let writer = push.writer();
+        for start in (0..LEN).step_by(LEN / 64).rev() {
+            writer.write(start..start + LEN / 64, start).unwrap();
+        }
+        let report = within(push.finish(Bytes::from_static(b"x"))).await.unwrap();
+        assert_eq!((report.bytes, window.landed()), (LEN as u64, LEN as u64));
+        assert_eq!(within(window.wait()).await.unwrap(), "x");
+        assert!(image(&target) == image(&source));
+    }
+    assert_eq!((to.stats().refusals, from.stats().lanes_broken), (0, 0));
+}
+
+/// A file as source and as target.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn files_are_memory_too() {
+    const LEN: usize = 1 << 20;
+    let cluster = Cluster::new();
+    let (from, to) = (cluster.agent("prefill-0"), cluster.agent("decode-0"));
+    let dir = tempfile::tempdir().unwrap();
+    let file = FileMemory::open(&dir.path().join("blocks"), LEN).unwrap();
+    let (source, target) = (filled(LEN, 9), Region::new(LEN).unwrap());
+    let into_file = to.open_window(file.clone(), vec![0..LEN]).unwrap();
+    let push = from.push(to.local_addr(), into_file.id(), source.clone());
+    push.writer().write(0..LEN, 0).unwrap();
+    within(push.finish(Bytes::new())).await.unwrap();
+    within(into_file.wait()).await.unwrap();
+    file.sync().unwrap();
+    assert!(std::fs::read(dir.path().join("blocks")).unwrap() == image(&source));
+    let window = from.open_window(&target, vec![0..LEN]).unwrap();
+    let push = to.push(from.local_addr(), window.id(), file);
+    push.writer().write(0..LEN, 0).unwrap();
+    within(push.finish(Bytes::new())).await.unwrap();
+    within(window.wait()).await.unwrap();
+    assert!(image(&target) == image(&source));
 }

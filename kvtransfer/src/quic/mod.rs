@@ -13,6 +13,7 @@ use crate::hello::Hello;
 use crate::push::Outgoing;
 use crate::transport::Transport;
 use crate::window_table::WindowTable;
+use crate::wire::Integrity;
 use crate::{PushError, SetupError, TransferLimits};
 use baton_identity::Identity;
 use dial::Pool;
@@ -67,12 +68,19 @@ impl QuicTransport {
 }
 
 impl Transport for QuicTransport {
+    /// TLS authenticates every packet.
+    fn authenticates(&self) -> bool {
+        true
+    }
+
     fn local_addr(&self) -> SocketAddr {
         self.local_addr
     }
 
     fn carry(&self, peer: SocketAddr, push: Arc<Outgoing>) {
-        self.runtime.spawn(send::carry(self.pool.clone(), peer, push));
+        let integrity = Integrity::of(self.authenticates());
+        self.runtime
+            .spawn(send::carry(self.pool.clone(), peer, push, integrity));
     }
 
     fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send>> {
@@ -109,6 +117,7 @@ fn connect_error(peer: SocketAddr, error: &ConnectionError) -> PushError {
 fn lost_error(peer: SocketAddr, error: &ConnectionError) -> PushError {
     match error {
         ConnectionError::LocallyClosed => PushError::AgentClosed,
+        ConnectionError::ApplicationClosed(_) => PushError::PeerClosed { peer },
         _ => PushError::PeerLost {
             peer,
             detail: error.to_string(),

@@ -102,14 +102,19 @@ async fn receive(
 ) {
     let refusal = match land(&mut send, &mut recv, &mut incoming, &limits).await {
         End::Done => return,
+        End::Aborted(reason @ AbortReason::LaneReplaced) => {
+            return incoming.broken(reason.to_string(), std::time::Instant::now());
+        }
         End::Aborted(reason) => return incoming.lost(WindowError::Aborted(reason)),
         End::Lost(ConnectionError::LocallyClosed) => return incoming.lost(WindowError::AgentClosed),
-        End::Lost(error) => {
+        // The peer's agent was closed: nobody is left to try again.
+        End::Lost(error @ ConnectionError::ApplicationClosed(_)) => {
             return incoming.lost(WindowError::PeerLost {
                 peer: peer.to_string(),
                 detail: error.to_string(),
             });
         }
+        End::Lost(error) => return incoming.broken(error.to_string(), std::time::Instant::now()),
         End::Breach(refusal) => {
             incoming.refuse(refusal);
             refusal
@@ -155,6 +160,8 @@ async fn land(send: &mut SendStream, recv: &mut RecvStream, incoming: &mut Incom
         };
         let count = match read {
             Ok(Some(count)) => count,
+            // A sender lets go of its other lanes when one has brought the last acknowledgement.
+            Ok(None) if incoming.complete() => return End::Done,
             Ok(None) => return End::Breach(Refusal::Unfinished),
             Err(ReadError::Reset(code)) => return End::Aborted(AbortReason::from_code(code.into_inner())),
             Err(ReadError::ConnectionLost(error)) => return End::Lost(error),

@@ -1,17 +1,19 @@
-//! Carries one push: a task that turns what compute queues into stream bytes and the receiver's replies into the
-//! push's outcome.
+//! Carries one push: a task that turns what compute queues into the bytes of one or more lanes, each a stream, and the
+//! receiver's replies into the push's outcome. A lane that breaks is opened again as the push's session says.
 
 use super::dial::Pool;
 use super::{STOP_REFUSED, lost_error};
-use crate::push::{Next, Outgoing};
-use crate::wire::{Reply, ReplyDecoder};
+use crate::limits::LANES_MAX;
+use crate::push::{Lane, LaneReplies, Next, Outgoing};
+use crate::wire::{Integrity, Reply, ReplyDecoder};
 use crate::{AbortReason, PushError, TransferLimits};
 use bytes::Bytes;
+use futures_util::future::join_all;
 use quinn::{ReadError, RecvStream, SendStream, VarInt, WriteError};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 /// How long to wait for the reason after the receiver has stopped the stream. The two travel together.
 const REASON_TIMEOUT: Duration = Duration::from_secs(1);
@@ -30,35 +32,78 @@ impl Drop for Settle {
 
 /// The task of one push. The guard is made before the future is first polled, so that a push handed to a stopped
 /// runtime fails instead of hanging.
-pub(super) fn carry(pool: Arc<Pool>, peer: SocketAddr, push: Arc<Outgoing>) -> impl Future<Output = ()> + Send {
+pub(super) fn carry(
+    pool: Arc<Pool>,
+    peer: SocketAddr,
+    push: Arc<Outgoing>,
+    integrity: Integrity,
+) -> impl Future<Output = ()> + Send {
     let settle = Settle(push);
     async move {
-        let push = &settle.0;
-        let opened = tokio::select! {
+        let slots = 0..pool.limits().lanes_per_push.clamp(1, LANES_MAX);
+        join_all(slots.map(|slot| carry_slot(&pool, peer, &settle.0, slot, integrity))).await;
+    }
+}
+
+/// Carries what one slot's lanes take, until the push is settled or the slot is used up.
+async fn carry_slot(pool: &Pool, peer: SocketAddr, push: &Arc<Outgoing>, slot: u16, integrity: Integrity) {
+    if slot > 0 {
+        // Most pushes are too small to gain from it.
+        tokio::select! {
             biased;
             _ = push.settled() => return,
-            opened = open(&pool, peer) => opened,
-        };
-        let (mut send, mut recv) = match opened {
-            Ok(streams) => streams,
-            Err(error) => return push.fail(error),
-        };
-        let outcome = tokio::select! {
-            biased;
-            result = push.settled() => result.map(|_| ()),
-            result = exchange(&mut send, &mut recv, peer, push, pool.limits()) => result,
-        };
-        if let Err(error) = outcome {
-            let reason = match &error {
-                PushError::Aborted(reason) => *reason,
-                _ => AbortReason::Transport,
-            };
-            push.fail(error);
-            // A reset overtakes the bytes still queued. It fails only on a stream that is over anyway.
-            let _ = send.reset(VarInt::from_u32(reason.code()));
-            let _ = recv.stop(STOP_REFUSED);
+            () = push.crowded(slot) => {}
         }
     }
+    while let Some(mut lane) = push.lane(slot, integrity) {
+        let wait = carry_lane(pool, peer, push, &mut lane).await;
+        let Some(wait) = wait else { return };
+        tracing::debug!(%peer, slot, ?wait, "a lane of a kv push broke; it is opened again");
+        tokio::select! {
+            biased;
+            _ = push.settled() => return,
+            () = sleep(wait) => {}
+        }
+    }
+}
+
+/// Carries one lane to its end; how long to wait for the next one, if there is to be one.
+async fn carry_lane(pool: &Pool, peer: SocketAddr, push: &Arc<Outgoing>, lane: &mut Lane) -> Option<Duration> {
+    let opened = tokio::select! {
+        biased;
+        _ = push.settled() => return None,
+        opened = open(pool, peer) => opened,
+        // The receiver's window does not wait longer for another lane.
+        () = sleep(pool.limits().lane_grace), if lane.again() => Err(PushError::Unreachable {
+            peer,
+            detail: "no connection within the grace of a broken lane".into(),
+        }),
+    };
+    let (mut send, mut recv) = match opened {
+        Ok(streams) => streams,
+        Err(error) => return lane.broke(error),
+    };
+    let outcome = tokio::select! {
+        biased;
+        result = push.settled() => result.map(|_| ()),
+        result = exchange(&mut send, &mut recv, peer, push, lane, pool.limits()) => result,
+    };
+    let Err(error) = outcome else { return None };
+    let reason = if error.lane_only() {
+        AbortReason::LaneReplaced
+    } else {
+        error.abort_reason()
+    };
+    let wait = lane.broke(error);
+    let reason = match push.result() {
+        // This lane was the last hope.
+        Some(Err(error)) if reason == AbortReason::LaneReplaced => error.abort_reason(),
+        _ => reason,
+    };
+    // A reset overtakes the bytes still queued. It fails only on a stream that is over anyway.
+    let _ = send.reset(VarInt::from_u32(reason.code()));
+    let _ = recv.stop(STOP_REFUSED);
+    wait
 }
 
 async fn open(pool: &Pool, peer: SocketAddr) -> Result<(SendStream, RecvStream), PushError> {
@@ -77,15 +122,18 @@ async fn exchange(
     recv: &mut RecvStream,
     peer: SocketAddr,
     push: &Outgoing,
+    lane: &mut Lane,
     limits: &TransferLimits,
 ) -> Result<(), PushError> {
     let stalled = PushError::Stalled {
         limit: limits.stall_timeout,
     };
-    let mut sending = std::pin::pin!(send_all(send, peer, push, limits.stall_timeout));
-    let mut replies = std::pin::pin!(read_replies(recv, peer, push));
+    let replying = lane.replies();
+    let mut sending = std::pin::pin!(send_all(send, peer, lane, limits.stall_timeout));
+    let mut replies = std::pin::pin!(read_replies(recv, peer, &replying));
     // Set once nothing more is sent: until when the last reply must be here, and what its absence means.
     let mut last_call: Option<(Instant, PushError)> = None;
+    let mut progress = push.progress();
     loop {
         let until = last_call.as_ref().map_or_else(Instant::now, |(until, _)| *until);
         tokio::select! {
@@ -101,6 +149,13 @@ async fn exchange(
                 });
             }
             () = sleep_until(until), if last_call.is_some() => {
+                // Other lanes may still be busy; then the last reply is not due yet.
+                if std::mem::replace(&mut progress, push.progress()) != push.progress()
+                    && let Some((until, PushError::Stalled { .. })) = &mut last_call
+                {
+                    *until = Instant::now() + limits.stall_timeout;
+                    continue;
+                }
                 return Err(last_call.map_or(stalled, |(_, error)| error));
             }
         }
@@ -118,11 +173,11 @@ enum Sent {
 async fn send_all(
     send: &mut SendStream,
     peer: SocketAddr,
-    push: &Outgoing,
+    lane: &mut Lane,
     limit: Duration,
 ) -> Result<Sent, PushError> {
     let mut batch = Vec::new();
-    let mut next = Next::Send(push.opening());
+    let mut next = Next::Send(lane.opening());
     loop {
         match next {
             Next::Send(bytes) => {
@@ -132,15 +187,14 @@ async fn send_all(
             }
             Next::Last(bytes) => {
                 let taken = send_some(send, peer, bytes, limit).await?;
-                // Fails only if the receiver has stopped the stream, and then its reply says why.
-                let _ = send.finish();
+                // The stream stays open until the push is settled, so that the receiver sees it break.
                 return Ok(if taken { Sent::All } else { Sent::Stopped });
             }
-            Next::Wait => push.work().await,
+            Next::Wait => lane.work().await,
             // Settled elsewhere; whoever waits for that ends this task.
             Next::Over => std::future::pending().await,
         }
-        next = push.next(&mut batch);
+        next = lane.next(&mut batch);
     }
 }
 
@@ -158,7 +212,7 @@ async fn send_some(send: &mut SendStream, peer: SocketAddr, bytes: Bytes, limit:
 }
 
 /// Takes replies until the last one.
-async fn read_replies(recv: &mut RecvStream, peer: SocketAddr, push: &Outgoing) -> Result<(), PushError> {
+async fn read_replies(recv: &mut RecvStream, peer: SocketAddr, lane: &LaneReplies) -> Result<(), PushError> {
     let mut decoder = ReplyDecoder::default();
     loop {
         let chunk = match recv.read_chunk(REPLY_CHUNK_BYTES, true).await {
@@ -168,8 +222,8 @@ async fn read_replies(recv: &mut RecvStream, peer: SocketAddr, push: &Outgoing) 
             Err(_) => return Err(PushError::Protocol("it reset the push without a last reply")),
         };
         let mut input = &chunk[..];
-        while let Some(reply) = decoder.next(&mut input).map_err(PushError::Protocol)? {
-            push.reply(reply)?;
+        while let Some(reply) = decoder.next(&mut input)? {
+            lane.reply(reply)?;
             if matches!(reply, Reply::Done(_)) {
                 return Ok(());
             }
