@@ -5,14 +5,16 @@ use crate::limits::NAME_BYTES_MAX;
 use crate::push::{Outgoing, Push};
 use crate::quic::QuicTransport;
 use crate::ranges::RangeSet;
+use crate::shared_memory::SharedMemory;
 use crate::stats::Counters;
-use crate::transport::Transport;
+use crate::transport::{Best, Transport, TransportOptions};
 use crate::window_table::WindowTable;
 use crate::{PushError, Region, SetupError, TransferLimits, TransferStats, Window, WindowOptions};
 use baton_identity::Identity;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
+use tokio::runtime::Handle;
 
 /// What an agent is bound with.
 pub struct AgentConfig<'a> {
@@ -26,6 +28,8 @@ pub struct AgentConfig<'a> {
     pub digest: [u8; 32],
     /// Limits; the defaults suit a cluster.
     pub limits: TransferLimits,
+    /// What to carry pushes with; by default whatever is best between this agent and the peer.
+    pub transports: TransportOptions,
 }
 
 /// Moves blocks to and from other agents. Cloning gives another handle on the same agent; it is closed when the last
@@ -59,12 +63,28 @@ impl Agent {
         let limits = Arc::new(config.limits);
         let counters = Arc::new(Counters::default());
         let table = Arc::new(WindowTable::new(limits.windows_max, counters.clone()));
+        let runtime = Handle::try_current().map_err(|_| SetupError::NoRuntime)?;
+        let shared_memory = config
+            .transports
+            .shared_memory
+            .then(|| SharedMemory::bind(table.clone(), limits.clone(), runtime.clone()))
+            .flatten();
         let hello = Hello {
             version: baton_proto::PROTOCOL_VERSION,
             digest: config.digest,
             name: config.name,
+            host: shared_memory.as_ref().map(|shared| shared.host()),
+            offer: None,
         };
-        let transport = QuicTransport::bind(config.bind, config.identity, hello, table.clone(), limits.clone())?;
+        let quic = QuicTransport::bind(
+            config.bind,
+            config.identity,
+            hello,
+            table.clone(),
+            limits.clone(),
+            shared_memory.clone(),
+        )?;
+        let transport = Best::new(quic, shared_memory, runtime);
         Ok(Self {
             inner: Arc::new(Inner {
                 transport: Box::new(transport),

@@ -9,6 +9,7 @@ use crate::limits::SEND_CHUNK_BYTES;
 use crate::push_state::{After, PushReport, PushState};
 use crate::ranges::Descriptor;
 use crate::stats::Counters;
+use crate::transport::TransportKind;
 use crate::window_table::lock;
 use crate::wire::{Reply, WRITE_HEADER_BYTES, put_finish, put_mark, put_open, put_write};
 use crate::{AbortReason, PushError, Region};
@@ -153,6 +154,38 @@ impl Outgoing {
         lock(&self.state)
             .settled()
             .and_then(|result| result.as_ref().err().cloned())
+    }
+}
+
+/// What a transport needs that lets the receiver fetch the bytes: descriptors instead of bytes.
+impl Outgoing {
+    /// The window that is pushed to.
+    pub(crate) fn window(&self) -> u64 {
+        self.window
+    }
+
+    /// Where the bytes are.
+    pub(crate) fn region(&self) -> &Arc<Region> {
+        &self.region
+    }
+
+    /// Whether the push is still under way. If it is, the bytes that were to be read have not been given back yet.
+    pub(crate) fn live(&self) -> bool {
+        lock(&self.state).settled().is_none()
+    }
+
+    /// The next descriptors, for the receiver to fetch; see [`PushState::take_batch`].
+    pub(crate) fn take(&self, batch: &mut Vec<Descriptor>) -> After {
+        let after = lock(&self.state).take_batch(batch);
+        let bytes: usize = batch.iter().map(|piece| piece.len).sum();
+        self.counters.bytes_out.add(bytes as u64);
+        self.counters.shared_memory_bytes_out.add(bytes as u64);
+        after
+    }
+
+    /// Says which transport carries the push, for its report.
+    pub(crate) fn carried_by(&self, transport: TransportKind) {
+        lock(&self.state).carried_by(transport);
     }
 }
 

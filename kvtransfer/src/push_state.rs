@@ -13,6 +13,7 @@ use crate::PushError;
 use crate::busy::BusyClock;
 use crate::limits::{FRAME_BYTES_MAX, PAYLOAD_BYTES_MAX, SEND_CHUNK_BYTES};
 use crate::ranges::{Descriptor, aligned};
+use crate::transport::TransportKind;
 use crate::wire::Reply;
 use bytes::Bytes;
 use std::collections::VecDeque;
@@ -39,6 +40,8 @@ pub struct PushReport {
     /// Sending time is the time during which some byte was written but not yet known to have landed, plus the
     /// finishing round trip.
     pub overlap: f64,
+    /// What carried the bytes.
+    pub transport: TransportKind,
 }
 
 impl PushReport {
@@ -88,6 +91,7 @@ pub(crate) struct PushState {
     frames: u64,
     first_write: Option<Instant>,
     clock: BusyClock,
+    transport: TransportKind,
 }
 
 impl PushState {
@@ -103,6 +107,7 @@ impl PushState {
             frames: 0,
             first_write: None,
             clock: BusyClock::default(),
+            transport: TransportKind::Quic,
         }
     }
 
@@ -112,6 +117,11 @@ impl PushState {
             Phase::Settled(result) => Some(result),
             Phase::Writing | Phase::Finishing { .. } => None,
         }
+    }
+
+    /// Says which transport carries the push.
+    pub(crate) fn carried_by(&mut self, transport: TransportKind) {
+        self.transport = transport;
     }
 
     /// Queues a write of the local `range` to `remote`.
@@ -238,6 +248,7 @@ impl PushState {
                     finished: at,
                     last_ack: now,
                     overlap: self.clock.hidden_share(),
+                    transport: self.transport,
                 }));
                 Ok(())
             }

@@ -114,17 +114,28 @@ impl WindowState {
 
     /// Bytes of an admitted write arrive. Checked again: the fence stands or falls here.
     pub(crate) fn land(&mut self, offset: usize, bytes: &[u8]) -> Result<(), Refusal> {
+        self.land_with(offset, bytes.len(), |region| region.copy_in(offset, bytes))
+    }
+
+    /// As [`WindowState::land`], for a transport that has the bytes elsewhere: `copy` puts `len` of them at `offset` of
+    /// the region, and says whether it could.
+    pub(crate) fn land_with(
+        &mut self,
+        offset: usize,
+        len: usize,
+        copy: impl FnOnce(&Region) -> bool,
+    ) -> Result<(), Refusal> {
         self.receiving()?;
         let inside = offset
-            .checked_add(bytes.len())
+            .checked_add(len)
             .is_some_and(|end| self.ranges.covers(&(offset..end)));
-        if !inside || !self.region.copy_in(offset, bytes) {
+        if !inside || !copy(&self.region) {
             return Err(Refusal::OutOfRange {
                 offset: offset as u64,
-                len: bytes.len() as u64,
+                len: len as u64,
             });
         }
-        self.landed += bytes.len() as u64;
+        self.landed += len as u64;
         Ok(())
     }
 

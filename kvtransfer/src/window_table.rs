@@ -55,6 +55,19 @@ impl WindowCell {
         Ok(())
     }
 
+    /// [`WindowCell::land`] over shared memory: `copy` brings the bytes from elsewhere, under the fence.
+    pub(crate) fn land_with(
+        &self,
+        offset: usize,
+        len: usize,
+        copy: impl FnOnce(&Region) -> bool,
+    ) -> Result<(), Refusal> {
+        lock(&self.state).land_with(offset, len, copy)?;
+        self.counters.bytes_in.add(len as u64);
+        self.counters.shared_memory_bytes_in.add(len as u64);
+        Ok(())
+    }
+
     pub(crate) fn finish(&self, total: u64, payload: Bytes) -> Result<u64, Refusal> {
         let landed = lock(&self.state).finish(total, payload)?;
         self.counters.windows_completed.add(1);

@@ -1,15 +1,15 @@
 //! Carries one push: a task that turns what compute queues into stream bytes and the receiver's replies into the
 //! push's outcome.
 
-use super::dial::Pool;
+use super::dial::Session;
 use super::{STOP_REFUSED, lost_error};
 use crate::push::{Next, Outgoing};
+use crate::transport::TransportKind;
 use crate::wire::{Reply, ReplyDecoder};
 use crate::{AbortReason, PushError, TransferLimits};
 use bytes::Bytes;
 use quinn::{ReadError, RecvStream, SendStream, VarInt, WriteError};
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until, timeout};
 
@@ -19,53 +19,38 @@ const REASON_TIMEOUT: Duration = Duration::from_secs(1);
 /// Most bytes taken from the reply stream at once; replies are a few bytes each.
 const REPLY_CHUNK_BYTES: usize = 4096;
 
-/// Settles the push if its task ends for any other reason, a stopped runtime included.
-struct Settle(Arc<Outgoing>);
-
-impl Drop for Settle {
-    fn drop(&mut self) {
-        self.0.fail(PushError::AgentClosed);
+/// Carries a push on a stream of its own.
+pub(super) async fn carry(session: &Session, peer: SocketAddr, push: &Outgoing, limits: &TransferLimits) {
+    push.carried_by(TransportKind::Quic);
+    let opened = tokio::select! {
+        biased;
+        _ = push.settled() => return,
+        opened = open(session, peer, limits.stall_timeout) => opened,
+    };
+    let (mut send, mut recv) = match opened {
+        Ok(streams) => streams,
+        Err(error) => return push.fail(error),
+    };
+    let outcome = tokio::select! {
+        biased;
+        result = push.settled() => result.map(|_| ()),
+        result = exchange(&mut send, &mut recv, peer, push, limits) => result,
+    };
+    if let Err(error) = outcome {
+        let reason = match &error {
+            PushError::Aborted(reason) => *reason,
+            _ => AbortReason::Transport,
+        };
+        push.fail(error);
+        // A reset overtakes the bytes still queued. It fails only on a stream that is over anyway.
+        let _ = send.reset(VarInt::from_u32(reason.code()));
+        let _ = recv.stop(STOP_REFUSED);
     }
 }
 
-/// The task of one push. The guard is made before the future is first polled, so that a push handed to a stopped
-/// runtime fails instead of hanging.
-pub(super) fn carry(pool: Arc<Pool>, peer: SocketAddr, push: Arc<Outgoing>) -> impl Future<Output = ()> + Send {
-    let settle = Settle(push);
-    async move {
-        let push = &settle.0;
-        let opened = tokio::select! {
-            biased;
-            _ = push.settled() => return,
-            opened = open(&pool, peer) => opened,
-        };
-        let (mut send, mut recv) = match opened {
-            Ok(streams) => streams,
-            Err(error) => return push.fail(error),
-        };
-        let outcome = tokio::select! {
-            biased;
-            result = push.settled() => result.map(|_| ()),
-            result = exchange(&mut send, &mut recv, peer, push, pool.limits()) => result,
-        };
-        if let Err(error) = outcome {
-            let reason = match &error {
-                PushError::Aborted(reason) => *reason,
-                _ => AbortReason::Transport,
-            };
-            push.fail(error);
-            // A reset overtakes the bytes still queued. It fails only on a stream that is over anyway.
-            let _ = send.reset(VarInt::from_u32(reason.code()));
-            let _ = recv.stop(STOP_REFUSED);
-        }
-    }
-}
-
-async fn open(pool: &Pool, peer: SocketAddr) -> Result<(SendStream, RecvStream), PushError> {
-    let connection = pool.connection(peer).await?;
-    let limit = pool.limits().stall_timeout;
+async fn open(session: &Session, peer: SocketAddr, limit: Duration) -> Result<(SendStream, RecvStream), PushError> {
     // Waits while the peer's limit of concurrent pushes is reached.
-    match timeout(limit, connection.open_bi()).await {
+    match timeout(limit, session.connection.open_bi()).await {
         Ok(streams) => streams.map_err(|error| lost_error(peer, &error)),
         Err(_) => Err(PushError::Stalled { limit }),
     }
