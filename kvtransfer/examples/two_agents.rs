@@ -5,10 +5,10 @@
 //! ```
 //!
 //! Prints what a push reports: bytes, time, throughput and how much of the sending was hidden behind compute. Both
-//! agents share this machine's cores, so encryption and decryption compete; on two machines they do not.
+//! agents share this machine's cores, so copying and computing compete; on two machines they do not.
 
 use baton_identity::{Authority, Role};
-use baton_kvtransfer::{ALIGN, Agent, AgentConfig, Region, TransferLimits};
+use baton_kvtransfer::{ALIGN, Agent, AgentConfig, Region, TransferLimits, TransportOptions};
 use bytes::Bytes;
 use std::error::Error;
 use std::time::Duration;
@@ -32,6 +32,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
             identity: &authority.issue(Role::Worker, name)?,
             digest: [0; 32],
             limits: TransferLimits::default(),
+            transports: TransportOptions::default(),
         })?)
     };
     let (prefill, decode) = (agent("prefill-0")?, agent("decode-0")?);
@@ -60,9 +61,10 @@ async fn main() -> Result<(), Box<dyn Error>> {
         let report = push.finish(Bytes::from_static(b"first token")).await?;
         let payload = window.wait().await?;
         println!(
-            "{round}: {} MiB in {} frames, {:?} from the first write, {:?} after finish, {:.0} MiB/s, {:.0} % hidden, \
+            "{round}: {} MiB over {} in {} pieces, {:?} from the first write, {:?} after finish, {:.0} MiB/s, {:.0} % hidden, \
              payload {payload:?}",
             report.bytes >> 20,
+            report.transport,
             report.frames,
             report.elapsed(),
             report.exposed(),

@@ -9,9 +9,10 @@ use crate::push::{Outgoing, Push};
 use crate::push_state::PushLimits;
 use crate::quic::QuicTransport;
 use crate::ranges::RangeSet;
+use crate::shared_memory::SharedMemory;
 use crate::stats::Counters;
 use crate::storage::Memory;
-use crate::transport::Transport;
+use crate::transport::{Best, Transport, TransportOptions};
 use crate::window_table::{WindowTable, lock};
 use crate::wire::CONTROL_WINDOW;
 use crate::{
@@ -37,6 +38,8 @@ pub struct AgentConfig<'a> {
     pub digest: [u8; 32],
     /// Limits; the defaults suit a cluster.
     pub limits: TransferLimits,
+    /// What to carry pushes with; by default whatever is best between this agent and the peer.
+    pub transports: TransportOptions,
 }
 
 /// Moves blocks to and from other agents. Cloning gives another handle on the same agent; it is closed when the last
@@ -99,19 +102,28 @@ impl Agent {
         let limits = Arc::new(config.limits);
         let counters = Arc::new(Counters::default());
         let table = Arc::new(WindowTable::new(&limits, counters.clone()));
+        let shared_memory = config
+            .transports
+            .shared_memory
+            .then(|| SharedMemory::bind(table.clone(), limits.clone(), runtime.clone()))
+            .flatten();
         let hello = Hello {
             version: baton_proto::PROTOCOL_VERSION,
             digest: config.digest,
             name: config.name,
+            host: shared_memory.as_ref().map(|shared| shared.host()),
+            offer: None,
         };
         let empty = Region::new(ALIGN)?.into();
-        let transport = QuicTransport::bind(
+        let quic = QuicTransport::bind(
             config.bind,
             config.identity,
             hello.clone(),
             table.clone(),
             limits.clone(),
+            shared_memory.clone(),
         )?;
+        let transport = Best::new(quic, shared_memory, runtime.clone());
         let exports = Arc::<Exports>::default();
         runtime.spawn(exports.clone().run());
         let inner = Arc::new(Inner {

@@ -3,6 +3,10 @@
 //! Both send a [`Hello`] and both compare. Its layout never changes between protocol versions, so that agents of
 //! different versions can still say what is wrong. A mismatch ends the connection with a sentence that carries both
 //! sides' values; nobody retries it silently. Who the peer *is* was settled by TLS before; the name is for logs.
+//!
+//! After the name may follow what else a side can do: a length (u16, little-endian) and as many bytes of items, each a
+//! tag (u8), a length (u16) and a body. Unknown items are skipped, and a hello may end before the length, so that
+//! agents with and without a feature understand each other.
 
 use crate::limits::NAME_BYTES_MAX;
 use bytes::{BufMut, BytesMut};
@@ -12,6 +16,42 @@ const MAGIC: [u8; 4] = *b"BTKV";
 /// Magic, version, digest, length of the name.
 pub(crate) const HELLO_HEADER_BYTES: usize = 4 + 4 + 32 + 1;
 
+/// Most bytes of the items. Those there are take a tenth; the rest is for later versions.
+const ITEMS_BYTES_MAX: usize = 1022;
+/// Most bytes after the name: the items and their length.
+pub(crate) const TAIL_BYTES_MAX: usize = 2 + ITEMS_BYTES_MAX;
+
+/// Item: the host the agent runs on.
+const ITEM_HOST: u8 = 1;
+/// Item: an offer of shared memory.
+const ITEM_OFFER: u8 = 2;
+
+/// Names a host as long as it runs: equal on both sides if they run on one kernel.
+pub(crate) type HostId = [u8; 16];
+
+/// Where and with what secrets the peer that is told this, and only that peer, may ask for shared memory, once.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Offer {
+    /// Names the Unix socket.
+    pub(crate) socket: [u8; 16],
+    /// Names the offer there.
+    pub(crate) ticket: [u8; 16],
+    /// What the one who asks proves itself with.
+    pub(crate) asker_secret: [u8; 32],
+    /// What the one who is asked proves itself with.
+    pub(crate) owner_secret: [u8; 32],
+}
+
+/// Bytes of an [`Offer`] on the wire.
+const OFFER_BYTES: usize = 16 + 16 + 32 + 32;
+
+/// Without the secrets: hellos are logged.
+impl std::fmt::Debug for Offer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Offer").finish_non_exhaustive()
+    }
+}
+
 /// One side's introduction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Hello {
@@ -19,17 +59,32 @@ pub(crate) struct Hello {
     /// Compatibility digest: model, geometry, dtype. Opaque here.
     pub(crate) digest: [u8; 32],
     pub(crate) name: String,
+    /// Set if the agent can share memory with others on its host.
+    pub(crate) host: Option<HostId>,
+    /// Set in an answer to an agent on the same host.
+    pub(crate) offer: Option<Offer>,
 }
 
 impl Hello {
     pub(crate) fn encode(&self) -> BytesMut {
-        let mut out = BytesMut::with_capacity(HELLO_HEADER_BYTES + self.name.len());
+        let mut items = BytesMut::new();
+        if let Some(host) = &self.host {
+            put_item(&mut items, ITEM_HOST, &[host]);
+        }
+        if let Some(offer) = &self.offer {
+            let parts: [&[u8]; 4] = [&offer.socket, &offer.ticket, &offer.asker_secret, &offer.owner_secret];
+            put_item(&mut items, ITEM_OFFER, &parts);
+        }
+        let mut out = BytesMut::with_capacity(HELLO_HEADER_BYTES + self.name.len() + 2 + items.len());
         out.put_slice(&MAGIC);
         out.put_u32_le(self.version);
         out.put_slice(&self.digest);
         // The length was checked when the agent was bound.
         out.put_u8(self.name.len() as u8);
         out.put_slice(self.name.as_bytes());
+        // A few fixed items: far below TAIL_BYTES_MAX.
+        out.put_u16_le(items.len() as u16);
+        out.put_slice(&items);
         out
     }
 
@@ -47,11 +102,25 @@ impl Hello {
         Ok(len)
     }
 
-    /// Puts a header and its name together. Bytes that are not text are shown as such: the name is for logs only.
-    pub(crate) fn decode(header: &[u8; HELLO_HEADER_BYTES], name: &[u8]) -> Self {
+    /// Puts a header, its name and the bytes after that together. Bytes that are not text are shown as such: the name
+    /// is for logs only. Items that do not make sense are as good as none.
+    pub(crate) fn decode(header: &[u8; HELLO_HEADER_BYTES], name: &[u8], tail: &[u8]) -> Self {
         let [_, _, _, _, v0, v1, v2, v3, rest @ ..] = *header;
         let [digest @ .., _] = rest;
+        let (mut host, mut offer) = (None, None);
+        let mut items = take_sized(tail).map_or(&[][..], |(items, _)| items);
+        while let Some((&tag, rest)) = items.split_first() {
+            let Some((body, rest)) = take_sized(rest) else { break };
+            match tag {
+                ITEM_HOST => host = body.try_into().ok(),
+                ITEM_OFFER => offer = Offer::decode(body),
+                _ => {}
+            }
+            items = rest;
+        }
         Self {
+            host,
+            offer,
             version: u32::from_le_bytes([v0, v1, v2, v3]),
             digest,
             name: String::from_utf8_lossy(name)
@@ -83,6 +152,32 @@ impl Hello {
     }
 }
 
+impl Offer {
+    fn decode(body: &[u8]) -> Option<Self> {
+        let mut body = <[u8; OFFER_BYTES]>::try_from(body).ok()?.into_iter();
+        // Evaluated in the order written, which is the order on the wire.
+        Some(Self {
+            socket: std::array::from_fn(|_| body.next().unwrap_or(0)),
+            ticket: std::array::from_fn(|_| body.next().unwrap_or(0)),
+            asker_secret: std::array::from_fn(|_| body.next().unwrap_or(0)),
+            owner_secret: std::array::from_fn(|_| body.next().unwrap_or(0)),
+        })
+    }
+}
+
+fn put_item(out: &mut BytesMut, tag: u8, parts: &[&[u8]]) {
+    out.put_u8(tag);
+    // Items are a few dozen bytes.
+    out.put_u16_le(parts.iter().map(|part| part.len()).sum::<usize>() as u16);
+    parts.iter().for_each(|part| out.put_slice(part));
+}
+
+/// A length, as many bytes, and what follows them.
+fn take_sized(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (len, rest) = bytes.split_first_chunk::<2>()?;
+    rest.split_at_checked(u16::from_le_bytes(*len).into())
+}
+
 /// The first eight bytes in hex: enough to tell digests apart.
 fn hex(digest: &[u8; 32]) -> String {
     digest
@@ -103,18 +198,40 @@ mod tests {
             version,
             digest: [digest; 32],
             name: name.into(),
+            host: None,
+            offer: None,
         }
     }
 
     proptest! {
         #[test]
-        fn round_trip(version in any::<u32>(), digest in any::<[u8; 32]>(), name in "[a-z0-9-]{1,64}") {
-            let sent = Hello { version, digest, name };
+        fn round_trip(
+            version in any::<u32>(), digest in any::<[u8; 32]>(), name in "[a-z0-9-]{1,64}",
+            host in any::<Option<[u8; 16]>>(),
+            offer in any::<Option<([u8; 16], [u8; 16], [u8; 32], [u8; 32])>>(),
+            unknown in prop::collection::vec(any::<u8>(), 0..50),
+        ) {
+            let offer = offer.map(|(socket, ticket, asker_secret, owner_secret)|
+                Offer { socket, ticket, asker_secret, owner_secret });
+            let sent = Hello { version, digest, name, host, offer };
             let wire = sent.encode();
-            let (header, name) = wire.split_at(HELLO_HEADER_BYTES);
+            let (header, rest) = wire.split_at(HELLO_HEADER_BYTES);
             let header: [u8; HELLO_HEADER_BYTES] = header.try_into().unwrap();
-            prop_assert_eq!(Hello::name_bytes(&header), Ok(name.len()));
-            prop_assert_eq!(Hello::decode(&header, name), sent);
+            let len = Hello::name_bytes(&header).unwrap();
+            let (name, tail) = rest.split_at(len);
+            prop_assert!(tail.len() <= TAIL_BYTES_MAX);
+            prop_assert_eq!(&Hello::decode(&header, name, tail), &sent);
+            // An agent that knows nothing of items ends here.
+            let plain = Hello { host: None, offer: None, ..sent.clone() };
+            prop_assert_eq!(Hello::decode(&header, name, &[]), plain);
+            // And one that knows more has items of its own.
+            let mut items = BytesMut::new();
+            put_item(&mut items, 200, &[&unknown]);
+            items.put_slice(&tail[2..]);
+            let mut longer = BytesMut::new();
+            longer.put_u16_le(items.len() as u16);
+            longer.put_slice(&items);
+            prop_assert_eq!(Hello::decode(&header, name, &longer), sent);
         }
 
         #[test]
@@ -122,12 +239,13 @@ mod tests {
             header in prop::array::uniform32(any::<u8>()),
             tail in prop::array::uniform9(any::<u8>()),
             name in prop::collection::vec(any::<u8>(), 0..80),
+            items in prop::collection::vec(any::<u8>(), 0..200),
         ) {
             let mut all = [0; HELLO_HEADER_BYTES];
             all[..32].copy_from_slice(&header);
             all[32..].copy_from_slice(&tail);
             let _ = Hello::name_bytes(&all);
-            let _ = Hello::decode(&all, &name);
+            let _ = Hello::decode(&all, &name, &items);
         }
     }
 

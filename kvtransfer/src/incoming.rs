@@ -278,7 +278,7 @@ impl Incoming {
 }
 
 /// What a sender is told of a window in this phase, if it is over without success.
-fn given_up(phase: &Phase) -> Option<Refusal> {
+pub(crate) fn given_up(phase: &Phase) -> Option<Refusal> {
     match phase {
         Phase::Failed(WindowError::Refused(refusal)) if !refusal.lane_only() => Some(*refusal),
         Phase::Closed | Phase::Failed(_) => Some(Refusal::WindowClosed),

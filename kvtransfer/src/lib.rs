@@ -12,7 +12,7 @@
 //! receiver                                        sender
 //! agent.open_window(region, ranges) ── id ──►     agent.push(peer, id, region)
 //!                                                 writer.write(local, remote)   layer by layer, never blocks
-//!   bytes land in the ranges        ◄── QUIC ──     the transport copies and streams
+//!   bytes land in the ranges        ◄──────────     a transport streams them, or lets the receiver copy them
 //! window.wait() -> payload          ◄── FINISH ── push.finish(payload)
 //!                                   ── DONE ──►     -> PushReport
 //! ```
@@ -28,7 +28,8 @@
 //! 1. **Bounds.** A push writes only inside the ranges of the window it named, at most the window's byte bound, and a
 //!    window takes one push in its life.
 //! 2. **Receiver's fence.** Once [`Window::close`] or drop has returned, or a window has failed, no byte lands any more.
-//! 3. **Sender's fence.** Once a [`Push`] is dropped, aborted or settled, its region is not read any more.
+//! 3. **Sender's fence.** Once a [`Push`] is dropped, aborted or settled, nothing that is read from its region any more
+//!    can reach a window that completes.
 //! 4. **Truth.** `finish` succeeds only on the receiver's acknowledgement of exactly the bytes sent; `wait` succeeds
 //!    only after all of them have landed.
 //! 5. **Both sides know.** Giving up on one side ends the other at once, ahead of queued bytes. A dead peer is found by
@@ -40,13 +41,16 @@
 //! # The files
 //!
 //! Sans-IO cores: `ranges`, `wire`, `hello`, `window_state`, `incoming` (receiving), `push_state`, `busy` (sending).
-//! Handles and locks: `window`, `window_table`, `push`, `agent`. Memory: `memory`, the only file with `unsafe`.
-//! Transports: `transport` (the seam), `quic`. Tests of both cores together over a fake stream: `pair`.
+//! Handles and locks: `window`, `window_table`, `push`, `agent`. Memory, the files with `unsafe`: `memory`, `copy`,
+//! `shared_memory/mapping`; `nixl` calls a C library. Transports: `transport` (the seam and the choice), `quic`,
+//! `shared_memory`. Tests of both cores together over a fake stream: `pair`.
 #![deny(missing_docs, unsafe_code)]
 
 mod agent;
 mod busy;
 mod control;
+#[allow(unsafe_code)]
+mod copy;
 mod coverage;
 mod descriptors;
 mod error;
@@ -59,9 +63,9 @@ mod lease;
 pub mod limits;
 #[allow(unsafe_code)]
 mod memory;
+mod metadata;
 #[allow(unsafe_code)]
 mod nixl;
-mod metadata;
 #[cfg(test)]
 mod pair;
 mod push;
@@ -69,6 +73,11 @@ mod push_state;
 mod quic;
 mod ranges;
 mod refusal;
+#[cfg(target_os = "linux")]
+mod shared_memory;
+#[cfg(not(target_os = "linux"))]
+#[path = "no_shared_memory.rs"]
+mod shared_memory;
 mod stats;
 mod storage;
 mod transfer;
@@ -96,5 +105,6 @@ pub use refusal::Refusal;
 pub use stats::TransferStats;
 pub use storage::{FileMemory, Memory, MemoryKind};
 pub use transfer::{Transfer, TransferOptions, TransferReport, TransferStatus};
+pub use transport::{TransportKind, TransportOptions};
 pub use verbs::Registered;
 pub use window::{Window, WindowOptions};

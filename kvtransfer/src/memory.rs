@@ -1,25 +1,32 @@
-//! Registered memory: one page-aligned, zeroed, anonymous mapping that compute and transports share.
+//! Registered memory: one page-aligned, zeroed mapping that compute and transports share.
 //!
-//! This is the only file of the crate with `unsafe`. The rule that makes the rest safe:
+//! On Linux it is a memory file (memfd), so that another process of the same host can be given a descriptor and read
+//! the bytes where they are. The file is sealed against changing its size: a peer that maps it can rely on every page
+//! being there. The descriptor that is given away can only be read from. Where the system gives no such file the
+//! region is plain anonymous memory, and only shared memory is not to be had.
 //!
-//! * [`Region::copy_in`] and [`Region::copy_out`] (what transports use) touch memory only through relaxed atomic words
-//!   of [`ALIGN`] bytes. Two of them racing can tear data, never break the program, so both are safe functions.
+//! With [`crate::copy`] and the mapping of a peer's region this is where `unsafe` lives. The rule that makes the rest
+//! safe:
+//!
+//! * [`Region::copy_in`] and [`Region::copy_out`] (what transports use) touch memory only through [`crate::copy`], which
+//!   is as good as relaxed atomic bytes. Two of them racing can tear data, never break the program, so both are safe
+//!   functions.
 //! * [`Region::slice`] and [`Region::slice_mut`] (what compute uses) hand out plain references, so their caller
 //!   promises, by `unsafe`, that it owns the bytes meanwhile: no open window covers them, no push has yet to read
 //!   them. Which block belongs to whom is the block manager's knowledge, not this crate's.
-//! * Windows and pushes take only ranges whose ends are multiples of [`ALIGN`], so that the read-modify-write of a word
-//!   at the ragged edge of a network chunk never reaches into bytes that somebody else owns.
 //!
 //! Ordering between threads comes from outside: a push's queue lock and a window's fence lock order every copy before
-//! the notification that makes others look at the bytes. Deliberately not here: allocation of blocks, NUMA placement,
-//! device memory.
+//! the notification that makes others look at the bytes; between processes the socket that carries the descriptors
+//! does. Deliberately not here: allocation of blocks, NUMA placement, device memory.
 
-use crate::SetupError;
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use crate::{SetupError, copy};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use tokio::sync::watch;
 
 /// Granularity of transfers in bytes: ends of ranges and offsets are multiples of it. Every K or V slot of an even
 /// number of f32 values, or of four half-precision ones, is such a multiple.
@@ -32,9 +39,15 @@ pub struct Region {
     len: usize,
     /// Mapped bytes: `len` rounded up to whole pages.
     mapped: usize,
+    /// Tells this region from all others of the process, past ones included.
+    id: u64,
+    /// The memory file, to be read from only; `None` if the mapping is anonymous.
+    file: Option<OwnedFd>,
+    /// Closed by dropping it with the region.
+    life: watch::Sender<()>,
 }
 
-// SAFETY: the mapping belongs to this value alone, is freed only in Drop, and is reached either through atomic words
+// SAFETY: the mapping belongs to this value alone, is freed only in Drop, and is reached either by racing copies
 // or through the unsafe methods, whose callers promise exclusive (or shared read-only) ownership of their range.
 unsafe impl Send for Region {}
 // SAFETY: as above; no method relies on being called from one thread only.
@@ -58,26 +71,51 @@ impl Region {
             bytes,
             source: source.into(),
         };
-        // SAFETY: a fresh private mapping at an address of the kernel's choosing overlaps nothing in this program.
-        let base = unsafe {
-            mmap_anonymous(
-                std::ptr::null_mut(),
-                mapped,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE,
-            )
-        }
-        .map_err(refused)?;
+        let (base, file) = match shared(mapped) {
+            Some((base, file)) => (base, Some(file)),
+            None => {
+                // SAFETY: a fresh private mapping at an address of the kernel's choosing overlaps nothing in this program.
+                let base = unsafe {
+                    mmap_anonymous(
+                        std::ptr::null_mut(),
+                        mapped,
+                        ProtFlags::READ | ProtFlags::WRITE,
+                        MapFlags::PRIVATE,
+                    )
+                };
+                (base.map_err(refused)?, None)
+            }
+        };
         let base = NonNull::new(base.cast::<u8>()).ok_or_else(|| refused(rustix::io::Errno::NOMEM))?;
         // Huge pages spare compute most of its TLB misses; a kernel without them still works.
         #[cfg(target_os = "linux")]
         // SAFETY: the range is the mapping just made, and the advice does not change its contents.
         let _ = unsafe { rustix::mm::madvise(base.as_ptr().cast(), mapped, rustix::mm::Advice::LinuxHugepage) };
+        static NEXT_ID: AtomicU64 = AtomicU64::new(0);
         Ok(Arc::new(Self {
             base,
             len: bytes,
             mapped,
+            id: NEXT_ID.fetch_add(1, Relaxed),
+            file,
+            life: watch::Sender::new(()),
         }))
+    }
+
+    /// Tells this region from all others of the process, past ones included.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The memory file to hand to a peer, which can read it and no more; `None` if this region has none.
+    pub(crate) fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.file.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Resolves once the region is freed. Does not keep it.
+    pub(crate) fn freed(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut life = self.life.subscribe();
+        async move { while life.changed().await.is_ok() {} }
     }
 
     /// Usable bytes.
@@ -127,38 +165,33 @@ impl Region {
         range.start <= range.end && range.end <= self.len
     }
 
+    /// Where `len` bytes at `offset` are, for a racing copy; `None` if they are not inside the region.
+    pub(crate) fn place(&self, offset: usize, len: usize) -> Option<*mut u8> {
+        let end = offset.checked_add(len)?;
+        // SAFETY: inside the mapping, or one past its end.
+        (end <= self.len).then(|| unsafe { self.base.as_ptr().add(offset) })
+    }
+
     /// Copies `source` to `offset`. False, and nothing copied, if it does not fit the region.
     #[must_use]
     pub fn copy_in(&self, offset: usize, source: &[u8]) -> bool {
-        let Some(end) = offset.checked_add(source.len()).filter(|&end| end <= self.len) else {
+        let Some(target) = self.place(offset, source.len()) else {
             return false;
         };
-        // Up to the first word boundary, whole words, and the rest.
-        let head = (offset.next_multiple_of(ALIGN) - offset).min(source.len());
-        let (edge, body) = source.split_at(head);
-        self.merge(offset, edge);
-        let (whole, rest) = body.as_chunks::<ALIGN>();
-        for (word, bytes) in self.words((offset + head) / ALIGN, whole.len()).iter().zip(whole) {
-            word.store(u64::from_ne_bytes(*bytes), Relaxed);
-        }
-        self.merge(end - rest.len(), rest);
+        // SAFETY: the target is inside the mapping, which is writable and lives as long as `self`; plain references to
+        // the same bytes are excluded by the contracts of slice and slice_mut.
+        unsafe { copy::streaming(target, source.as_ptr(), source.len()) };
         true
     }
 
     /// Copies from `offset` into `target`. False, and nothing copied, if the range is not inside the region.
     #[must_use]
     pub fn copy_out(&self, offset: usize, target: &mut [u8]) -> bool {
-        let Some(end) = offset.checked_add(target.len()).filter(|&end| end <= self.len) else {
+        let Some(source) = self.place(offset, target.len()) else {
             return false;
         };
-        let head = (offset.next_multiple_of(ALIGN) - offset).min(target.len());
-        let (edge, body) = target.split_at_mut(head);
-        self.extract(offset, edge);
-        let (whole, rest) = body.as_chunks_mut::<ALIGN>();
-        for (word, bytes) in self.words((offset + head) / ALIGN, whole.len()).iter().zip(whole) {
-            *bytes = word.load(Relaxed).to_ne_bytes();
-        }
-        self.extract(end - rest.len(), rest);
+        // SAFETY: as in copy_in, the other way round; `target` is borrowed exclusively.
+        unsafe { copy::cached(target.as_mut_ptr(), source, target.len()) };
         true
     }
 
@@ -169,43 +202,48 @@ impl Region {
             self.len
         );
     }
+}
 
-    /// `count` words from word `first`. The mapping is a whole number of pages, so the last, partial word of a region
-    /// with an odd length is mapped too.
-    fn words(&self, first: usize, count: usize) -> &[AtomicU64] {
-        assert!(first + count <= self.mapped / ALIGN);
-        // SAFETY: inside the mapping (asserted), aligned (the base is page-aligned), initialised; plain references to
-        // the same bytes are excluded by the contracts of slice and slice_mut.
-        unsafe { std::slice::from_raw_parts(self.base.as_ptr().cast::<AtomicU64>().add(first), count) }
-    }
+/// A sealed memory file of `mapped` bytes, mapped, and a descriptor of it that can only be read from. No memory is
+/// taken before it is touched.
+#[cfg(target_os = "linux")]
+fn shared(mapped: usize) -> Option<(*mut std::ffi::c_void, OwnedFd)> {
+    use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create, open};
+    use rustix::io::Errno;
+    use std::os::fd::AsRawFd;
 
-    /// Writes fewer than [`ALIGN`] bytes that lie within one word, leaving the word's other bytes alone.
-    fn merge(&self, offset: usize, bytes: &[u8]) {
-        if bytes.is_empty() {
-            return;
-        }
-        let start = offset % ALIGN;
-        let mut update = |word: u64| {
-            let mut image = word.to_ne_bytes();
-            image[start..start + bytes.len()].copy_from_slice(bytes);
-            Some(u64::from_ne_bytes(image))
-        };
-        for word in self.words(offset / ALIGN, 1) {
-            // The closure always returns Some, so this cannot fail.
-            let _ = word.fetch_update(Relaxed, Relaxed, &mut update);
-        }
+    // Closed on exec, so that children do not inherit it.
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = match memfd_create("baton-kv", flags | MemfdFlags::NOEXEC_SEAL) {
+        // Kernels before 6.3 do not know the flag.
+        Err(Errno::INVAL) => memfd_create("baton-kv", flags),
+        other => other,
     }
+    .ok()?;
+    ftruncate(&file, mapped as u64).ok()?;
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL).ok()?;
+    // Another open file of the same memory, with lesser rights.
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let readable = open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+    // SAFETY: a fresh mapping at an address of the kernel's choosing overlaps nothing in this program; the file is new,
+    // and only this process can write it.
+    let base = unsafe {
+        mmap(
+            std::ptr::null_mut(),
+            mapped,
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::SHARED,
+            &file,
+            0,
+        )
+    }
+    .ok()?;
+    Some((base, readable))
+}
 
-    /// Reads fewer than [`ALIGN`] bytes that lie within one word.
-    fn extract(&self, offset: usize, target: &mut [u8]) {
-        if target.is_empty() {
-            return;
-        }
-        let start = offset % ALIGN;
-        for word in self.words(offset / ALIGN, 1) {
-            target.copy_from_slice(&word.load(Relaxed).to_ne_bytes()[start..start + target.len()]);
-        }
-    }
+#[cfg(not(target_os = "linux"))]
+fn shared(_mapped: usize) -> Option<(*mut std::ffi::c_void, OwnedFd)> {
+    None
 }
 
 impl Drop for Region {
@@ -234,6 +272,36 @@ mod tests {
         let all = unsafe { region.slice(0..10_001) };
         assert!(all.iter().all(|&byte| byte == 0));
         assert_eq!(all.as_ptr() as usize % rustix::param::page_size(), 0);
+    }
+
+    /// What a peer is given can neither write nor be shrunk, and nothing is allocated before it is touched.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn the_file_is_sealed_readable_only_and_sparse() {
+        use rustix::fs::{SealFlags, fcntl_get_seals, fstat, ftruncate};
+        let region = Region::new(64 << 20).unwrap();
+        let file = region.file().expect("linux has memory files");
+        let seals = fcntl_get_seals(file).unwrap();
+        assert!(seals.contains(SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL));
+        assert!(rustix::io::write(file, b"x").is_err() && ftruncate(file, 0).is_err());
+        assert_eq!(
+            fstat(file).unwrap().st_blocks,
+            0,
+            "memory was taken before it was touched"
+        );
+        assert!(region.copy_in(0, &[1; 8]));
+        let blocks = fstat(file).unwrap().st_blocks;
+        assert!(blocks > 0 && blocks < (64 << 20) / 512, "{blocks} blocks of 512 bytes");
+        let flags = rustix::io::fcntl_getfd(file).unwrap();
+        assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
+    }
+
+    #[tokio::test]
+    async fn its_end_is_noticed() {
+        let region = Region::new(64).unwrap();
+        let freed = region.freed();
+        drop(region);
+        freed.await;
     }
 
     #[test]

@@ -72,6 +72,8 @@ impl Peer {
             version: metadata.version,
             digest: metadata.digest,
             name: metadata.name.clone(),
+            host: None,
+            offer: None,
         };
         if let Some(mismatch) = ours.mismatch(&theirs) {
             return Err(SetupError::Incompatible {
@@ -123,6 +125,8 @@ mod tests {
             version,
             digest: [digest; 32],
             name: "prefill-0".into(),
+            host: None,
+            offer: None,
         }
     }
 

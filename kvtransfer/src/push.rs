@@ -14,6 +14,7 @@ use crate::push_state::{After, PushLimits, PushReport, PushState};
 use crate::ranges::Descriptor;
 use crate::stats::Counters;
 use crate::storage::Memory;
+use crate::transport::TransportKind;
 use crate::window_table::lock;
 use crate::wire::{FrameEncoder, Integrity, LaneKey, Reply};
 use crate::{AbortReason, PushError};
@@ -334,6 +335,52 @@ impl LaneReplies {
             push.wake();
         }
         wait
+    }
+}
+
+/// What a transport needs that lets the receiver fetch the bytes: descriptors instead of bytes.
+impl Outgoing {
+    /// The window that is pushed to.
+    pub(crate) fn window(&self) -> u64 {
+        self.window
+    }
+
+    /// By which the receiver knows that lanes belong together.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Where the bytes are.
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Whether the push is still under way. If it is, the bytes that were to be read have not been given back yet.
+    pub(crate) fn live(&self) -> bool {
+        lock(&self.state).settled().is_none()
+    }
+
+    /// Says which transport carries the push, for its report.
+    pub(crate) fn carried_by(&self, transport: TransportKind) {
+        lock(&self.state).carried_by(transport);
+    }
+}
+
+/// The same of a lane.
+impl Lane {
+    /// Which one it is.
+    pub(crate) fn key(&self) -> LaneKey {
+        self.replies.key
+    }
+
+    /// The next descriptors, for the receiver to fetch; see [`PushState::take_batch`].
+    pub(crate) fn take_to_fetch(&self, batch: &mut Vec<Descriptor>) -> After {
+        let after = self.take(batch);
+        let bytes: usize = batch.iter().map(|piece| piece.len).sum();
+        let counters = &self.replies.push.counters;
+        counters.bytes_out.add(bytes as u64);
+        counters.shared_memory_bytes_out.add(bytes as u64);
+        after
     }
 }
 

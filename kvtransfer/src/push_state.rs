@@ -25,6 +25,7 @@ use crate::limits::{
     COVERAGE_FRAGMENTS_MAX, FRAME_BYTES_MAX, LANE_DESCRIPTORS_MAX, LANES_MAX, MARK_BYTES, SEND_CHUNK_BYTES,
 };
 use crate::ranges::{Descriptor, aligned};
+use crate::transport::TransportKind;
 use crate::wire::{LaneKey, Reply};
 use bytes::Bytes;
 use std::collections::VecDeque;
@@ -51,6 +52,8 @@ pub struct PushReport {
     /// Sending time is the time during which some byte was written but not yet known to have landed, plus the
     /// finishing round trip.
     pub overlap: f64,
+    /// What carried the bytes.
+    pub transport: TransportKind,
 }
 
 impl PushReport {
@@ -166,6 +169,7 @@ pub(crate) struct PushState {
     frames: u64,
     first_write: Option<Instant>,
     clock: BusyClock,
+    transport: TransportKind,
 }
 
 impl PushState {
@@ -185,6 +189,7 @@ impl PushState {
             frames: 0,
             first_write: None,
             clock: BusyClock::default(),
+            transport: TransportKind::Quic,
         }
     }
 
@@ -199,6 +204,11 @@ impl PushState {
     /// Grows with every acknowledgement: a push whose progress stands still is stalled.
     pub(crate) fn progress(&self) -> u64 {
         self.progress
+    }
+
+    /// Says which transport carries the push.
+    pub(crate) fn carried_by(&mut self, transport: TransportKind) {
+        self.transport = transport;
     }
 
     /// Bytes that no lane has taken yet.
@@ -399,6 +409,7 @@ impl PushState {
                     finished: at,
                     last_ack: now,
                     overlap: self.clock.hidden_share(),
+                    transport: self.transport,
                 }));
                 Ok(())
             }

@@ -10,6 +10,10 @@ pub struct TransferStats {
     pub bytes_in: u64,
     /// Bytes handed to the transport by pushes.
     pub bytes_out: u64,
+    /// The part of `bytes_in` that was copied out of a peer's shared memory.
+    pub shared_memory_bytes_in: u64,
+    /// The part of `bytes_out` that a peer was told to copy out of shared memory.
+    pub shared_memory_bytes_out: u64,
     /// Windows whose owner still holds them.
     pub windows_open: u64,
     /// Windows that were filled.
@@ -35,6 +39,8 @@ pub struct TransferStats {
 pub(crate) struct Counters {
     pub(crate) bytes_in: Counter,
     pub(crate) bytes_out: Counter,
+    pub(crate) shared_memory_bytes_in: Counter,
+    pub(crate) shared_memory_bytes_out: Counter,
     pub(crate) windows_open: Counter,
     pub(crate) windows_completed: Counter,
     pub(crate) windows_failed: Counter,
@@ -69,6 +75,8 @@ impl Counters {
         TransferStats {
             bytes_in: self.bytes_in.get(),
             bytes_out: self.bytes_out.get(),
+            shared_memory_bytes_in: self.shared_memory_bytes_in.get(),
+            shared_memory_bytes_out: self.shared_memory_bytes_out.get(),
             windows_open: self.windows_open.get(),
             windows_completed: self.windows_completed.get(),
             windows_failed: self.windows_failed.get(),

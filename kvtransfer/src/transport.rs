@@ -1,25 +1,61 @@
-//! The seam between pushes and what carries them. QUIC is the one that exists; shared memory on one host and RDMA
-//! through NIXL fit behind the same verbs.
+//! The seam between pushes and what carries them, and the choice.
+//!
+//! A QUIC connection to the peer comes first, always: it authenticates both sides and finds out whether they can work
+//! together. If they then find that they can share memory, that carries every push whose region can be shared; QUIC
+//! itself carries the rest. RDMA through NIXL fits behind the same verbs.
 //!
 //! A transport is made with the agent's window table, into which it lands what arrives, and promises:
 //!
 //! * every push handed to [`Transport::carry`] is settled, in bounded time once the peer is gone;
 //! * a push that is given up on either side is over on the other side without waiting for queued bytes;
-//! * after a push is settled its region is not read, and after a window is over its region is not written.
+//! * after a push is settled, no byte of its region that is read can reach a completed window, and after a window is
+//!   over its region is not written.
 
+use crate::PushError;
 use crate::push::Outgoing;
+use crate::quic::QuicTransport;
+use crate::shared_memory::{Carried, SharedMemory};
+use crate::wire::CONTROL_WINDOW;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use tokio::runtime::Handle;
+
+/// What an agent may carry pushes with, beside QUIC.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TransportOptions {
+    /// Share memory with agents on the same host that do, too. Linux only; elsewhere this changes nothing.
+    pub shared_memory: bool,
+}
+
+impl Default for TransportOptions {
+    fn default() -> Self {
+        Self { shared_memory: true }
+    }
+}
+
+/// What carried a push.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum TransportKind {
+    /// QUIC over UDP, encrypted.
+    Quic,
+    /// The receiver copied out of the sender's memory.
+    SharedMemory,
+}
+
+impl std::fmt::Display for TransportKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Quic => "quic",
+            Self::SharedMemory => "shared_memory",
+        })
+    }
+}
 
 /// Carries pushes to peers and lands those that arrive.
 pub(crate) trait Transport: Send + Sync + 'static {
     /// Where peers reach this agent.
     fn local_addr(&self) -> SocketAddr;
-
-    /// Whether what arrives is what the peer sent, and nothing else: TLS, or memory that both map. If not, frames carry
-    /// hashes, and damage ends a lane.
-    fn authenticates(&self) -> bool;
 
     /// Carries `push` to `peer` in the background. Returns at once, from any thread.
     fn carry(&self, peer: SocketAddr, push: Arc<Outgoing>);
@@ -27,4 +63,78 @@ pub(crate) trait Transport: Send + Sync + 'static {
     /// Stops everything, at once; pushes and windows fail. The future resolves when the peers have been told, or after
     /// a bounded time.
     fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send>>;
+}
+
+/// Carries each push over the best transport that both sides have.
+pub(crate) struct Best {
+    quic: Arc<QuicTransport>,
+    shared_memory: Option<Arc<SharedMemory>>,
+    runtime: Handle,
+}
+
+impl Best {
+    pub(crate) fn new(quic: QuicTransport, shared_memory: Option<Arc<SharedMemory>>, runtime: Handle) -> Self {
+        Self {
+            quic: Arc::new(quic),
+            shared_memory,
+            runtime,
+        }
+    }
+}
+
+/// Settles the push if its task ends for any other reason, a stopped runtime included.
+struct Settle(Arc<Outgoing>);
+
+impl Drop for Settle {
+    fn drop(&mut self) {
+        self.0.fail(PushError::AgentClosed);
+    }
+}
+
+impl Transport for Best {
+    fn local_addr(&self) -> SocketAddr {
+        self.quic.local_addr()
+    }
+
+    fn carry(&self, peer: SocketAddr, push: Arc<Outgoing>) {
+        // Made before the future is first polled, so that a push handed to a stopped runtime fails instead of hanging.
+        let settle = Settle(push);
+        let quic = self.quic.clone();
+        self.runtime.spawn(async move {
+            let push = &settle.0;
+            let session = tokio::select! {
+                biased;
+                _ = push.settled() => return,
+                session = quic.session(peer) => session,
+            };
+            let session = match session {
+                Ok(session) => session,
+                Err(error) => return push.fail(error),
+            };
+            // A message carries no bytes that could be shared.
+            if push.window() != CONTROL_WINDOW
+                && let Some(link) = session.shared_memory()
+            {
+                match link.carry(push).await {
+                    Carried::Over => return,
+                    Carried::NotShared => {}
+                    // What it carried goes on over QUIC, which also finds out whether the peer lives.
+                    Carried::Broke(wait) => tokio::select! {
+                        biased;
+                        _ = push.settled() => return,
+                        () = tokio::time::sleep(wait) => {}
+                    },
+                }
+            }
+            drop(session);
+            quic.carry(peer, push).await;
+        });
+    }
+
+    fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        if let Some(shared_memory) = &self.shared_memory {
+            shared_memory.close();
+        }
+        Box::pin(self.quic.close())
+    }
 }

@@ -177,17 +177,29 @@ impl WindowState {
     /// Bytes of an admitted write arrive. Checked again: the fence stands or falls here. In a completed window they
     /// are repetitions, and nothing is written.
     pub(crate) fn land(&mut self, key: LaneKey, offset: usize, bytes: &[u8]) -> Result<(), Refusal> {
+        self.land_with(key, offset, bytes.len(), |memory| memory.copy_in(offset, bytes))
+    }
+
+    /// As [`WindowState::land`], for a transport that has the bytes elsewhere: `copy` puts `len` of them at `offset` of
+    /// the memory, and says whether it could.
+    pub(crate) fn land_with(
+        &mut self,
+        key: LaneKey,
+        offset: usize,
+        len: usize,
+        copy: impl FnOnce(&Memory) -> bool,
+    ) -> Result<(), Refusal> {
         self.current(key)?;
         let inside = offset
-            .checked_add(bytes.len())
+            .checked_add(len)
             .is_some_and(|end| self.ranges.covers(&(offset..end)));
         if !inside {
             return Err(Refusal::OutOfRange {
                 offset: offset as u64,
-                len: bytes.len() as u64,
+                len: len as u64,
             });
         }
-        if self.phase == Phase::Receiving && !self.memory.copy_in(offset, bytes) {
+        if self.phase == Phase::Receiving && !copy(&self.memory) {
             return Err(Refusal::MemoryFailed);
         }
         Ok(())

@@ -64,6 +64,20 @@ impl WindowCell {
         Ok(())
     }
 
+    /// [`WindowCell::land`] over shared memory: `copy` brings the bytes from elsewhere, under the fence.
+    pub(crate) fn land_with(
+        &self,
+        lane: LaneKey,
+        offset: usize,
+        len: usize,
+        copy: impl FnOnce(&Memory) -> bool,
+    ) -> Result<(), Refusal> {
+        lock(&self.state).land_with(lane, offset, len, copy)?;
+        self.counters.bytes_in.add(len as u64);
+        self.counters.shared_memory_bytes_in.add(len as u64);
+        Ok(())
+    }
+
     /// All bytes of a write are in memory. The push's total if that completes the window.
     pub(crate) fn cover(&self, lane: LaneKey, range: Range<usize>) -> Result<Option<u64>, Refusal> {
         let (before, total) = {

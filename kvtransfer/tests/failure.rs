@@ -320,6 +320,7 @@ async fn limits_hold() {
             identity: &cluster.identity(Role::Worker),
             digest: [7; 32],
             limits: TransferLimits::default(),
+            transports: common::transports(),
         })
         .is_err()
     );
@@ -329,6 +330,7 @@ async fn limits_hold() {
         identity: &cluster.identity(Role::Worker),
         digest: [7; 32],
         limits: TransferLimits::default(),
+        transports: common::transports(),
     });
     assert!(matches!(taken, Err(SetupError::Bind { .. })));
 }

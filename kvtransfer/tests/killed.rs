@@ -22,6 +22,7 @@ fn agent(dir: &Path, name: &str) -> Agent {
         identity: &Identity::load(dir, name).unwrap(),
         digest: [7; 32],
         limits: limits(),
+        transports: common::transports(),
     })
     .unwrap()
 }
@@ -31,8 +32,15 @@ struct Killed(Child);
 
 impl Killed {
     fn start(dir: &Path, job: &str, peer: &str) -> Self {
+        // Also as a part of another test binary, where this file is a module.
+        let module = module_path!().split_once("::").map_or("", |(_, module)| module);
+        let test = if module.is_empty() {
+            "child".into()
+        } else {
+            format!("{module}::child")
+        };
         let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child", "--ignored", "--nocapture"])
+            .args(["--exact", &test, "--ignored", "--nocapture"])
             .env("KV_TEST_DIR", dir)
             .env("KV_TEST_JOB", job)
             .env("KV_TEST_PEER", peer)

@@ -7,7 +7,7 @@ use crate::service::{AttachService, Service};
 use crate::{WorkerConfig, WorkerError, membership};
 use baton_engine::{Engine, SchedulerConfig};
 use baton_identity::Identity;
-use baton_kvtransfer::{Agent, AgentConfig, TransferLimits};
+use baton_kvtransfer::{Agent, AgentConfig, TransferLimits, TransportOptions};
 use baton_model::KvGeometry;
 use baton_proto::limits;
 use baton_proto::worker::worker_server::WorkerServer;
@@ -87,6 +87,7 @@ pub async fn serve(
         identity: &identity,
         digest: kv_digest,
         limits: TransferLimits::default(),
+        transports: TransportOptions::default(),
     })
     .map_err(|error| WorkerError::Transfer(error.to_string()))?;
     let bind_error = |source| WorkerError::Bind {

@@ -3,21 +3,41 @@
 //! Concurrent pushes share one attempt and its outcome, so a dead peer costs each of them one timeout, not a queue of
 //! them. A failed or lost connection is replaced by the next push; nothing is retried behind the caller's back.
 
-use super::{CLOSE_INCOMPATIBLE, connect_error};
-use crate::hello::{HELLO_HEADER_BYTES, Hello};
+use super::{CLOSE_INCOMPATIBLE, connect_error, lost_error};
+use crate::hello::{HELLO_HEADER_BYTES, Hello, TAIL_BYTES_MAX};
+use crate::shared_memory::{Link, SharedMemory};
 use crate::window_table::lock;
 use crate::{PushError, TransferLimits};
 use baton_identity::Role;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
-use quinn::{ClientConfig, Connection, Endpoint, ReadExactError, RecvStream, WriteError};
+use quinn::{ClientConfig, Connection, Endpoint, ReadExactError, ReadToEndError, RecvStream, WriteError};
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use tokio::runtime::Handle;
 
 /// A connection being made, or the outcome.
-type Attempt = Shared<BoxFuture<'static, Result<Connection, PushError>>>;
+type Attempt = Shared<BoxFuture<'static, Result<Arc<Session>, PushError>>>;
+
+/// A connection that stands, and what came of it.
+pub(crate) struct Session {
+    pub(super) connection: Connection,
+    shared_memory: Option<Arc<Link>>,
+}
+
+impl Session {
+    /// The link for shared memory, if the two agents can.
+    pub(crate) fn shared_memory(&self) -> Option<&Arc<Link>> {
+        self.shared_memory.as_ref()
+    }
+
+    /// A link whose peer is gone tells sooner than the connection does.
+    fn usable(&self) -> bool {
+        let linked = self.shared_memory.as_ref().is_none_or(|link| link.alive());
+        linked && self.connection.close_reason().is_none()
+    }
+}
 
 /// The connections this agent has dialled.
 pub(super) struct Pool {
@@ -25,6 +45,7 @@ pub(super) struct Pool {
     client: ClientConfig,
     hello: Arc<Hello>,
     limits: Arc<TransferLimits>,
+    shared_memory: Option<Arc<SharedMemory>>,
     runtime: Handle,
     attempts: Mutex<HashMap<SocketAddr, Attempt>>,
 }
@@ -35,6 +56,7 @@ impl Pool {
         client: ClientConfig,
         hello: Arc<Hello>,
         limits: Arc<TransferLimits>,
+        shared_memory: Option<Arc<SharedMemory>>,
         runtime: Handle,
     ) -> Self {
         Self {
@@ -42,6 +64,7 @@ impl Pool {
             client,
             hello,
             limits,
+            shared_memory,
             runtime,
             attempts: Mutex::default(),
         }
@@ -52,7 +75,7 @@ impl Pool {
     }
 
     /// The connection to `peer`, made if there is none.
-    pub(super) async fn connection(&self, peer: SocketAddr) -> Result<Connection, PushError> {
+    pub(super) async fn session(&self, peer: SocketAddr) -> Result<Arc<Session>, PushError> {
         self.attempt(peer)?.await
     }
 
@@ -82,6 +105,7 @@ impl Pool {
             peer,
             self.hello.clone(),
             self.limits.clone(),
+            self.shared_memory.clone(),
         )
         .boxed()
         .shared();
@@ -96,7 +120,7 @@ impl Pool {
 fn usable(attempt: &Attempt) -> bool {
     match attempt.peek() {
         None => true,
-        Some(Ok(connection)) => connection.close_reason().is_none(),
+        Some(Ok(session)) => session.usable(),
         Some(Err(_)) => false,
     }
 }
@@ -107,7 +131,8 @@ async fn dial(
     peer: SocketAddr,
     hello: Arc<Hello>,
     limits: Arc<TransferLimits>,
-) -> Result<Connection, PushError> {
+    shared_memory: Option<Arc<SharedMemory>>,
+) -> Result<Arc<Session>, PushError> {
     let attempt = async {
         let connection = endpoint
             .connect_with(client, peer, Role::Worker.dns_name())
@@ -126,7 +151,18 @@ async fn dial(
             return Err(PushError::Incompatible { peer, mismatch });
         }
         tracing::debug!(%peer, name = theirs.name, "kv transfer connection established");
-        Ok(connection)
+        let link = match (shared_memory, theirs.offer) {
+            (Some(shared_memory), Some(offer)) => {
+                let ended = connection.clone();
+                let lost = async move { lost_error(peer, &ended.closed().await) };
+                shared_memory.join(&offer, peer, lost).await
+            }
+            _ => None,
+        };
+        Ok(Arc::new(Session {
+            connection,
+            shared_memory: link,
+        }))
     };
     match tokio::time::timeout(limits.handshake_timeout, attempt).await {
         Ok(result) => result,
@@ -167,5 +203,10 @@ pub(super) async fn read_hello(recv: &mut RecvStream) -> Result<Hello, Failure> 
     recv.read_exact(&mut header).await.map_err(failure)?;
     let mut name = vec![0; Hello::name_bytes(&header).map_err(Failure::Foreign)?];
     recv.read_exact(&mut name).await.map_err(failure)?;
-    Ok(Hello::decode(&header, &name))
+    // Both sides say nothing but their hello on this stream.
+    let tail = recv.read_to_end(TAIL_BYTES_MAX).await.map_err(|error| match error {
+        ReadToEndError::Read(quinn::ReadError::ConnectionLost(error)) => Failure::Lost(error),
+        other => Failure::Foreign(format!("its hello does not end: {other}")),
+    })?;
+    Ok(Hello::decode(&header, &name, &tail))
 }

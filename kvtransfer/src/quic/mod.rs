@@ -11,15 +11,13 @@ mod send;
 
 use crate::hello::Hello;
 use crate::push::Outgoing;
-use crate::transport::Transport;
+use crate::shared_memory::SharedMemory;
 use crate::window_table::WindowTable;
-use crate::wire::Integrity;
 use crate::{PushError, SetupError, TransferLimits};
 use baton_identity::Identity;
-use dial::Pool;
+use dial::{Pool, Session};
 use quinn::{ConnectionError, Endpoint, VarInt};
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Handle;
@@ -39,7 +37,6 @@ pub(crate) struct QuicTransport {
     endpoint: Endpoint,
     local_addr: SocketAddr,
     pool: Arc<Pool>,
-    runtime: Handle,
 }
 
 impl QuicTransport {
@@ -50,6 +47,7 @@ impl QuicTransport {
         hello: Hello,
         table: Arc<WindowTable>,
         limits: Arc<TransferLimits>,
+        shared_memory: Option<Arc<SharedMemory>>,
     ) -> Result<Self, SetupError> {
         let runtime = Handle::try_current().map_err(|_| SetupError::NoRuntime)?;
         let (endpoint, client) = config::endpoint(addr, identity, &limits)?;
@@ -57,40 +55,49 @@ impl QuicTransport {
             .local_addr()
             .map_err(|source| SetupError::Bind { addr, source })?;
         let hello = Arc::new(hello);
-        runtime.spawn(receive::accept(endpoint.clone(), hello.clone(), table, limits.clone()));
+        let greeting = receive::Greeting {
+            hello: hello.clone(),
+            shared_memory: shared_memory.clone(),
+        };
+        runtime.spawn(receive::accept(endpoint.clone(), greeting, table, limits.clone()));
         Ok(Self {
-            pool: Arc::new(Pool::new(endpoint.clone(), client, hello, limits, runtime.clone())),
+            pool: Arc::new(Pool::new(
+                endpoint.clone(),
+                client,
+                hello,
+                limits,
+                shared_memory,
+                runtime,
+            )),
             endpoint,
             local_addr,
-            runtime,
         })
     }
-}
 
-impl Transport for QuicTransport {
-    /// TLS authenticates every packet.
-    fn authenticates(&self) -> bool {
-        true
-    }
-
-    fn local_addr(&self) -> SocketAddr {
+    /// Where peers reach this agent.
+    pub(crate) fn local_addr(&self) -> SocketAddr {
         self.local_addr
     }
 
-    fn carry(&self, peer: SocketAddr, push: Arc<Outgoing>) {
-        let integrity = Integrity::of(self.authenticates());
-        self.runtime
-            .spawn(send::carry(self.pool.clone(), peer, push, integrity));
+    /// The authenticated connection to `peer`, made if there is none.
+    pub(crate) async fn session(&self, peer: SocketAddr) -> Result<Arc<Session>, PushError> {
+        self.pool.session(peer).await
     }
 
-    fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+    /// Carries `push` to its end.
+    pub(crate) async fn carry(&self, peer: SocketAddr, push: &Arc<Outgoing>) {
+        send::carry(&self.pool, peer, push).await;
+    }
+
+    /// Closes everything at once. The future resolves when the peers have been told, or after a bounded time.
+    pub(crate) fn close(&self) -> impl Future<Output = ()> + Send + use<> {
         self.endpoint.close(CLOSE_SHUTDOWN, b"the agent is shutting down");
         self.pool.clear();
         let endpoint = self.endpoint.clone();
-        Box::pin(async move {
+        async move {
             // Too late to tell anybody after the timeout; nothing to do about it.
             let _ = tokio::time::timeout(CLOSE_TIMEOUT, endpoint.wait_idle()).await;
-        })
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use super::dial::{Failure, read_hello};
 use super::{CLOSE_INCOMPATIBLE, STOP_REFUSED};
 use crate::hello::Hello;
 use crate::incoming::Incoming;
+use crate::shared_memory::{Invitation, SharedMemory};
 use crate::window_table::WindowTable;
 use crate::wire::Reply;
 use crate::{AbortReason, Refusal, TransferLimits, WindowError};
@@ -18,10 +19,17 @@ use tokio::time::{Instant, sleep_until, timeout};
 /// than half a megabyte is copied.
 const SEGMENTS: usize = 64;
 
+/// What to say to whoever connects.
+#[derive(Clone)]
+pub(super) struct Greeting {
+    pub(super) hello: Arc<Hello>,
+    pub(super) shared_memory: Option<Arc<SharedMemory>>,
+}
+
 /// Accepts connections until the endpoint is closed.
 pub(super) async fn accept(
     endpoint: Endpoint,
-    hello: Arc<Hello>,
+    greeting: Greeting,
     table: Arc<WindowTable>,
     limits: Arc<TransferLimits>,
 ) {
@@ -33,12 +41,12 @@ pub(super) async fn accept(
             incoming.refuse();
             continue;
         };
-        let (hello, table, limits) = (hello.clone(), table.clone(), limits.clone());
+        let (greeting, table, limits) = (greeting.clone(), table.clone(), limits.clone());
         tokio::spawn(async move {
             let peer = incoming.remote_address();
             let established = timeout(limits.handshake_timeout, async { incoming.accept()?.await }).await;
             match established {
-                Ok(Ok(connection)) => serve(connection, &hello, table, limits).await,
+                Ok(Ok(connection)) => serve(connection, &greeting, table, limits).await,
                 Ok(Err(error)) => tracing::warn!(%peer, %error, "kv transfer connection failed"),
                 Err(_) => tracing::warn!(%peer, "kv transfer connection failed: no handshake in time"),
             }
@@ -48,10 +56,12 @@ pub(super) async fn accept(
 }
 
 /// Says hello and lands pushes until the connection ends.
-async fn serve(connection: Connection, hello: &Hello, table: Arc<WindowTable>, limits: Arc<TransferLimits>) {
+async fn serve(connection: Connection, greeting: &Greeting, table: Arc<WindowTable>, limits: Arc<TransferLimits>) {
     let peer = connection.remote_address();
-    let theirs = match timeout(limits.handshake_timeout, greet(&connection, hello)).await {
-        Ok(Ok(theirs)) => theirs,
+    let hello = &greeting.hello;
+    // Kept while the connection lives: the link for shared memory goes with it.
+    let (theirs, _invitation) = match timeout(limits.handshake_timeout, greet(&connection, greeting)).await {
+        Ok(Ok(greeted)) => greeted,
         Ok(Err(Failure::Lost(error))) => {
             tracing::warn!(%peer, %error, "kv transfer connection lost before its hello");
             return;
@@ -72,7 +82,7 @@ async fn serve(connection: Connection, hello: &Hello, table: Arc<WindowTable>, l
         return connection.close(CLOSE_INCOMPATIBLE, mismatch.as_bytes());
     }
     table.counters().connections_in.add(1);
-    let name: Arc<str> = format!("{} ({peer})", theirs.name).into();
+    let name: Arc<str> = describe(&theirs, &connection).into();
     // Their number is bounded by the stream limit of the connection.
     while let Ok((send, recv)) = connection.accept_bi().await {
         let incoming = Incoming::new(table.clone(), name.clone());
@@ -82,14 +92,27 @@ async fn serve(connection: Connection, hello: &Hello, table: Arc<WindowTable>, l
     tracing::debug!(%peer, name = theirs.name, reason = ?connection.close_reason(), "kv transfer connection ended");
 }
 
-/// Reads the peer's hello and answers.
-async fn greet(connection: &Connection, hello: &Hello) -> Result<Hello, Failure> {
+/// Reads the peer's hello and answers, with an offer of shared memory if it is on this host.
+async fn greet(connection: &Connection, greeting: &Greeting) -> Result<(Hello, Option<Invitation>), Failure> {
     let (mut send, mut recv) = connection.accept_bi().await.map_err(Failure::Lost)?;
     let theirs = read_hello(&mut recv).await?;
+    let mut ours = Hello::clone(&greeting.hello);
+    let mut invitation = None;
+    if ours.mismatch(&theirs).is_none()
+        && let Some(shared_memory) = &greeting.shared_memory
+        && let Some((offer, kept)) = shared_memory.offer(&theirs, &describe(&theirs, connection))
+    {
+        (ours.offer, invitation) = (Some(offer), Some(kept));
+    }
     // If the answer cannot be sent, the connection is going away and the next step says so.
-    let _ = send.write_all(&hello.encode()).await;
+    let _ = send.write_all(&ours.encode()).await;
     let _ = send.finish();
-    Ok(theirs)
+    Ok((theirs, invitation))
+}
+
+/// The peer, for logs and errors.
+fn describe(theirs: &Hello, connection: &Connection) -> String {
+    format!("{} ({})", theirs.name, connection.remote_address())
 }
 
 /// The task of one incoming push.

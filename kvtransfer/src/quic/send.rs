@@ -5,6 +5,7 @@ use super::dial::Pool;
 use super::{STOP_REFUSED, lost_error};
 use crate::limits::LANES_MAX;
 use crate::push::{Lane, LaneReplies, Next, Outgoing};
+use crate::transport::TransportKind;
 use crate::wire::{Integrity, Reply, ReplyDecoder};
 use crate::{AbortReason, PushError, TransferLimits};
 use bytes::Bytes;
@@ -21,28 +22,13 @@ const REASON_TIMEOUT: Duration = Duration::from_secs(1);
 /// Most bytes taken from the reply stream at once; replies are a few bytes each.
 const REPLY_CHUNK_BYTES: usize = 4096;
 
-/// Settles the push if its task ends for any other reason, a stopped runtime included.
-struct Settle(Arc<Outgoing>);
-
-impl Drop for Settle {
-    fn drop(&mut self) {
-        self.0.fail(PushError::AgentClosed);
-    }
-}
-
-/// The task of one push. The guard is made before the future is first polled, so that a push handed to a stopped
-/// runtime fails instead of hanging.
-pub(super) fn carry(
-    pool: Arc<Pool>,
-    peer: SocketAddr,
-    push: Arc<Outgoing>,
-    integrity: Integrity,
-) -> impl Future<Output = ()> + Send {
-    let settle = Settle(push);
-    async move {
-        let slots = 0..pool.limits().lanes_per_push.clamp(1, LANES_MAX);
-        join_all(slots.map(|slot| carry_slot(&pool, peer, &settle.0, slot, integrity))).await;
-    }
+/// Carries a push to its end, on as many lanes as it fills.
+pub(super) async fn carry(pool: &Pool, peer: SocketAddr, push: &Arc<Outgoing>) {
+    push.carried_by(TransportKind::Quic);
+    // TLS authenticates every packet.
+    let integrity = Integrity::of(true);
+    let slots = 0..pool.limits().lanes_per_push.clamp(1, LANES_MAX);
+    join_all(slots.map(|slot| carry_slot(pool, peer, push, slot, integrity))).await;
 }
 
 /// Carries what one slot's lanes take, until the push is settled or the slot is used up.
@@ -107,10 +93,10 @@ async fn carry_lane(pool: &Pool, peer: SocketAddr, push: &Arc<Outgoing>, lane: &
 }
 
 async fn open(pool: &Pool, peer: SocketAddr) -> Result<(SendStream, RecvStream), PushError> {
-    let connection = pool.connection(peer).await?;
+    let session = pool.session(peer).await?;
     let limit = pool.limits().stall_timeout;
     // Waits while the peer's limit of concurrent pushes is reached.
-    match timeout(limit, connection.open_bi()).await {
+    match timeout(limit, session.connection.open_bi()).await {
         Ok(streams) => streams.map_err(|error| lost_error(peer, &error)),
         Err(_) => Err(PushError::Stalled { limit }),
     }

@@ -1,14 +1,28 @@
-//! Two agents on loopback, for the integration tests.
+//! Two agents on loopback, for the integration tests. Every file of tests is run over QUIC by itself and over shared
+//! memory as a part of `shared_memory.rs`.
 
 #![allow(dead_code)] // each test file uses its part
 
 use baton_identity::{Authority, Identity, Role};
-use baton_kvtransfer::{Agent, AgentConfig, Region, TransferLimits};
+use baton_kvtransfer::{Agent, AgentConfig, Region, TransferLimits, TransportKind, TransportOptions};
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Nothing in these tests takes this long unless it hangs.
 pub const HANG: Duration = Duration::from_secs(60);
+
+/// What the agents of this test binary carry pushes with.
+pub const TRANSPORT: TransportKind = match env!("CARGO_CRATE_NAME").as_bytes() {
+    b"shared_memory" => TransportKind::SharedMemory,
+    _ => TransportKind::Quic,
+};
+
+/// Allows for [`TRANSPORT`] and nothing better.
+pub fn transports() -> TransportOptions {
+    TransportOptions {
+        shared_memory: TRANSPORT == TransportKind::SharedMemory,
+    }
+}
 
 /// Shorter waits than in production, for the tests in which a peer dies.
 pub fn limits() -> TransferLimits {
@@ -40,12 +54,28 @@ impl Cluster {
     }
 
     pub fn agent_with(&self, name: &str, role: Role, digest: [u8; 32], limits: TransferLimits) -> Agent {
+        self.bind(name, role, digest, limits, transports())
+    }
+
+    pub fn agent_over(&self, name: &str, transports: TransportOptions) -> Agent {
+        self.bind(name, Role::Worker, [7; 32], limits(), transports)
+    }
+
+    fn bind(
+        &self,
+        name: &str,
+        role: Role,
+        digest: [u8; 32],
+        limits: TransferLimits,
+        transports: TransportOptions,
+    ) -> Agent {
         Agent::bind(AgentConfig {
             name: name.into(),
             bind: "127.0.0.1:0".parse().unwrap(),
             identity: &self.identity(role),
             digest,
             limits,
+            transports,
         })
         .unwrap()
     }

@@ -1,0 +1,251 @@
+//! The receiving end of one push on a link: queues what it asks for and copies it into the window.
+//!
+//! ```text
+//!   landing ── FINISH, or the last byte, and the window is complete ──► over, DONE sent
+//!      └── refusal, closed window ──► over, REFUSED sent;   ABORT, lost link ──► over, nothing sent
+//! ```
+//!
+//! Batches are copied in the order they came, one at a time, and each is answered by LANDED. Every copy is made under
+//! the window's lock, which is the fence, a chunk at a time. Whoever makes the window over makes the push over; the last
+//! reply is sent once. A link that is lost ends the lane, not the window: the push may go on over another.
+
+use super::flow::PULLS_AHEAD;
+use super::frames::{Pieces, put_reply};
+use super::mapping::Mapping;
+use super::socket::Socket;
+use crate::incoming::given_up;
+use crate::limits::FRAME_BYTES_MAX;
+use crate::storage::Memory;
+use crate::window_state::{Finish, Phase};
+use crate::window_table::{WindowCell, WindowTable, lock};
+use crate::wire::{LaneKey, Reply};
+use crate::{Refusal, WindowError};
+use bytes::BytesMut;
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+/// Bytes copied under one hold of the window's lock: closing a window waits for no more, some tens of µs.
+const CHUNK_BYTES: usize = 256 << 10;
+
+/// A push that lands.
+pub(super) struct Landing {
+    id: u32,
+    window: Arc<WindowCell>,
+    lane: LaneKey,
+    peer: Arc<str>,
+    table: Arc<WindowTable>,
+    mapping: Arc<Mapping>,
+    socket: Arc<Socket>,
+    queue: Mutex<Queue>,
+    over: AtomicBool,
+}
+
+#[derive(Default)]
+struct Queue {
+    batches: VecDeque<Pieces>,
+    landed: u64,
+    /// Somebody copies, or will.
+    busy: bool,
+}
+
+impl Landing {
+    /// The landing of push `id`, whose `lane` has claimed `window` and which reads from `mapping`.
+    pub(super) fn new(
+        id: u32,
+        (window, lane): (Arc<WindowCell>, LaneKey),
+        peer: Arc<str>,
+        table: Arc<WindowTable>,
+        mapping: Arc<Mapping>,
+        socket: Arc<Socket>,
+    ) -> Self {
+        Self {
+            id,
+            window,
+            lane,
+            peer,
+            table,
+            mapping,
+            socket,
+            queue: Mutex::default(),
+            over: AtomicBool::new(false),
+        }
+    }
+
+    /// Queues a batch. True if the caller must now have it copied: nobody else is at it.
+    ///
+    /// # Errors
+    /// A breach of the protocol: more batches than a push may ask for at once.
+    pub(super) fn queue(&self, pieces: Pieces) -> Result<bool, &'static str> {
+        let mut queue = lock(&self.queue);
+        if queue.batches.len() >= PULLS_AHEAD {
+            return Err("it asks for more at once than a push may");
+        }
+        queue.batches.push_back(pieces);
+        Ok(!std::mem::replace(&mut queue.busy, true))
+    }
+
+    /// Copies one batch and answers it. True if another waits, and the caller is to go on.
+    pub(super) fn copy_next(&self) -> bool {
+        let next = {
+            let mut queue = lock(&self.queue);
+            let next = queue.batches.pop_front();
+            queue.busy = next.is_some();
+            next
+        };
+        let Some(pieces) = next else { return false };
+        match self.copy(&pieces) {
+            Ok((bytes, complete)) => {
+                let landed = {
+                    let mut queue = lock(&self.queue);
+                    queue.landed += bytes;
+                    queue.landed
+                };
+                match complete {
+                    Some(total) => self.complete(total),
+                    None if !self.over() => self.reply(Reply::Landed(landed)),
+                    None => {}
+                }
+            }
+            Err(refusal) => self.refuse(refusal),
+        }
+        // Only now may somebody else copy, so that the answers leave in order.
+        let mut queue = lock(&self.queue);
+        queue.busy = !queue.batches.is_empty();
+        queue.busy
+    }
+
+    /// Bytes copied, and the push's total if they complete its window.
+    fn copy(&self, pieces: &Pieces) -> Result<(u64, Option<u64>), Refusal> {
+        let (mut bytes, mut complete) = (0, None);
+        for piece in pieces.iter() {
+            let len = u64::from(piece.len);
+            if piece.len as usize > FRAME_BYTES_MAX {
+                let max = FRAME_BYTES_MAX as u64;
+                return Err(Refusal::FrameTooLong { len, max });
+            }
+            let start = self.window.admit(self.lane, piece.remote, len)?;
+            let out_of_range = Refusal::OutOfRange {
+                offset: piece.local,
+                len,
+            };
+            if !self.mapping.contains(piece.local, len) {
+                return Err(out_of_range);
+            }
+            for done in (0..piece.len as usize).step_by(CHUNK_BYTES) {
+                let part = CHUNK_BYTES.min(piece.len as usize - done);
+                self.window
+                    .land_with(self.lane, start + done, part, |memory| match memory {
+                        Memory::Host(region) => {
+                            self.mapping
+                                .copy_to(piece.local + done as u64, region, start + done, part)
+                        }
+                        memory => self
+                            .mapping
+                            .copy_through(piece.local + done as u64, memory, start + done, part),
+                    })?;
+            }
+            complete = self.window.cover(self.lane, start..start + piece.len as usize)?;
+            bytes += len;
+        }
+        Ok((bytes, complete))
+    }
+
+    /// The push says it is complete.
+    pub(super) fn finish(&self, finish: Finish) {
+        let complete = matches!(self.window.phase(), Phase::Completed(_));
+        let room = if finish.notify && !complete {
+            self.table.inbox().room()
+        } else {
+            Ok(())
+        };
+        match room.and_then(|()| self.window.finish(self.lane, finish)) {
+            Ok(Some(total)) => self.complete(total),
+            // Another lane still carries some of it, and will be told.
+            Ok(None) => {}
+            Err(refusal) => self.refuse(refusal),
+        }
+    }
+
+    /// The window is complete: the last word, by whoever sees it first.
+    fn complete(&self, total: u64) {
+        if self.end() {
+            if let Some(payload) = self.window.notification() {
+                self.table.inbox().notify(&self.peer, payload);
+            }
+            self.reply(Reply::Done(total));
+        }
+    }
+
+    /// The push ended for `cause`, and its window with it. Nothing is said of it.
+    pub(super) fn lost(&self, cause: WindowError) {
+        self.end();
+        self.window.fail(cause);
+    }
+
+    /// The link ended, or this lane of the push, which may go on over another.
+    pub(super) fn broken(&self, detail: String) {
+        self.end();
+        let peer = self.peer.to_string();
+        let cause = WindowError::PeerLost { peer, detail };
+        self.window.lane_broke(self.lane, cause, Instant::now());
+    }
+
+    /// Says at once if the window is given up on this side. Resolves when the window is over.
+    pub(super) async fn watch(self: Arc<Self>) {
+        let refusal = self
+            .window
+            .until(|phase| match phase {
+                // The end of the link tells of a closed agent, and that it is that.
+                Phase::Completed(_) | Phase::Failed(WindowError::AgentClosed) => Some(None),
+                phase => given_up(phase).map(Some),
+            })
+            .await;
+        if let Some(refusal) = refusal
+            && self.end()
+        {
+            self.reply(Reply::Refused(refusal));
+        }
+    }
+
+    fn refuse(&self, refusal: Refusal) {
+        let first = self.end();
+        if first && refusal != Refusal::WindowClosed {
+            self.table.counters().refusals.add(1);
+        }
+        if refusal.lane_only() {
+            self.broken(refusal.to_string());
+        } else {
+            self.window.fail(WindowError::Refused(refusal));
+        }
+        if first {
+            self.reply(Reply::Refused(refusal));
+        }
+    }
+
+    /// Whether the last word is spoken.
+    pub(super) fn over(&self) -> bool {
+        self.over.load(Relaxed)
+    }
+
+    /// True for the first to call it, who says the last word.
+    fn end(&self) -> bool {
+        !self.over.swap(true, Relaxed)
+    }
+
+    fn reply(&self, reply: Reply) {
+        let mut out = BytesMut::with_capacity(32);
+        put_reply(&mut out, self.id, reply);
+        self.socket.send(out.freeze());
+    }
+}
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        // Only if the runtime stops in the middle, or the link was lost; otherwise the window is over by now.
+        if !self.over() {
+            self.broken("its lane ended without a word".into());
+        }
+    }
+}

@@ -1,0 +1,398 @@
+//! The asker's side: a link, and the pushes that it carries. What a push may send next is decided by [`super::flow`];
+//! whoever brings news, the push's owner or the link's reader, moves it on at once.
+
+use super::flow::{Flow, Step};
+use super::frames::{Body, FrameDecoder, Open, put_abort, put_finish, put_forget, put_open, put_pull, put_region};
+use super::receive::REGIONS_MAX;
+use super::socket::{READ_BYTES, Socket};
+use super::stopped;
+use crate::memory::Region;
+use crate::push::{self, Outgoing};
+use crate::ranges::Descriptor;
+use crate::storage::Memory;
+use crate::transport::TransportKind;
+use crate::window_table::lock;
+use crate::wire::{Integrity, Reply};
+use crate::{AbortReason, PushError};
+use bytes::BytesMut;
+use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use tokio::net::UnixStream;
+use tokio::sync::{Notify, Semaphore, watch};
+use tokio::time::{sleep_until, timeout};
+
+/// How long the end of a link waits for the peer's goodbye on the connection, which tells a closed agent from a dead one.
+const GOODBYE_TIMEOUT: Duration = Duration::from_millis(50);
+
+/// A link to one peer.
+pub(crate) struct Link {
+    socket: Arc<Socket>,
+    peer: SocketAddr,
+    stall_timeout: Duration,
+    /// Pushes that may be in flight.
+    slots: Semaphore,
+    lanes: Mutex<Lanes>,
+    regions: Mutex<Regions>,
+}
+
+#[derive(Default)]
+struct Lanes {
+    open: HashMap<u32, Arc<Lane>>,
+    next_id: u32,
+    /// Why the link is over.
+    over: Option<PushError>,
+}
+
+/// The regions this link has told the peer of, by their id in this process.
+#[derive(Default)]
+struct Regions {
+    told: HashMap<u64, Told>,
+    next_id: u32,
+}
+
+struct Told {
+    id: u32,
+    /// What the peer said, once it has.
+    taken: watch::Sender<Option<bool>>,
+}
+
+/// One push on a link: a lane of it.
+struct Lane {
+    id: u32,
+    push: Arc<Outgoing>,
+    lane: push::Lane,
+    state: Mutex<(Flow, Vec<Descriptor>)>,
+    /// Why the lane is over, if the reader of the link knows, and the news of it.
+    broke: Mutex<Option<PushError>>,
+    broken: Notify,
+}
+
+/// What became of a push that a link was asked to carry.
+pub(crate) enum Carried {
+    /// Its memory cannot be shared with the peer; nothing was done.
+    NotShared,
+    /// It is settled.
+    Over,
+    /// Its lane broke; another may be opened after this time.
+    Broke(Duration),
+}
+
+impl Link {
+    pub(super) fn new(stream: UnixStream, peer: SocketAddr, pushes_max: u32, stall_timeout: Duration) -> Arc<Self> {
+        Arc::new(Self {
+            socket: Arc::new(Socket::new(stream)),
+            peer,
+            stall_timeout,
+            slots: Semaphore::new(pushes_max as usize),
+            lanes: Mutex::default(),
+            regions: Mutex::default(),
+        })
+    }
+
+    /// Whether pushes can still be carried.
+    pub(crate) fn alive(&self) -> bool {
+        lock(&self.lanes).over.is_none()
+    }
+
+    /// Carries `push` to its end, or to the end of its lane on this link.
+    pub(crate) async fn carry(self: &Arc<Self>, push: &Arc<Outgoing>) -> Carried {
+        let ready = async {
+            let Memory::Host(region) = push.memory() else {
+                return None;
+            };
+            let region = self.share(region).await?;
+            // Waits while as many pushes are in flight as the peer takes; it is given back with the lane.
+            let slot = timeout(self.stall_timeout, self.slots.acquire()).await;
+            Some((region, slot))
+        };
+        let ready = tokio::select! {
+            biased;
+            _ = push.settled() => return Carried::Over,
+            ready = ready => ready,
+        };
+        let Some((region, slot)) = ready else {
+            return Carried::NotShared;
+        };
+        let stalled = PushError::Stalled {
+            limit: self.stall_timeout,
+        };
+        let Ok(Ok(_slot)) = slot else {
+            push.fail(stalled);
+            return Carried::Over;
+        };
+        // Memory that both map is what it is: nothing to check.
+        let Some(first) = push.lane(0, Integrity::of(true)) else {
+            return Carried::Over;
+        };
+        push.carried_by(TransportKind::SharedMemory);
+        let replies = first.replies();
+        let lane = match self.open(push, first, region) {
+            Ok(lane) => lane,
+            Err(error) => return replies.broke(error).map_or(Carried::Over, Carried::Broke),
+        };
+        let outcome = tokio::select! {
+            biased;
+            result = push.settled() => result.map(|_| ()),
+            error = self.drive(&lane.0) => Err(error),
+        };
+        let Err(error) = outcome else { return Carried::Over };
+        let reason = if error.lane_only() {
+            AbortReason::LaneReplaced
+        } else {
+            error.abort_reason()
+        };
+        let wait = replies.broke(error);
+        let reason = match push.result() {
+            // This lane was the last hope.
+            Some(Err(error)) if reason == AbortReason::LaneReplaced => error.abort_reason(),
+            _ => reason,
+        };
+        // A link that is over has told the peer by its end.
+        if self.alive() {
+            let mut out = BytesMut::new();
+            put_abort(&mut out, lane.0.id, reason.code());
+            self.socket.send(out.freeze());
+        }
+        wait.map_or(Carried::Over, Carried::Broke)
+    }
+
+    /// The id under which the peer knows `region`; `None` if it does not take it.
+    async fn share(self: &Arc<Self>, region: &Arc<Region>) -> Option<u32> {
+        let (id, mut taken) = {
+            let mut regions = lock(&self.regions);
+            match regions.told.get(&region.id()) {
+                Some(told) => (told.id, told.taken.subscribe()),
+                None => self.tell(&mut regions, region)?,
+            }
+        };
+        // Without an answer, or a link, QUIC is the way; if the peer is dead QUIC says so.
+        let answer = timeout(self.stall_timeout, taken.wait_for(Option::is_some))
+            .await
+            .ok()?;
+        answer.ok()?.unwrap_or(false).then_some(id)
+    }
+
+    fn tell(
+        self: &Arc<Self>,
+        regions: &mut Regions,
+        region: &Arc<Region>,
+    ) -> Option<(u32, watch::Receiver<Option<bool>>)> {
+        if regions.told.len() >= REGIONS_MAX || !self.alive() {
+            return None;
+        }
+        let file = region.file()?.try_clone_to_owned().ok()?;
+        regions.next_id += 1;
+        let id = regions.next_id;
+        let (sender, taken) = watch::channel(None);
+        regions.told.insert(region.id(), Told { id, taken: sender });
+        let mut out = BytesMut::new();
+        put_region(&mut out, id, region.len() as u64);
+        self.socket.send_with(out.freeze(), Some(file));
+        // The peer's mapping holds the memory; it is to go when the region goes.
+        let (link, key, freed) = (Arc::downgrade(self), region.id(), region.freed());
+        tokio::spawn(async move {
+            freed.await;
+            if let Some(link) = link.upgrade() {
+                lock(&link.regions).told.remove(&key);
+                let mut out = BytesMut::new();
+                put_forget(&mut out, id);
+                link.socket.send(out.freeze());
+            }
+        });
+        Some((id, taken))
+    }
+
+    fn open<'a>(&'a self, push: &Arc<Outgoing>, first: push::Lane, region: u32) -> Result<OpenLane<'a>, PushError> {
+        let open = Open {
+            window: push.window(),
+            push: push.id(),
+            lane: first.key(),
+            region,
+        };
+        let lane = {
+            let mut lanes = lock(&self.lanes);
+            if let Some(error) = &lanes.over {
+                return Err(error.clone());
+            }
+            // Used up after four thousand million pushes on one link; the few in flight by then are recent.
+            lanes.next_id = lanes.next_id.wrapping_add(1);
+            let lane = Arc::new(Lane {
+                id: lanes.next_id,
+                push: push.clone(),
+                lane: first,
+                state: Mutex::new((Flow::new(Instant::now()), Vec::new())),
+                broke: Mutex::default(),
+                broken: Notify::new(),
+            });
+            lanes.open.insert(lane.id, lane.clone());
+            lane
+        };
+        let mut out = BytesMut::new();
+        put_open(&mut out, lane.id, open);
+        self.socket.send(out.freeze());
+        lane.advance(&self.socket);
+        Ok(OpenLane(lane, self))
+    }
+
+    /// Moves a push on whenever its owner has written, and ends when the peer makes no progress.
+    async fn drive(&self, lane: &Lane) -> PushError {
+        loop {
+            let waiting = lock(&lane.state).0.waiting_since();
+            let deadline = waiting.map(|since| since + self.stall_timeout);
+            if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                return PushError::Stalled {
+                    limit: self.stall_timeout,
+                };
+            }
+            if let Some(error) = lock(&lane.broke).take() {
+                return error;
+            }
+            tokio::select! {
+                () = lane.lane.work() => lane.advance(&self.socket),
+                // A permit is kept if nobody waits.
+                () = lane.broken.notified() => {}
+                () = sleep_until(deadline.unwrap_or_else(Instant::now).into()), if deadline.is_some() => {}
+            }
+        }
+    }
+
+    /// Reads what the peer says until there is a reason to stop.
+    async fn read(&self) -> String {
+        let (mut buffer, mut decoder) = (vec![0; READ_BYTES], FrameDecoder::default());
+        let mut descriptors = VecDeque::new();
+        loop {
+            match self.socket.receive(&mut buffer, &mut descriptors).await {
+                Ok(0) => return "it closed the link, or died".into(),
+                Ok(count) => decoder.feed(&buffer[..count]),
+                Err(error) => return error.to_string(),
+            }
+            // A receiver has none to give.
+            descriptors.clear();
+            loop {
+                let (id, body) = match decoder.next() {
+                    Ok(Some(frame)) => (frame.id, frame.body),
+                    Ok(None) => break,
+                    Err(breach) => return breach.into(),
+                };
+                match body {
+                    Body::Reply(reply) => self.reply(id, reply),
+                    Body::RegionTaken => self.answered(id, true),
+                    Body::RegionRefused { sentence } => {
+                        tracing::warn!(peer = %self.peer, sentence, "the peer does not take a region; QUIC carries it");
+                        self.answered(id, false);
+                    }
+                    _ => return "it sends what only a sender sends".into(),
+                }
+            }
+        }
+    }
+
+    fn reply(&self, id: u32, reply: Reply) {
+        // A push that is unknown here is over, and the news is on its way to the peer.
+        let lane = lock(&self.lanes).open.get(&id).cloned();
+        let Some(lane) = lane else { return };
+        let counted = match reply {
+            Reply::Landed(bytes) => lock(&lane.state)
+                .0
+                .landed(bytes, Instant::now())
+                .map_err(PushError::Protocol),
+            Reply::Done(_) | Reply::Refused(_) => Ok(()),
+        };
+        match counted.and_then(|()| lane.lane.replies().reply(reply)) {
+            Ok(()) => lane.advance(&self.socket),
+            // Wakes the push's task, which tells the peer.
+            Err(error) => lane.end(error),
+        }
+    }
+
+    fn answered(&self, id: u32, taken: bool) {
+        let regions = lock(&self.regions);
+        if let Some(told) = regions.told.values().find(|told| told.id == id) {
+            told.taken.send_replace(Some(taken));
+        }
+    }
+
+    fn end(&self, error: &PushError) {
+        let open = {
+            let mut lanes = lock(&self.lanes);
+            lanes.over.get_or_insert_with(|| error.clone());
+            std::mem::take(&mut lanes.open)
+        };
+        for lane in open.into_values() {
+            lane.end(error.clone());
+        }
+        // Whoever waits for an answer gets none.
+        lock(&self.regions).told.clear();
+    }
+}
+
+/// The task of a link: reads and writes until it is over, and then fails what it carries.
+pub(super) async fn run(link: Arc<Link>, lost: impl Future<Output = PushError> + Send, stop: watch::Receiver<bool>) {
+    tracing::info!(peer = %link.peer, "kv blocks go to this peer by shared memory");
+    /// Ends the link if the runtime stops, too.
+    struct End(Arc<Link>);
+    impl Drop for End {
+        fn drop(&mut self) {
+            self.0.end(&PushError::AgentClosed);
+        }
+    }
+    let link = End(link);
+    let lost_link = |detail: String| PushError::PeerLost {
+        peer: link.0.peer,
+        detail,
+    };
+    let mut lost = std::pin::pin!(lost);
+    let broken = tokio::select! {
+        biased;
+        () = stopped(stop) => Ok(PushError::AgentClosed),
+        error = &mut lost => Ok(error),
+        detail = link.0.read() => Err(detail),
+        error = link.0.socket.flush() => Err(error.to_string()),
+    };
+    let error = match broken {
+        Ok(error) => error,
+        // A peer that closed its agent says so on the connection at about the same time.
+        Err(detail) => timeout(GOODBYE_TIMEOUT, lost)
+            .await
+            .unwrap_or_else(|_| lost_link(detail)),
+    };
+    tracing::debug!(peer = %link.0.peer, %error, "shared memory link ended");
+    link.0.end(&error);
+}
+
+/// A lane that is forgotten when its push's task ends.
+struct OpenLane<'a>(Arc<Lane>, &'a Link);
+
+impl Drop for OpenLane<'_> {
+    fn drop(&mut self) {
+        lock(&self.1.lanes).open.remove(&self.0.id);
+    }
+}
+
+impl Lane {
+    fn end(&self, error: PushError) {
+        lock(&self.broke).get_or_insert(error);
+        self.broken.notify_one();
+    }
+
+    /// Sends what may be sent now.
+    fn advance(&self, socket: &Socket) {
+        let mut state = lock(&self.state);
+        let (flow, pieces) = &mut *state;
+        loop {
+            let step = flow.next(pieces, Instant::now(), |batch| self.lane.take_to_fetch(batch));
+            let mut out = BytesMut::new();
+            match step {
+                Step::Pull => put_pull(&mut out, self.id, pieces),
+                // Alive now means that every byte landed while the push was: nothing can have been overwritten before
+                // it was read.
+                Step::Finish(finish) if self.push.live() => put_finish(&mut out, self.id, &finish),
+                Step::Finish(_) | Step::Wait => return,
+            }
+            // While the state is locked, so that frames leave in order.
+            socket.send(out.freeze());
+        }
+    }
+}
