@@ -67,6 +67,8 @@ mod push_state;
 mod quic;
 mod ranges;
 mod refusal;
+#[cfg(test)]
+mod sim;
 mod stats;
 mod storage;
 mod transfer;
