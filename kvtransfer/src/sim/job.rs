@@ -59,8 +59,8 @@ pub(super) struct Job {
     pub(super) completed: bool,
     /// The sender's memory was overwritten.
     pub(super) poisoned: bool,
-    /// The sender gave up before the receiver heard of it; then only the window's lifetime ends it.
-    pub(super) aborted: bool,
+    /// Since when one side is over and the other is not.
+    pub(super) half_since: Option<Instant>,
 }
 
 impl Job {

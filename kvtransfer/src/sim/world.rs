@@ -28,6 +28,8 @@ const PAYLOAD: &[u8] = b"first token";
 const STALL: Duration = Duration::from_secs(2);
 /// A window that no push ever names.
 const LIFETIME: Duration = Duration::from_secs(15);
+/// One side is over: how long until the other is, if it knew of it. Two silences, and the grace between them.
+const SETTLE: Duration = Duration::from_secs(8);
 const TERM: Duration = Duration::from_millis(900);
 const TICK: Duration = Duration::from_millis(50);
 
@@ -90,6 +92,8 @@ enum Event {
     /// The reader's release reaches the owner.
     Release(usize),
     Revoke(usize),
+    /// The lane's task at the receiver hears that the window was given up.
+    Tell(usize),
     Tick,
 }
 
@@ -207,10 +211,7 @@ impl World {
             Event::Replay(wire) => self.replay(wire),
             Event::Cut(wire, how) => self.cut(wire, how),
             Event::Close(job) => self.close(job),
-            Event::Abort(job) => {
-                self.jobs[job].aborted = true;
-                self.fail(job, PushError::Aborted(AbortReason::Cancelled));
-            }
+            Event::Abort(job) => self.fail(job, PushError::Aborted(AbortReason::Cancelled)),
             Event::Restart => self.restart(),
             Event::Ask(job, attempt) => self.ask(job, attempt),
             Event::Asked(job) => self.asked(job),
@@ -225,6 +226,7 @@ impl World {
                 let ended = self.leases.end(job as u64, LeaseEnd::Revoked);
                 self.ended(ended);
             }
+            Event::Tell(wire) => self.tell(wire),
             Event::Tick => self.tick(),
         }
     }
@@ -270,7 +272,7 @@ impl World {
             over: false,
             completed: false,
             poisoned: false,
-            aborted: false,
+            half_since: None,
         };
         self.tally.jobs += 1;
         if read {
@@ -761,7 +763,14 @@ impl World {
         let reason = error.abort_reason();
         push.fail(error);
         for wire in 0..self.wires.len() {
-            if self.wires[wire].job == index && self.wires[wire].lane.take().is_some() {
+            if self.wires[wire].job != index {
+                continue;
+            }
+            if let Some(mut lane) = self.wires[wire].lane.take() {
+                assert!(
+                    matches!(lane.next(&mut Vec::new()), Next::Over),
+                    "a lane reads after the end"
+                );
                 // A silent lane carries no word; it times out.
                 let (reason, ms) = if self.wires[wire].silent {
                     (None, STALL.as_millis() as u64)
@@ -851,6 +860,20 @@ impl World {
                 }
                 _ => {}
             }
+            let half = match (&result, job.over) {
+                // A push that never named its window leaves it to its lifetime.
+                (Some(Err(_)), false) => job.cell.phase() != Phase::Open,
+                (None, true) => job.push.is_some(),
+                _ => false,
+            };
+            let since = half.then(|| job.half_since.unwrap_or(self.now));
+            assert!(
+                since.is_none_or(|since| self.now < since + SETTLE),
+                "only one side of job {index} is over: push {result:?}, window {:?}",
+                job.cell.phase()
+            );
+            self.jobs[index].half_since = since;
+            let job = &self.jobs[index];
             assert!(
                 job.settled() || self.now < job.started + BOUND,
                 "job {index} is not settled: push {:?}, window {:?}",
@@ -887,20 +910,22 @@ impl World {
             }
         }
         for wire in 0..self.wires.len() {
-            let refusal = match &self.wires[wire].incoming {
-                Some(incoming) if self.wires[wire].job == index => incoming.given_up(),
-                _ => None,
-            };
-            if let Some(refusal) = refusal {
-                let mut reply = BytesMut::new();
-                Reply::Refused(refusal).put_with(&mut reply, self.integrity);
-                // Sometimes the lane's task is slow to hear of it, and more bytes come first.
-                if self.rng.random_bool(0.6) {
-                    self.wires[wire].incoming = None;
-                    self.reply(wire, &reply);
-                }
+            if self.wires[wire].job == index && self.wires[wire].incoming.is_some() {
+                // The lane's task may be slow to hear of it, and more bytes come first.
+                self.soon(100, Event::Tell(wire));
             }
         }
+    }
+
+    fn tell(&mut self, index: usize) {
+        let wire = &mut self.wires[index];
+        let Some(refusal) = wire.incoming.as_ref().and_then(Incoming::given_up) else {
+            return;
+        };
+        wire.incoming = None;
+        let mut reply = BytesMut::new();
+        Reply::Refused(refusal).put_with(&mut reply, self.integrity);
+        self.reply(index, &reply);
     }
 }
 
