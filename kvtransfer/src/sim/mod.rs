@@ -23,6 +23,8 @@
 //! ```
 
 mod job;
+mod lending;
+mod network;
 mod world;
 
 use std::time::Duration;

@@ -1,36 +1,36 @@
-//! The event loop of the simulation: virtual time, the network, and what the shells around the cores would do.
+//! The event loop of the simulation: virtual time, jobs and their ends, and the checks. The network is in `network`, the
+//! leases in `lending`.
 
 use super::BOUND;
 use super::job::{BLOCK, BLOCKS, Job, Life, POISON, Reading, Wire, pattern};
-use crate::incoming::Incoming;
-use crate::lease::{Ended, LeaseEnd, LeaseOptions, LeaseTable, ReadEnd};
+use crate::lease::{LeaseEnd, LeaseOptions, LeaseTable, ReadEnd};
 use crate::push::{Next, Outgoing};
 use crate::push_state::PushLimits;
-use crate::ranges::{Descriptor, RangeSet};
+use crate::ranges::RangeSet;
 use crate::stats::Counters;
 use crate::storage::Memory;
 use crate::window_state::Phase;
 use crate::window_table::WindowTable;
-use crate::wire::{Integrity, Reply, ReplyDecoder};
+use crate::wire::Integrity;
 use crate::{AbortReason, PushError, Refusal, Region, TransferLimits, WindowError};
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use rand::rngs::SmallRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const JOBS: usize = 5;
-const LANES: u16 = 3;
-const PAYLOAD: &[u8] = b"first token";
+pub(super) const LANES: u16 = 3;
+pub(super) const PAYLOAD: &[u8] = b"first token";
 /// A lane that brings no answer for so long is given up by the sender; a silent one is noticed by the receiver then.
-const STALL: Duration = Duration::from_secs(2);
+pub(super) const STALL: Duration = Duration::from_secs(2);
 /// A window that no push ever names.
 const LIFETIME: Duration = Duration::from_secs(15);
 /// One side is over: how long until the other is, if it knew of it. Two silences, and the grace between them.
 const SETTLE: Duration = Duration::from_secs(8);
-const TERM: Duration = Duration::from_millis(900);
+pub(super) const TERM: Duration = Duration::from_millis(900);
 const TICK: Duration = Duration::from_millis(50);
 
 /// What happened, over all seeds.
@@ -61,7 +61,7 @@ impl Tally {
 }
 
 #[derive(Debug)]
-enum Event {
+pub(super) enum Event {
     Start,
     Compute(usize),
     /// A slot gets its (next) lane.
@@ -98,7 +98,7 @@ enum Event {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Cut {
+pub(super) enum Cut {
     /// Both ends are told, at different times.
     Loud,
     /// Only the sender is; the receiver still gets what is on the way.
@@ -108,18 +108,18 @@ enum Cut {
 }
 
 pub(super) struct World {
-    rng: SmallRng,
-    integrity: Integrity,
-    now: Instant,
-    events: BTreeMap<(Instant, u64), Event>,
-    scheduled: u64,
-    counters: Arc<Counters>,
-    lives: Vec<Life>,
-    jobs: Vec<Job>,
-    wires: Vec<Wire>,
+    pub(super) rng: SmallRng,
+    pub(super) integrity: Integrity,
+    pub(super) now: Instant,
+    pub(super) events: BTreeMap<(Instant, u64), Event>,
+    pub(super) scheduled: u64,
+    pub(super) counters: Arc<Counters>,
+    pub(super) lives: Vec<Life>,
+    pub(super) jobs: Vec<Job>,
+    pub(super) wires: Vec<Wire>,
     /// Which job's blocks they are.
-    owner: [Option<usize>; BLOCKS],
-    leases: LeaseTable,
+    pub(super) owner: [Option<usize>; BLOCKS],
+    pub(super) leases: LeaseTable,
     pub(super) tally: Tally,
 }
 
@@ -169,13 +169,13 @@ impl World {
         assert!(self.owner.iter().all(Option::is_none), "a block is held");
     }
 
-    fn after(&mut self, ms: u64, event: Event) {
+    pub(super) fn after(&mut self, ms: u64, event: Event) {
         self.scheduled += 1;
         let at = self.now + Duration::from_millis(ms);
         self.events.insert((at, self.scheduled), event);
     }
 
-    fn soon(&mut self, ms_max: u64, event: Event) {
+    pub(super) fn soon(&mut self, ms_max: u64, event: Event) {
         let ms = self.rng.random_range(0..=ms_max);
         self.after(ms, event);
     }
@@ -308,7 +308,7 @@ impl World {
         }
     }
 
-    fn begin_push(&mut self, index: usize) {
+    pub(super) fn begin_push(&mut self, index: usize) {
         let job = &mut self.jobs[index];
         let id = index as u64 + 1;
         let memory = Memory::from(&job.source);
@@ -344,273 +344,8 @@ impl World {
         self.wake(index);
     }
 
-    fn wake(&mut self, job: usize) {
-        for wire in 0..self.wires.len() {
-            if self.wires[wire].job == job && self.wires[wire].lane.is_some() && !self.wires[wire].scheduled {
-                self.wires[wire].scheduled = true;
-                self.soon(5, Event::Send(wire));
-            }
-        }
-    }
-
-    fn open(&mut self, job: usize, slot: u16) {
-        let Some(push) = self.jobs[job].push.clone() else {
-            return;
-        };
-        let Some(mut lane) = push.lane(slot, self.integrity) else {
-            return;
-        };
-        if lane.again() {
-            self.tally.lanes_replaced += 1;
-        }
-        let opening = lane.opening();
-        let Life { table, .. } = &self.lives[self.lives.len() - 1];
-        let incoming = Incoming::with_integrity(table.clone(), "sim".into(), self.integrity);
-        let index = self.wires.len();
-        self.wires.push(Wire {
-            job,
-            slot,
-            replies: lane.replies(),
-            lane: Some(lane),
-            decoder: ReplyDecoder::new(self.integrity),
-            incoming: Some(incoming),
-            forward: opening.iter().copied().collect(),
-            backward: VecDeque::new(),
-            sent: opening.to_vec(),
-            silent: false,
-            latency_ms: self.rng.random_range(1..60),
-            scheduled: true,
-        });
-        self.travel(index);
-        self.soon(5, Event::Send(index));
-        self.after(STALL.as_millis() as u64, Event::Stall(index, push.progress()));
-        if self.rng.random_bool(0.3) {
-            let how = match self.rng.random_range(0..3) {
-                0 => Cut::Loud,
-                1 => Cut::HalfOpen,
-                _ => Cut::Silent,
-            };
-            self.soon(700, Event::Cut(index, how));
-        }
-        if self.rng.random_bool(0.15) {
-            self.soon(4000, Event::Replay(index));
-        }
-    }
-
-    /// Schedules the arrival of what was sent.
-    fn travel(&mut self, wire: usize) {
-        let ms = self.wires[wire].latency_ms;
-        let jitter = self.rng.random_range(0..=ms);
-        self.after(ms + jitter, Event::Deliver(wire));
-    }
-
-    fn send(&mut self, index: usize) {
-        let wire = &mut self.wires[index];
-        wire.scheduled = false;
-        let Some(lane) = &mut wire.lane else { return };
-        match lane.next(&mut Vec::new()) {
-            Next::Send(bytes) => {
-                wire.forward.extend(&bytes);
-                wire.sent.extend(&bytes);
-                wire.scheduled = true;
-                self.travel(index);
-                self.soon(10, Event::Send(index));
-            }
-            Next::Last(bytes) => {
-                wire.forward.extend(&bytes);
-                wire.sent.extend(&bytes);
-                self.travel(index);
-            }
-            Next::Wait | Next::Over => {}
-        }
-    }
-
-    fn deliver(&mut self, index: usize) {
-        let wire = &mut self.wires[index];
-        if wire.silent || wire.forward.is_empty() {
-            return;
-        }
-        let count = if self.rng.random_bool(0.5) {
-            wire.forward.len()
-        } else {
-            self.rng.random_range(1..=wire.forward.len())
-        };
-        let mut part: Vec<u8> = wire.forward.drain(..count).collect();
-        let rest = !wire.forward.is_empty();
-        if self.integrity == Integrity::Checksum && self.rng.random_bool(0.02) {
-            let at = self.rng.random_range(0..part.len());
-            part[at] ^= 1 << self.rng.random_range(0..8);
-            self.tally.damaged += 1;
-        }
-        let job = wire.job;
-        let Some(mut incoming) = wire.incoming.take() else {
-            return;
-        };
-        let over = self.jobs[job].over;
-        let before = over.then(|| self.memory());
-        let result = incoming.feed_at(&part, self.now);
-        if let Some(before) = before {
-            assert!(
-                self.memory() == before,
-                "a byte of job {job} landed after its window was over"
-            );
-            self.tally.late_bytes_refused += u64::from(result.is_err());
-        }
-        let mut reply = BytesMut::new();
-        match result {
-            Ok(answer) => {
-                answer
-                    .into_iter()
-                    .for_each(|answer| answer.put_with(&mut reply, self.integrity));
-                self.wires[index].incoming = Some(incoming);
-            }
-            Err(refusal) => {
-                incoming.broken("refused".into(), self.now);
-                Reply::Refused(refusal).put_with(&mut reply, self.integrity);
-            }
-        }
-        self.reply(index, &reply);
-        if rest {
-            self.travel(index);
-        }
-    }
-
-    fn reply(&mut self, index: usize, reply: &[u8]) {
-        if reply.is_empty() {
-            return;
-        }
-        let wire = &mut self.wires[index];
-        wire.backward.extend(reply);
-        let ms = wire.latency_ms + self.rng.random_range(0..=wire.latency_ms);
-        self.after(ms, Event::Answer(index));
-    }
-
-    fn answer(&mut self, index: usize) {
-        let wire = &mut self.wires[index];
-        if wire.silent || wire.lane.is_none() {
-            return;
-        }
-        let mut part: Vec<u8> = wire.backward.drain(..).collect();
-        if !part.is_empty() && self.integrity == Integrity::Checksum && self.rng.random_bool(0.02) {
-            let at = self.rng.random_range(0..part.len());
-            part[at] ^= 1 << self.rng.random_range(0..8);
-            self.tally.damaged += 1;
-        }
-        let mut input = &part[..];
-        loop {
-            let wire = &mut self.wires[index];
-            let result = match wire.decoder.next(&mut input) {
-                Ok(Some(reply)) => wire.replies.reply_at(reply, self.now),
-                Ok(None) => break,
-                Err(bad) => Err(bad.into()),
-            };
-            if let Err(error) = result {
-                return self.sender_breaks(index, error);
-            }
-        }
-        let job = self.wires[index].job;
-        self.wake(job);
-        self.push_settled(job);
-    }
-
-    fn sender_breaks(&mut self, index: usize, error: PushError) {
-        let wire = &mut self.wires[index];
-        if wire.lane.take().is_none() {
-            return;
-        }
-        let (job, slot) = (wire.job, wire.slot);
-        let wait = wire.replies.broke_at(error, self.now);
-        if let Some(wait) = wait {
-            self.after(wait.as_millis() as u64, Event::Open(job, slot));
-        }
-        // A reset, which overtakes what is queued; but the connection may be gone, or some of it be there already.
-        if self.rng.random_bool(0.7) {
-            self.soon(60, Event::ReceiverBreaks(index, None));
-        } else {
-            self.after(STALL.as_millis() as u64, Event::ReceiverBreaks(index, None));
-        }
-        self.wake(job);
-        self.push_settled(job);
-    }
-
-    fn receiver_breaks(&mut self, index: usize, reason: Option<AbortReason>) {
-        let Some(mut incoming) = self.wires[index].incoming.take() else {
-            return;
-        };
-        match reason {
-            Some(reason) => incoming.lost(WindowError::Aborted(reason)),
-            None => incoming.broken("cut".into(), self.now),
-        }
-    }
-
-    fn stall(&mut self, index: usize, before: u64) {
-        let wire = &self.wires[index];
-        let Some(push) = self.jobs[wire.job].push.clone() else {
-            return;
-        };
-        if wire.lane.is_none() || push.result().is_some() {
-            return;
-        }
-        let progress = push.progress();
-        // Only a silent lane stalls here; compute that takes its time does not.
-        if progress == before && wire.silent {
-            self.sender_breaks(index, PushError::Stalled { limit: STALL });
-        } else {
-            // As a transport would do whose lane is damaged in a way that leaves the peer waiting.
-            let damaged =
-                progress == before && self.integrity == Integrity::Checksum && self.jobs[wire.job].to_write.is_empty();
-            if damaged {
-                self.sender_breaks(index, PushError::Stalled { limit: STALL });
-            } else {
-                self.after(STALL.as_millis() as u64, Event::Stall(index, progress));
-            }
-        }
-    }
-
-    /// Everything a lane ever sent arrives once more, at whatever the receiver is by then.
-    fn replay(&mut self, index: usize) {
-        let wire = &self.wires[index];
-        let (job, sent) = (wire.job, wire.sent.clone());
-        let Life { table, .. } = &self.lives[self.lives.len() - 1];
-        let mut incoming = Incoming::with_integrity(table.clone(), "replay".into(), self.integrity);
-        let over = self.jobs[job].over;
-        let before = self.memory();
-        let cut = self.rng.random_range(0..=sent.len());
-        let result = incoming.feed_at(&sent[..cut], self.now);
-        if over {
-            assert!(
-                self.memory() == before,
-                "a replayed byte of job {job} landed after its window was over"
-            );
-            self.tally.late_bytes_refused += u64::from(result.is_err());
-        }
-        incoming.broken("replayed".into(), self.now);
-    }
-
-    fn cut(&mut self, index: usize, how: Cut) {
-        if self.wires[index].lane.is_none() {
-            return;
-        }
-        let lost = PushError::PeerLost {
-            peer: ([127, 0, 0, 1], 1).into(),
-            detail: "cut".into(),
-        };
-        match how {
-            Cut::Loud => {
-                self.wires[index].silent = true;
-                self.soon(100, Event::SenderBreaks(index, lost));
-                self.soon(100, Event::ReceiverBreaks(index, None));
-            }
-            Cut::HalfOpen => self.sender_breaks(index, lost),
-            Cut::Silent => {
-                self.wires[index].silent = true;
-                self.after(STALL.as_millis() as u64, Event::ReceiverBreaks(index, None));
-            }
-        }
-    }
-
     /// The owner of the window gives it up; a reader also gives the lease back.
-    fn close(&mut self, index: usize) {
+    pub(super) fn close(&mut self, index: usize) {
         let life = self.jobs[index].life;
         self.lives[life].table.close(&self.jobs[index].cell);
         self.window_over(index);
@@ -652,108 +387,8 @@ impl World {
         self.begin_life();
     }
 
-    fn ask(&mut self, index: usize, attempt: u32) {
-        let Some(reading) = &self.jobs[index].reading else {
-            return;
-        };
-        if !reading.wanted || reading.begun {
-            return;
-        }
-        if attempt >= 5 {
-            return self.close(index);
-        }
-        if self.rng.random_bool(0.8) {
-            self.soon(80, Event::Asked(index));
-        }
-        self.after(300, Event::Ask(index, attempt + 1));
-        if attempt == 0 {
-            self.after(TERM.as_millis() as u64 / 3, Event::Beat(index));
-        }
-    }
-
-    fn asked(&mut self, index: usize) {
-        let job = &self.jobs[index];
-        let pieces: Vec<Descriptor> = job
-            .blocks
-            .iter()
-            .map(|&block| Descriptor {
-                local: local(block),
-                remote: block * BLOCK,
-                len: BLOCK,
-            })
-            .collect();
-        match self.leases.begin(index as u64, index as u64 + 1, &pieces, self.now) {
-            Ok(()) => {
-                if let Some(reading) = &mut self.jobs[index].reading {
-                    reading.begun = true;
-                }
-                self.begin_push(index);
-                let (job, now) = (&mut self.jobs[index], self.now);
-                let Some(push) = job.push.clone() else { return };
-                job.to_write.clear();
-                for piece in pieces {
-                    push.write(piece.local..piece.local + piece.len, piece.remote, now)
-                        .unwrap();
-                }
-                push.finish(Bytes::from_static(PAYLOAD), false, now).unwrap();
-                self.soon(80, Event::Answered(index, Ok(())));
-            }
-            // A repetition of a request that was taken.
-            Err(Refusal::WindowTaken | Refusal::Busy { .. }) => {}
-            Err(refusal) => self.soon(80, Event::Answered(index, Err(refusal))),
-        }
-    }
-
-    fn beat(&mut self, index: usize) {
-        let job = &self.jobs[index];
-        let Some(reading) = &job.reading else { return };
-        if !reading.wanted || job.over {
-            return;
-        }
-        if self.now.saturating_duration_since(reading.heard) >= TERM * 2 {
-            return self.close(index);
-        }
-        if self.rng.random_bool(0.9) {
-            self.soon(80, Event::Beaten(index));
-        }
-        self.after(TERM.as_millis() as u64 / 3, Event::Beat(index));
-    }
-
-    fn beaten(&mut self, index: usize) {
-        let begun = self.jobs[index].reading.as_ref().is_some_and(|reading| reading.begun);
-        let window = begun.then_some(index as u64 + 1);
-        let answer = self.leases.beat(index as u64, window, self.now);
-        if self.rng.random_bool(0.9) {
-            self.soon(80, Event::Answered(index, answer));
-        }
-    }
-
-    fn answered(&mut self, index: usize, answer: Result<(), Refusal>) {
-        let now = self.now;
-        let Some(reading) = &mut self.jobs[index].reading else {
-            return;
-        };
-        reading.heard = now;
-        // What ended the lease may be that the read was done.
-        if answer.is_err() && !matches!(self.jobs[index].cell.phase(), Phase::Completed(_)) {
-            self.close(index);
-        }
-    }
-
-    /// A lease is over: its push is fenced, and from that moment the bytes are somebody else's.
-    fn ended(&mut self, ended: Option<Ended>) {
-        let Some(ended) = ended else { return };
-        let index = ended.export as usize;
-        self.tally.leases_expired += u64::from(ended.why == LeaseEnd::Expired);
-        if let Some(reading) = &mut self.jobs[index].reading {
-            assert!(!std::mem::replace(&mut reading.ended, true), "a lease ends once");
-        }
-        self.fail(index, PushError::Aborted(AbortReason::LeaseEnded));
-        self.poison(index);
-    }
-
     /// The sender gives the push up, and says so on every lane.
-    fn fail(&mut self, index: usize, error: PushError) {
+    pub(super) fn fail(&mut self, index: usize, error: PushError) {
         let Some(push) = self.jobs[index].push.clone() else {
             return;
         };
@@ -783,14 +418,14 @@ impl World {
         self.push_settled(index);
     }
 
-    fn poison(&mut self, index: usize) {
+    pub(super) fn poison(&mut self, index: usize) {
         let job = &mut self.jobs[index];
         job.poisoned = true;
         assert!(job.source.copy_in(0, &[POISON; BLOCK * BLOCKS]));
     }
 
     /// What the sender's shell does once a push is settled: the blocks are its own again.
-    fn push_settled(&mut self, index: usize) {
+    pub(super) fn push_settled(&mut self, index: usize) {
         let job = &self.jobs[index];
         let Some(result) = job.push.as_ref().and_then(|push| push.result()) else {
             return;
@@ -838,7 +473,7 @@ impl World {
         }
     }
 
-    fn memory(&self) -> Vec<u8> {
+    pub(super) fn memory(&self) -> Vec<u8> {
         let mut all = vec![0; BLOCK * BLOCKS];
         assert!(self.lives[self.lives.len() - 1].region.copy_out(0, &mut all));
         all
@@ -894,8 +529,9 @@ impl World {
             let mut all = vec![0; BLOCK * BLOCKS];
             assert!(self.lives[job.life].region.copy_out(0, &mut all));
             for block in &job.blocks {
-                for at in block * BLOCK..(block + 1) * BLOCK {
-                    assert_eq!(all[at], pattern(index, at), "byte {at} of job {index} is wrong");
+                let start = block * BLOCK;
+                for (at, byte) in (start..).zip(&all[start..start + BLOCK]) {
+                    assert_eq!(*byte, pattern(index, at), "byte {at} of job {index} is wrong");
                 }
             }
             job.completed = true;
@@ -916,17 +552,6 @@ impl World {
             }
         }
     }
-
-    fn tell(&mut self, index: usize) {
-        let wire = &mut self.wires[index];
-        let Some(refusal) = wire.incoming.as_ref().and_then(Incoming::given_up) else {
-            return;
-        };
-        wire.incoming = None;
-        let mut reply = BytesMut::new();
-        Reply::Refused(refusal).put_with(&mut reply, self.integrity);
-        self.reply(index, &reply);
-    }
 }
 
 impl Job {
@@ -936,6 +561,6 @@ impl Job {
 }
 
 /// Where the sender keeps what goes to the receiver's `block`.
-fn local(block: usize) -> usize {
+pub(super) fn local(block: usize) -> usize {
     (BLOCKS - 1 - block) * BLOCK
 }
