@@ -281,6 +281,7 @@ impl Incoming {
 fn given_up(phase: &Phase) -> Option<Refusal> {
     match phase {
         Phase::Failed(WindowError::Refused(refusal)) if !refusal.lane_only() => Some(*refusal),
+        Phase::Failed(WindowError::AgentClosed) => Some(Refusal::AgentClosed),
         Phase::Closed | Phase::Failed(_) => Some(Refusal::WindowClosed),
         Phase::Open | Phase::Receiving | Phase::Completed(_) => None,
     }

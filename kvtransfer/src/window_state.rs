@@ -307,7 +307,10 @@ impl WindowState {
     /// The lane, if it may act: its push holds the window, and no newer one has taken its place.
     fn current(&mut self, key: LaneKey) -> Result<&mut Lane, Refusal> {
         if !matches!(self.phase, Phase::Receiving | Phase::Completed(_)) {
-            return Err(Refusal::WindowClosed);
+            return Err(match self.phase {
+                Phase::Failed(WindowError::AgentClosed) => Refusal::AgentClosed,
+                _ => Refusal::WindowClosed,
+            });
         }
         self.lanes
             .iter_mut()
