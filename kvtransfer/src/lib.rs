@@ -1,49 +1,82 @@
-//! Moves KV blocks between processes: registered memory, windows, pushes. Knows nothing of models, blocks or
-//! requests; it moves byte ranges and a finishing payload, and says truthfully whether they arrived.
+//! Moves blocks of bytes between processes: registered memory, windows and exports, pushes and reads, notifications.
+//! NIXL's verbs over transports of its own. Knows nothing of models or requests; it moves byte ranges and small
+//! payloads, and says truthfully whether they arrived.
 //!
 //! # The model
 //!
-//! A receiver has a [`Region`] and opens a [`Window`] over some of its ranges. It sends the window's id, by other
-//! means, to whoever is to fill it. The sender starts a [`Push`] to that window and, while it computes, queues writes on
-//! a [`PushWriter`]; [`Push::finish`] sends a last payload and resolves when the receiver has acknowledged everything.
-//! [`Window::wait`] resolves at the same moment on the other side.
+//! Every transfer is a *push* into a *window*. A receiver opens a [`Window`] over ranges of its [`Memory`] and gives its
+//! id, by other means, to whoever is to fill it. There are two ways to use that:
 //!
 //! ```text
-//! receiver                                        sender
-//! agent.open_window(region, ranges) ── id ──►     agent.push(peer, id, region)
-//!                                                 writer.write(local, remote)   layer by layer, never blocks
-//!   bytes land in the ranges        ◄──────────     a transport streams them, or lets the receiver copy them
-//! window.wait() -> payload          ◄── FINISH ── push.finish(payload)
-//!                                   ── DONE ──►     -> PushReport
+//! push, written while it is computed              write / read, a whole list at once
+//! receiver              sender                    reader                 owner
+//! open_window ── id ──► push(peer, id, memory)                           export(memory, ranges, lease)
+//!                       writer.write(..)          read(peer, grant, ..)  ◄── grant ──┘
+//!   bytes land ◄─────── layer by layer              opens a window ── READ ──► checks the lease
+//! window.wait()  ◄───── finish(payload)             bytes land ◄────────────── pushes into it
+//!   payload      DONE ► PushReport                  heartbeats ──────────────► the lease lives
 //! ```
+//!
+//! * [`Agent::push`] gives a [`Push`] whose [`PushWriter`] compute calls between layers; it never blocks. The report says
+//!   how much of the sending was hidden behind compute.
+//! * [`Agent::write`] is a push of a [`DescriptorList`]; [`Agent::read`] asks an owner to push. Both give a [`Transfer`]
+//!   to poll, wait for, cancel, and give a deadline, and may notify the peer when done.
+//! * [`Agent::export`] lends ranges for reading, under a lease that heartbeats renew. When it ends, by its term, the
+//!   reader's release or loss, or the owner, the bytes are the owner's again at once.
+//! * [`Agent::metadata`] and [`Agent::add_peer`] introduce agents; [`Agent::notify`] and [`Agent::notifications`] carry a
+//!   word.
+//! * Memory is a [`Region`] of this host, or a [`FileMemory`]. Device memory has its place in [`MemoryKind`].
+//!
+//! `examples/two_agents.rs` and `examples/read_write_notify.rs` run both ways in one process.
 //!
 //! # The states
 //!
-//! A window is *open*, then *receiving*, and ends *completed*, *failed* or *closed*
-//! ([`window_state`](crate::Window)). A push is *writing*, then *finishing*, and ends *settled*, well or ill. Ends are
-//! final.
+//! ```text
+//! window   Open ─ claim ─► Receiving ─ all of FINISH's total landed ─► Completed
+//!            └────── fail, close ──┴─ or the grace after the last lane ─► Failed / Closed
+//! push     Writing ─ finish ─► Finishing ─ DONE ─► settled well
+//!            └─ abort, refusal, deadline, no lane left ─► settled ill
+//! slot     Unused ─► Live ─► Finished          (of a push: one of its parallel lanes)
+//!                     │ broke: its descriptors go back to the queue
+//!                     └─► Waiting (backoff) ─► Live, a generation later ─► ... ─► Dead
+//! lease    Held ─ Released / Completed / Expired / ReaderLost / Revoked
+//! ```
+//!
+//! Ends are final.
+//!
+//! # Lanes
+//!
+//! A push travels over one or more ordered, reliable byte streams. What has landed is kept as a set of positions, so
+//! frames of different lanes come in any order and repetitions change nothing. A lane that breaks while its peer lives
+//! costs a retry, not the push: what it carried and was not acknowledged goes over the others, or a new one. Retries are
+//! bounded, and end when the receiver's window stops waiting (`lane_grace`). A peer that was restarted does not know the
+//! window, and says so at once.
 //!
 //! # The invariants
 //!
-//! 1. **Bounds.** A push writes only inside the ranges of the window it named, at most the window's byte bound, and a
-//!    window takes one push in its life.
-//! 2. **Receiver's fence.** Once [`Window::close`] or drop has returned, or a window has failed, no byte lands any more.
-//! 3. **Sender's fence.** Once a [`Push`] is dropped, aborted or settled, nothing that is read from its region any more
-//!    can reach a window that completes.
-//! 4. **Truth.** `finish` succeeds only on the receiver's acknowledgement of exactly the bytes sent; `wait` succeeds
-//!    only after all of them have landed.
+//! 1. **Bounds.** A push writes only inside the ranges of the window it named, and a window takes one push in its life.
+//! 2. **Receiver's fence.** Once [`Window::close`] or drop has returned, or a window has failed, no byte lands any more:
+//!    not of a late lane, nor of a lane that a newer generation replaced. Every landing checks.
+//! 3. **Sender's fence.** Once a [`Push`] is dropped, aborted or settled, a [`Transfer`] cancelled, or an [`Export`] over,
+//!    nothing that is read from its memory any more can reach a window that completes.
+//! 4. **Truth.** `finish` succeeds only on the receiver's acknowledgement of exactly the bytes written, each counted
+//!    once; `wait` succeeds only after all of them have landed. An acknowledgement that got lost is given again.
 //! 5. **Both sides know.** Giving up on one side ends the other at once, ahead of queued bytes. A dead peer is found by
-//!    the closing of its connection or by silence (`keep_alive`, `idle_timeout`).
-//! 6. **Bounded.** Queues, windows, connections, frames and waits have limits, in [`limits`].
-//! 7. **Compatible or refused.** Two agents exchange version and digest before anything else; a mismatch is an error
-//!    with both sides' values, and nothing is retried silently.
+//!    the closing of its connection or by silence (`keep_alive`, `idle_timeout`), an absent reader by its lease's term.
+//! 6. **Integrity.** Transports that do not authenticate carry hashes, and a damaged frame lands nothing.
+//! 7. **Bounded.** Queues, windows, exports, lanes, retries, frames and waits have limits, in [`limits`].
+//! 8. **Compatible or refused.** Two agents exchange version and digest before anything else; a mismatch is an error
+//!    with both sides' values.
+//!
+//! `sim` checks 1 to 6 over thousands of seeded faulty runs in virtual time.
 //!
 //! # The files
 //!
-//! Sans-IO cores: `ranges`, `wire`, `hello`, `window_state`, `incoming` (receiving), `push_state`, `busy` (sending).
-//! Handles and locks: `window`, `window_table`, `push`, `agent`. Memory, the files with `unsafe`: `memory`, `copy`,
-//! `shared_memory/mapping`; `nixl` calls a C library. Transports: `transport` (the seam and the choice), `quic`,
-//! `shared_memory`. Tests of both cores together over a fake stream: `pair`.
+//! Sans-IO cores: `ranges`, `coverage`, `wire`, `control`, `hello`, `window_state`, `incoming` (receiving), `push_state`,
+//! `busy` (sending), `lease` (lending). Handles and locks: `window`, `window_table`, `push`, `transfer`, `export`, `hold`,
+//! `inbox`, `agent`, `verbs`. Memory: `memory`, `copy` and `shared_memory/mapping` (the
+//! files with `unsafe`, beside calls into a C library in `nixl`), and `storage`. Transports: `transport` (the seam and
+//! the choice), `quic`, `shared_memory`. Tests of the cores together: `pair`, `sim`.
 #![deny(missing_docs, unsafe_code)]
 
 mod agent;
@@ -78,6 +111,8 @@ mod shared_memory;
 #[cfg(not(target_os = "linux"))]
 #[path = "no_shared_memory.rs"]
 mod shared_memory;
+#[cfg(test)]
+mod sim;
 mod stats;
 mod storage;
 mod transfer;

@@ -117,6 +117,9 @@ pub enum Refusal {
         /// The limit.
         max: u64,
     },
+    /// The receiver's agent was closed, and its windows with it.
+    #[error("the receiver's agent was closed")]
+    AgentClosed,
     /// A control message of an unknown kind, or one that does not decode.
     #[error("a control message that this version does not understand")]
     BadControl,
@@ -160,6 +163,7 @@ impl Refusal {
             Self::OutsideExport { offset, len } => (20, offset, len),
             Self::Busy { max } => (21, max, 0),
             Self::BadControl => (22, 0, 0),
+            Self::AgentClosed => (23, 0, 0),
         }
     }
 
@@ -190,6 +194,7 @@ impl Refusal {
             20 => Self::OutsideExport { offset: a, len: b },
             21 => Self::Busy { max: a },
             22 => Self::BadControl,
+            23 => Self::AgentClosed,
             _ => Self::Unknown { code },
         }
     }

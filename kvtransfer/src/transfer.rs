@@ -141,15 +141,16 @@ impl Transfer {
                 task,
                 outcome,
             } => {
-                table.close(cell);
-                task.abort();
                 outcome.send_if_modified(|outcome| {
                     let open = outcome.is_none();
                     if open {
+                        // Under the outcome's lock: the task, which wakes by the closing, finds it decided.
+                        table.close(cell);
                         *outcome = Some(Err(TransferError::Cancelled));
                     }
                     open
                 });
+                task.abort();
             }
             Kind::Failed(_) => {}
         }

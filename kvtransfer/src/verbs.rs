@@ -348,7 +348,8 @@ impl Inner {
                     PushError::PeerLost { .. }
                     | PushError::PeerClosed { .. }
                     | PushError::Unreachable { .. }
-                    | PushError::Stalled { .. },
+                    | PushError::Stalled { .. }
+                    | PushError::Refused(Refusal::AgentClosed),
                 ) => ReadEnd::ReaderLost,
                 Err(_) => ReadEnd::Failed,
             };
