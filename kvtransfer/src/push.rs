@@ -114,8 +114,10 @@ impl Outgoing {
     pub(crate) fn reply(&self, reply: Reply) -> Result<(), PushError> {
         let settled = {
             let mut state = lock(&self.state);
+            let open = state.settled().is_none();
             state.reply(reply, Instant::now())?;
-            state.settled().is_some()
+            // A late word on a push that is over changes nothing.
+            open && state.settled().is_some()
         };
         if settled {
             self.counters.pushes_open.sub(1);

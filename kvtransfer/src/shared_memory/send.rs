@@ -118,6 +118,10 @@ impl Link {
                 _ => AbortReason::Transport,
             };
             push.fail(error);
+            if !self.alive() {
+                // The peer hears of it by the link's end.
+                return true;
+            }
             let mut out = BytesMut::new();
             put_abort(&mut out, lane.0.id, reason.code());
             self.socket.send(out.freeze());
