@@ -33,7 +33,10 @@ async fn reused_blocks_never_reach_a_completed_window() {
         assert!(source.copy_in(0, &fill));
         // A push that ends before it has named its window leaves the window waiting.
         let lifetime = Some(Duration::from_millis(200));
-        let options = WindowOptions { bytes_max: None, lifetime };
+        let options = WindowOptions {
+            bytes_max: None,
+            lifetime,
+        };
         let window = to.open_window_with(&target, vec![0..LEN], options).unwrap();
         let push = from.push(to.local_addr(), window.id(), source.clone());
         // Pieces that do not merge, so that there is something to interrupt.
