@@ -1,6 +1,8 @@
 //! Everything again over shared memory, and what only shared memory can get wrong: who is let in is tested inside the
 //! crate, beside the socket; here it is the memory.
 #![cfg(target_os = "linux")]
+#![allow(clippy::single_range_in_vec_init)] // windows over one range are what is meant
+#![allow(clippy::duplicate_mod)] // the files that are included are tests of their own, too
 
 #[path = "failure.rs"]
 mod failure;
