@@ -342,3 +342,53 @@ impl Lane {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::push::Push;
+    use crate::stats::Counters;
+    use bytes::Bytes;
+
+    /// A push that is given up while the receiver copies: its blocks may be overwritten by then, so the answer that
+    /// would have let it finish must not.
+    #[tokio::test]
+    async fn a_push_given_up_never_finishes() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (socket, theirs) = (Socket::new(ours), Socket::new(theirs));
+        let (mut buffer, mut decoder) = (vec![0; READ_BYTES], FrameDecoder::default());
+        for given_up in [false, true] {
+            let region = Region::new(64).unwrap();
+            let out = Arc::new(Outgoing::new(1, region, 8, Arc::new(Counters::default())));
+            let push = Push::new(out.clone());
+            push.writer().write(0..64, 0).unwrap();
+            let mut finishing = Box::pin(push.finish(Bytes::new()));
+            assert!(futures_util::poll!(&mut finishing).is_pending());
+            let lane = Lane {
+                id: 1,
+                push: out,
+                state: Mutex::new((Flow::new(Instant::now()), Vec::new())),
+            };
+            lane.advance(&socket);
+            if given_up {
+                drop(finishing);
+            }
+            lock(&lane.state).0.landed(64, Instant::now()).unwrap();
+            lane.advance(&socket);
+            // What ends the wait below, whatever was sent before.
+            let mut out = BytesMut::new();
+            put_forget(&mut out, 7);
+            socket.send(out.freeze());
+            let mut heard = Vec::new();
+            while heard.last() != Some(&Body::Forget) {
+                let count = theirs.receive(&mut buffer, &mut VecDeque::new()).await.unwrap();
+                decoder.feed(&buffer[..count]);
+                while let Some(frame) = decoder.next().unwrap() {
+                    heard.push(frame.body);
+                }
+            }
+            let finished = heard.iter().any(|body| matches!(body, Body::Finish { .. }));
+            assert!(matches!(heard[0], Body::Pull(_)) && finished != given_up, "{heard:?}");
+        }
+    }
+}
