@@ -6,8 +6,7 @@
 
 use baton_identity::{Authority, Role};
 use baton_kvtransfer::{
-    Agent, AgentConfig, AgentMetadata, DescriptorList, LeaseOptions, Region, TransferLimits, TransferOptions,
-};
+    Agent, AgentConfig, AgentMetadata, DescriptorList, LeaseOptions, Region, TransferLimits, TransferOptions, TransportOptions};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use std::error::Error;
@@ -30,6 +29,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
             identity: &authority.issue(Role::Worker, name)?,
             digest: [0; 32],
             limits: TransferLimits::default(),
+            transports: TransportOptions::default(),
         })?)
     };
     let (prefill, decode) = (agent("prefill-0")?, agent("decode-0")?);

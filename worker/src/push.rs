@@ -147,6 +147,7 @@ pub(crate) async fn hand_over(
         let cached_tokens = done.cached_tokens;
         Some(match push.finish(done.encode_to_vec().into()).await {
             Ok(report) => {
+                tracing::debug!(bytes = report.bytes, transport = %report.transport, "kv blocks handed over");
                 engine.pushed(report.bytes, report.overlap);
                 Finish {
                     reason: FinishReason::Prefilled as i32,

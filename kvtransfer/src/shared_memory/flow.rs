@@ -15,9 +15,9 @@ use std::time::Instant;
 /// PULLs that a push may have under way: enough that a copying thread never waits for the next one.
 pub(super) const PULLS_AHEAD: usize = 4;
 
-/// A PULL is full when it asks for this many bytes: some tens of µs of copying, beside which a round trip between two
-/// processes is small.
-const PULL_BYTES: usize = 1 << 20;
+/// A PULL is full when it asks for this many bytes: some hundreds of µs of copying, beside which a round trip between two
+/// processes is small. Giving up does not wait for it: the receiver looks at its window before every chunk.
+const PULL_BYTES: usize = 16 << 20;
 
 /// One push's way over a link.
 #[derive(Debug)]

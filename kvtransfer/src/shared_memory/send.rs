@@ -218,14 +218,7 @@ impl Link {
             }
             // Used up after four thousand million pushes on one link; the few in flight by then are recent.
             lanes.next_id = lanes.next_id.wrapping_add(1);
-            let lane = Arc::new(Lane {
-                id: lanes.next_id,
-                push: push.clone(),
-                lane: first,
-                state: Mutex::new((Flow::new(Instant::now()), Vec::new())),
-                broke: Mutex::default(),
-                broken: Notify::new(),
-            });
+            let lane = Arc::new(Lane::new(lanes.next_id, push.clone(), first));
             lanes.open.insert(lane.id, lane.clone());
             lane
         };
@@ -372,6 +365,17 @@ impl Drop for OpenLane<'_> {
 }
 
 impl Lane {
+    fn new(id: u32, push: Arc<Outgoing>, lane: push::Lane) -> Self {
+        Self {
+            id,
+            push,
+            lane,
+            state: Mutex::new((Flow::new(Instant::now()), Vec::new())),
+            broke: Mutex::default(),
+            broken: Notify::new(),
+        }
+    }
+
     fn end(&self, error: PushError) {
         lock(&self.broke).get_or_insert(error);
         self.broken.notify_one();
@@ -393,6 +397,60 @@ impl Lane {
             }
             // While the state is locked, so that frames leave in order.
             socket.send(out.freeze());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::push::Push;
+    use crate::push_state::PushLimits;
+    use bytes::Bytes;
+
+    /// A push that is given up while the receiver copies: its blocks may be overwritten by then, so the answer that
+    /// would have let it finish must not.
+    #[tokio::test]
+    async fn a_push_given_up_never_finishes() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (socket, theirs) = (Socket::new(ours), Socket::new(theirs));
+        let (mut buffer, mut decoder) = (vec![0; READ_BYTES], FrameDecoder::default());
+        for given_up in [false, true] {
+            let region = Region::new(64).unwrap();
+            let limits = PushLimits {
+                descriptors_max: 8,
+                payload_max: 8,
+                retries_max: 0,
+                backoff: Duration::ZERO,
+                grace: Duration::ZERO,
+            };
+            let out = Arc::new(Outgoing::new(1, 2, region.into(), limits, Arc::default()));
+            let first = out.lane(0, Integrity::of(true)).unwrap();
+            let push = Push::new(out.clone());
+            push.writer().write(0..64, 0).unwrap();
+            let mut finishing = Box::pin(push.finish(Bytes::new()));
+            assert!(futures_util::poll!(&mut finishing).is_pending());
+            let lane = Lane::new(1, out, first);
+            lane.advance(&socket);
+            if given_up {
+                drop(finishing);
+            }
+            lock(&lane.state).0.landed(64, Instant::now()).unwrap();
+            lane.advance(&socket);
+            // What ends the wait below, whatever was sent before.
+            let mut out = BytesMut::new();
+            put_forget(&mut out, 7);
+            socket.send(out.freeze());
+            let mut heard = Vec::new();
+            while heard.last() != Some(&Body::Forget) {
+                let count = theirs.receive(&mut buffer, &mut VecDeque::new()).await.unwrap();
+                decoder.feed(&buffer[..count]);
+                while let Some(frame) = decoder.next().unwrap() {
+                    heard.push(frame.body);
+                }
+            }
+            let finished = heard.iter().any(|body| matches!(body, Body::Finish { .. }));
+            assert!(matches!(heard[0], Body::Pull(_)) && finished != given_up, "{heard:?}");
         }
     }
 }
