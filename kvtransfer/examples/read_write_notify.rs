@@ -6,7 +6,9 @@
 
 use baton_identity::{Authority, Role};
 use baton_kvtransfer::{
-    Agent, AgentConfig, AgentMetadata, DescriptorList, LeaseOptions, Region, TransferLimits, TransferOptions, TransportOptions};
+    Agent, AgentConfig, AgentMetadata, DescriptorList, LeaseOptions, Region, TransferLimits, TransferOptions,
+    TransportOptions,
+};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use std::error::Error;
