@@ -25,6 +25,7 @@
 
 mod caller;
 mod config;
+mod drain;
 mod engine_loop;
 mod engine_thread;
 mod error;

@@ -318,7 +318,12 @@ fn finish(reason: FinishReason) -> Finish {
 }
 
 async fn send(outbound: &Outbound, id: u64, token_ids: Vec<u32>, finish: Option<Finish>) {
-    let deltas = vec![SequenceDelta { id, token_ids, finish }];
+    let deltas = vec![SequenceDelta {
+        id,
+        token_ids,
+        finish,
+        cached_tokens: Some(CACHED),
+    }];
     let step = from_worker::Kind::Step(StepOutput { deltas });
     let _ = outbound.send(Ok(FromWorker { kind: Some(step) })).await;
 }

@@ -176,13 +176,12 @@ proptest! {
     #[test]
     fn slowness_is_no_hang_and_silence_is(
         gaps in prop::collection::vec((1u64..700, 0u64..3), 1..200),
-        silent_for_ms in 1_300u64..5_000,
     ) {
         let (mut vitals, mut watch) = attempt();
         let (mut now_ms, mut steps, mut stepped_ms) = (0, 1, 0);
         vitals.pulse(pulse(steps, 7), 0);
         let mut due = gaps.into_iter();
-        let mut next = due.next().map(|(gap, kind)| (gap, kind));
+        let mut next = due.next();
         let mut last_ms = 0;
         loop {
             now_ms += LOOK_EVERY_MS;
@@ -204,14 +203,13 @@ proptest! {
             vitals.look(now_ms);
             let hang = watch.check(&vitals, now_ms);
             if next.is_some() {
-                prop_assert!(hang.is_none() || now_ms - last_ms >= 1_000, "{hang:?} at {now_ms}");
                 prop_assert_eq!(hang, None);
             } else if let Some(hang) = hang {
                 prop_assert!(matches!(hang, Hang::Silent { .. }), "{hang:?}");
                 prop_assert!((1_000..=1_200).contains(&(now_ms - last_ms)), "{now_ms} {last_ms}");
                 break;
             } else {
-                prop_assert!(now_ms - last_ms < silent_for_ms, "not found");
+                prop_assert!(now_ms - last_ms < 1_200, "not found");
             }
         }
     }
