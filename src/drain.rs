@@ -65,7 +65,10 @@ async fn drain(args: &DrainArgs) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
     let body = format!("{{\"deadline_ms\": {}}}", u64::from(args.timeout) * 1000);
     let path = format!("/cluster/workers/{}/drain", args.worker);
-    let answer = client.post(&path, body).await.map_err(|failure| explain(url, &failure))?;
+    let answer = client
+        .post(&path, body)
+        .await
+        .map_err(|failure| explain(url, &failure))?;
     let asked: Worker = serde_json::from_slice(&answer)
         .map_err(|_| anyhow!("{url} answers, but not as a baton coordinator does; name its address with --url"))?;
     if !args.json {
@@ -113,7 +116,10 @@ fn explain(url: &str, failure: &Failure) -> anyhow::Error {
             anyhow!("nothing answers at {url}; name the cluster's address with --url or BATON_URL")
         }
         FailureKind::Status(401 | 403) => {
-            anyhow!("{url} wants a key: {}; give it with --api-key or BATON_API_KEY", failure.message)
+            anyhow!(
+                "{url} wants a key: {}; give it with --api-key or BATON_API_KEY",
+                failure.message
+            )
         }
         _ => anyhow!("the worker is not drained: {}", failure.message),
     }

@@ -109,7 +109,10 @@ impl Backend for ClusterBackend {
             },
         })?;
         let workers = self.snapshot().workers;
-        workers.into_iter().find(|worker| worker.id == worker_id).ok_or_else(unknown)
+        workers
+            .into_iter()
+            .find(|worker| worker.id == worker_id)
+            .ok_or_else(unknown)
     }
 
     fn register_metrics(&self, registry: &mut prometheus_client::registry::Registry) {

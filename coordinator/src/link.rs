@@ -258,7 +258,10 @@ impl Shared {
             let (now_ms, open) = (self.now_ms(), &mut *open);
             open.vitals.look(now_ms);
             for (id, request) in &mut open.requests {
-                let hang = request.watch.as_ref().and_then(|watch| watch.check(&open.vitals, now_ms));
+                let hang = request
+                    .watch
+                    .as_ref()
+                    .and_then(|watch| watch.check(&open.vitals, now_ms));
                 if let Some(hang) = hang {
                     request.watch = None;
                     hanging.push((*id, request.mailbox.clone(), hang));

@@ -115,7 +115,9 @@ impl Child {
             let clean = status.as_ref().is_ok_and(ExitStatus::success);
             let how = status.map_or_else(|error| format!("is gone ({error})"), describe);
             // Nobody listens once the supervisor is gone.
-            let _ = events.send((slot, life, ChildEvent::Exited { how, clean, last_line })).await;
+            let _ = events
+                .send((slot, life, ChildEvent::Exited { how, clean, last_line }))
+                .await;
         });
         Ok(Self { pid, orders })
     }

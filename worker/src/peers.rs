@@ -88,7 +88,10 @@ impl Peers {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         // One that nobody else holds is in use by no caller; without an open link it is of no use.
         slots.retain(|_, slot| {
-            let of_use = |slot: &Slot| slot.try_lock().is_ok_and(|link| link.as_ref().is_some_and(|link| link.is_open()));
+            let of_use = |slot: &Slot| {
+                slot.try_lock()
+                    .is_ok_and(|link| link.as_ref().is_some_and(|link| link.is_open()))
+            };
             Arc::strong_count(slot) > 1 || of_use(slot)
         });
         slots.entry((addr.to_owned(), epoch)).or_default().clone()

@@ -209,7 +209,9 @@ impl Watch {
         let stood_ms = since(vitals.progressed_ms.max(self.got_ms));
         let taken = self.started || vitals.pulse.taken >= self.id;
         if !taken && stood_ms.min(since(self.placed_ms)) >= TAKE_MAX_MS {
-            return Some(Hang::NotTaken { ms: since(self.placed_ms) });
+            return Some(Hang::NotTaken {
+                ms: since(self.placed_ms),
+            });
         }
         if taken && vitals.pulse.transferring == 0 && stood_ms >= vitals.stalled_after_ms() {
             return Some(Hang::Stalled { ms: stood_ms });

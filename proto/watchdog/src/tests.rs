@@ -76,7 +76,10 @@ fn an_overloaded_worker_that_steps_is_not_given_up_before_the_maximum() {
         }
     };
     let end = found(&mut vitals, &mut watch, 0, 700_000, slow);
-    assert!(matches!(end, Some((FIRST_MAX, Hang::Overdue { .. })) if FIRST_MAX == FIRST_MS.1), "{end:?}");
+    assert!(
+        matches!(end, Some((FIRST_MAX, Hang::Overdue { .. })) if FIRST_MAX == FIRST_MS.1),
+        "{end:?}"
+    );
     const FIRST_MAX: u64 = 600_000;
 
     // With a token before, the limit is that of the next one.
@@ -160,7 +163,10 @@ fn our_own_pause_is_not_the_workers_silence() {
     // And if it did hang, it is found a second after.
     let mut watch = watch;
     let end = found(&mut vitals, &mut watch, 3_600_300, 3_700_000, |_, _, _| {});
-    assert!(matches!(end, Some((3_601_100..3_601_300, Hang::Silent { .. }))), "{end:?}");
+    assert!(
+        matches!(end, Some((3_601_100..3_601_300, Hang::Silent { .. }))),
+        "{end:?}"
+    );
 }
 
 #[test]
