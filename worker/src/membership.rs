@@ -26,6 +26,9 @@ use tonic::transport::Endpoint;
 
 /// Time to reach a coordinator before the next one is tried.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// A coordinator is asked this often whether it is still there, and has as long to answer: after a cut of the network both
+/// sides must find out, or the worker would wait for the system's retransmissions.
+const KEEP_ALIVE: Duration = Duration::from_secs(1);
 /// First pause between attempts; doubles up to [`PAUSE_MAX`].
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 /// Longest pause between attempts: a returning coordinator sees its workers within this.
@@ -103,7 +106,12 @@ async fn join(
     let endpoint = match Endpoint::from_shared(format!("https://{addr}"))
         .and_then(|endpoint| endpoint.tls_config(identity.tonic_client(Role::Coordinator)))
     {
-        Ok(endpoint) => endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true),
+        Ok(endpoint) => endpoint
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE)
+            .keep_alive_while_idle(true),
         Err(error) => return broken("cannot set up TLS", &error),
     };
     let channel = match endpoint.connect().await {

@@ -71,6 +71,12 @@ async fn a_deadline_ends_what_nobody_takes() {
     let gateway = cell.gateway(&node).await;
     // Half a minute of work.
     let (_, running) = gateway.submit(long(4, 1500)).await;
+    within("it runs", async {
+        while cell.heartbeat("w").running == 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
     let started = Instant::now();
     cell.drain("w", Duration::from_millis(300));
     node.ended().await;
@@ -115,7 +121,7 @@ async fn a_prefill_worker_that_drains_finishes_its_pushes() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_prefill_worker_that_stands_still_is_given_up_and_frees_what_it_had_when_it_wakes() {
-    const FROZEN: Duration = Duration::from_secs(4);
+    const FROZEN: Duration = Duration::from_secs(3);
     let cell = Cell::new().await;
     let lone = cell.worker("lone", WorkerRole::Combined, engine(Duration::ZERO)).await;
     let decode = cell.worker("decode", WorkerRole::Decode, engine(Duration::ZERO)).await;
