@@ -69,7 +69,7 @@ fn request(seed: u64, i: usize) -> Value {
     let r = |stream: u64| mix(seed * 1_000_003 + i as u64, stream);
     // No two begin alike, so that no prefix cache decides what `usage` says.
     let mut prompt = format!("{} {} {}", r(1) % 1_000_000, i, r(2) % 1_000_000);
-    for w in 0..10 + r(3) % 120 {
+    for w in 0..10 + r(3) % 300 {
         let word = ["code", "list", "baton", "what", "is", "7", "and"][(mix(r(4), w) % 7) as usize];
         let _ = write!(prompt, " {word}");
     }
@@ -190,6 +190,8 @@ async fn survives() {
         let (fault, role, moment) = match streams {
             None => SMALL[round % SMALL.len()],
             Some(_) => {
+                // Every combination once in 24 rounds; other seeds begin elsewhere.
+                let round = round + seed as usize * 5;
                 let role = ["decode", "prefill"][round / 3 % 2];
                 (FAULTS[round % 3], role, MOMENTS[round / 6 % 4])
             }
@@ -202,8 +204,9 @@ async fn survives() {
         let r = |stream: u64| mix(seed + round as u64 * 7919, 100 + stream);
         let victim = rig.of_role(role)[(r(1) % 2) as usize];
         let mut running = start(&rig.url, bodies);
-        let watched = &running[(r(2) % running.len() as u64) as usize];
-        let max = bodies[0]["max_tokens"].as_u64().unwrap_or(30) as usize;
+        let at = (r(2) % running.len() as u64) as usize;
+        let watched = &running[at];
+        let max = bodies[at]["max_tokens"].as_u64().expect("a count") as usize;
         let chunks = match moment {
             Moment::BeforeFirst | Moment::Transfer => 0,
             Moment::Token => 2 + (r(3) % 20) as usize,
@@ -213,7 +216,7 @@ async fn survives() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         if moment == Moment::Transfer {
-            tokio::time::sleep(Duration::from_millis(5 + r(4) % 60)).await;
+            tokio::time::sleep(Duration::from_millis(5 + r(4) % 150)).await;
         }
         match fault {
             Fault::Kill => rig.kill(victim),

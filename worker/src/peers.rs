@@ -22,6 +22,8 @@ use tonic::transport::{Channel, Endpoint};
 /// Time to connect and greet. Peers share a network, where it takes milliseconds: longer means that the peer is not there,
 /// and the prompt waits.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// A peer that could not be reached is not tried again for so long: prompts would wait for it in vain.
+const AGAIN_AFTER: Duration = Duration::from_millis(500);
 /// Silence after which a peer is asked whether it lives, and how long it may take to answer.
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
 /// Messages queued to one peer: a prefill and a cancel for each of the sequences a worker runs at once.
@@ -44,8 +46,26 @@ pub(crate) enum PeerError {
     Silent,
 }
 
-/// A peer's link, while it has one. Locked while it is being opened.
-type Slot = Arc<tokio::sync::Mutex<Option<Arc<Link>>>>;
+/// A peer's link. Locked while it is being opened.
+type Slot = Arc<tokio::sync::Mutex<State>>;
+
+#[derive(Default)]
+enum State {
+    #[default]
+    New,
+    Opened(Arc<Link>),
+    /// Opening failed, then and for this reason: whoever waited for that attempt shares it.
+    Failed(Instant, PeerError),
+}
+
+impl State {
+    fn link(&self) -> Option<&Arc<Link>> {
+        match self {
+            Self::Opened(link) => Some(link).filter(|link| link.is_open()),
+            Self::New | Self::Failed(..) => None,
+        }
+    }
+}
 
 /// All peers of this worker.
 pub(crate) struct Peers {
@@ -66,32 +86,39 @@ impl Peers {
         }
     }
 
-    /// The live link to a peer, opened if need be. Two callers for one peer share the attempt; callers for others do not
-    /// wait for it.
+    /// The live link to a peer, opened if need be. Callers for one peer share the attempt and its failure; callers for
+    /// others do not wait for it.
     pub(crate) async fn link(&self, addr: &str, epoch: u64) -> Result<Arc<Link>, PeerError> {
+        let asked = Instant::now();
         let slot = self.slot(addr, epoch);
         let mut slot = slot.lock().await;
-        if let Some(link) = slot.as_ref().filter(|link| link.is_open()) {
-            return Ok(link.clone());
+        match &*slot {
+            State::Failed(at, error) if *at >= asked || at.elapsed() < AGAIN_AFTER => return Err(error.clone()),
+            state => {
+                if let Some(link) = state.link() {
+                    return Ok(link.clone());
+                }
+            }
         }
         let unreachable = |reason: String| PeerError::Unreachable {
             addr: addr.to_owned(),
             reason,
         };
-        let link = tokio::time::timeout(CONNECT_TIMEOUT, self.open(addr, epoch))
+        let opened = tokio::time::timeout(CONNECT_TIMEOUT, self.open(addr, epoch))
             .await
-            .map_err(|_| unreachable(format!("no answer within {CONNECT_TIMEOUT:?}")))??;
-        Ok(slot.insert(link).clone())
+            .unwrap_or_else(|_| Err(unreachable(format!("no answer within {CONNECT_TIMEOUT:?}"))));
+        *slot = match &opened {
+            Ok(link) => State::Opened(link.clone()),
+            Err(error) => State::Failed(Instant::now(), error.clone()),
+        };
+        opened
     }
 
     fn slot(&self, addr: &str, epoch: u64) -> Slot {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         // One that nobody else holds is in use by no caller; without an open link it is of no use.
         slots.retain(|_, slot| {
-            let of_use = |slot: &Slot| {
-                slot.try_lock()
-                    .is_ok_and(|link| link.as_ref().is_some_and(|link| link.is_open()))
-            };
+            let of_use = |slot: &Slot| slot.try_lock().is_ok_and(|state| state.link().is_some());
             Arc::strong_count(slot) > 1 || of_use(slot)
         });
         slots.entry((addr.to_owned(), epoch)).or_default().clone()

@@ -59,7 +59,7 @@ fn tokens_are_a_sign_of_life_where_pulses_are_lost() {
         if now_ms == 0 {
             vitals.pulse(pulse(1, 7), now_ms);
         }
-        if now_ms % 900 == 0 {
+        if now_ms.is_multiple_of(900) {
             watch.got(vitals, now_ms);
         }
     });
@@ -71,7 +71,7 @@ fn an_overloaded_worker_that_steps_is_not_given_up_before_the_maximum() {
     let (mut vitals, mut watch) = attempt();
     let slow = |vitals: &mut Vitals, _: &mut Watch, now_ms: u64| {
         // A step of 2.4 s, again and again, for others.
-        if now_ms % 300 == 0 {
+        if now_ms.is_multiple_of(300) {
             vitals.pulse(pulse(1 + now_ms / 2_400, 7), now_ms);
         }
     };

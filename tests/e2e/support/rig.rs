@@ -244,6 +244,12 @@ impl Drop for Rig {
         if std::thread::panicking() {
             eprintln!("{}", self.logs());
         }
+        if let Some(keep) = std::env::var_os("BATON_SURVIVAL_LOGS") {
+            for (name, _, _) in &self.workers {
+                let name = format!("{name}.log");
+                let _ = std::fs::copy(self.directory.path().join(&name), Path::new(&keep).join(&name));
+            }
+        }
     }
 }
 
@@ -298,10 +304,11 @@ fn join_bridge(process: &mut Process, index: usize) {
         assert!(Instant::now() < deadline, "it gets no network of its own");
         std::thread::sleep(Duration::from_millis(5));
     }
-    // What an earlier life left goes with its namespace, a moment later.
+    // What an earlier life left goes with its namespace, a moment later. The hardware address stays with the name, as it
+    // does with a host, so that nobody's neighbour table is wrong after a restart.
     sh(&format!(
-        "for i in 1 2 3 4 5 6 7 8 9 10; do ip link del v{index} 2>/dev/null; ip link add v{index} type veth peer name e{index} \
-         2>/dev/null && exit 0; sleep 0.05; done; exit 1"
+        "for i in 1 2 3 4 5 6 7 8 9 10; do ip link del v{index} 2>/dev/null; ip link add v{index} address 02:00:00:00:01:{index:02} type veth peer name \
+         e{index} address 02:00:00:00:00:{index:02} 2>/dev/null && exit 0; sleep 0.05; done; exit 1"
     ));
     ip(&format!("link set e{index} netns {pid}"));
     ip(&format!("link set v{index} master br0 up"));
