@@ -7,6 +7,7 @@
 mod cli;
 mod config_file;
 mod demo;
+mod drain;
 mod model_dir;
 mod process;
 mod serve;
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
         cli::Command::Coordinator(args) => serve::coordinator(&args),
         cli::Command::Worker(args) => serve::worker(&args),
         cli::Command::Status(args) => status::run(&args),
+        cli::Command::Drain(args) => drain::run(&args),
         cli::Command::ConvertTokenizer(args) => {
             model_dir::convert_tokenizer(&args.file, &args.directory).map(|()| ExitCode::SUCCESS)
         }

@@ -1,8 +1,8 @@
 //! [`baton_gateway::Backend`] over the live cluster.
 
-use crate::cluster::{Cluster, PlaceError};
+use crate::cluster::{Cluster, DrainError, PlaceError};
 use crate::request::{Running, first_generate};
-use baton_gateway::{Backend, BackendError, ClusterSnapshot, Generation, Job, ModelInfo};
+use baton_gateway::{Backend, BackendError, ClusterSnapshot, Generation, Job, ModelInfo, WorkerStatus};
 use baton_proto::state::UsageRecord;
 use baton_raftstore::RaftStoreError;
 use std::sync::Arc;
@@ -95,6 +95,24 @@ impl Backend for ClusterBackend {
         ClusterSnapshot {
             workers: self.0.registry().statuses(self.0.now_ms()),
         }
+    }
+
+    fn drain(&self, worker_id: &str, deadline: Duration) -> Result<WorkerStatus, BackendError> {
+        let unknown = || BackendError::UnknownWorker {
+            worker_id: worker_id.to_owned(),
+        };
+        let deadline_ms = u32::try_from(deadline.as_millis()).unwrap_or(u32::MAX);
+        self.0.drain(worker_id, deadline_ms).map_err(|error| match error {
+            DrainError::Unknown => unknown(),
+            DrainError::Unreachable => BackendError::Unavailable {
+                reason: format!("{worker_id} gets no new work, but could not be told to leave; ask again in a moment"),
+            },
+        })?;
+        let workers = self.snapshot().workers;
+        workers
+            .into_iter()
+            .find(|worker| worker.id == worker_id)
+            .ok_or_else(unknown)
     }
 
     fn register_metrics(&self, registry: &mut prometheus_client::registry::Registry) {

@@ -8,14 +8,14 @@ use crate::router::{self, Ask, Candidate, Choice};
 use crate::{CoordinatorConfig, CoordinatorError};
 use baton_gateway::Placement;
 use baton_identity::Identity;
-use baton_proto::cluster::{Heartbeat, Register};
+use baton_proto::cluster::{CoordinatorOrder, Drain, Heartbeat, Register, coordinator_order};
 use baton_proto::state::{Command, RegisterWorker, RemoveWorker, command};
 use baton_proto::worker::{Generate, PrefillPeer};
 use baton_raftstore::{Applied, RaftStore, RaftStoreError};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -70,6 +70,20 @@ struct Life {
     /// Ends the link's task and the Join session.
     over: CancellationToken,
     link: Option<Link>,
+    /// What the Join session sends to the worker.
+    orders: Orders,
+}
+
+/// Orders to one worker. Bounded; a full queue is one whose worker reads nothing.
+pub(crate) type Orders = mpsc::Sender<Result<CoordinatorOrder, tonic::Status>>;
+
+/// Why a worker could not be drained.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum DrainError {
+    /// No such worker, or it is lost.
+    Unknown,
+    /// It gets no new work and its requests move, but it could not be told to leave.
+    Unreachable,
 }
 
 impl Cluster {
@@ -135,6 +149,7 @@ impl Cluster {
     pub(crate) async fn register(
         self: &Arc<Self>,
         register: Register,
+        orders: Orders,
     ) -> Result<(u64, Option<CancellationToken>), RaftStoreError> {
         let kind = command::Kind::RegisterWorker(RegisterWorker {
             worker: Some(register.clone()),
@@ -160,6 +175,7 @@ impl Cluster {
             epoch,
             over: over.clone(),
             link: None,
+            orders,
         };
         self.lives().insert(worker_id, life);
         Ok((epoch, Some(over)))
@@ -178,6 +194,31 @@ impl Cluster {
     pub(crate) fn left(self: &Arc<Self>, worker_id: &str, epoch: u64, reason: &str) {
         let effects = self.registry().left(worker_id, epoch, reason, self.now_ms());
         self.carry_out(effects);
+    }
+
+    /// Takes a worker out of service: no new work from now on, its requests go on elsewhere, and it is ordered to leave once
+    /// it has nothing left, after `deadline_ms` at the latest.
+    pub(crate) fn drain(self: &Arc<Self>, worker_id: &str, deadline_ms: u32) -> Result<(), DrainError> {
+        let drained = self.registry().drain(worker_id);
+        let (epoch, effects) = drained.ok_or(DrainError::Unknown)?;
+        tracing::info!(%worker_id, epoch, deadline_ms, "draining");
+        self.carry_out(effects);
+        let orders = {
+            let lives = self.lives();
+            let life = lives.get(worker_id).filter(|life| life.epoch == epoch);
+            life.map(|life| life.orders.clone())
+        };
+        let order = Drain {
+            reason: "an operator asked for it".into(),
+            deadline_ms,
+        };
+        let order = CoordinatorOrder {
+            kind: Some(coordinator_order::Kind::Drain(order)),
+        };
+        match orders.map(|orders| orders.try_send(Ok(order))) {
+            Some(Ok(())) => Ok(()),
+            _ => Err(DrainError::Unreachable),
+        }
     }
 
     /// Tells the registry the time.
@@ -202,6 +243,14 @@ impl Cluster {
                 Effect::Replaced { worker_id, epoch } => {
                     tracing::info!(%worker_id, epoch, "a newer registration took this worker's place");
                     self.end_life(&worker_id, epoch, "the worker registered anew");
+                }
+                Effect::Drain { worker_id, epoch } => {
+                    tracing::info!(%worker_id, epoch, "worker draining");
+                    let lives = self.lives();
+                    let life = lives.get(&worker_id).filter(|life| life.epoch == epoch);
+                    if let Some(link) = life.and_then(|life| life.link.as_ref()) {
+                        link.leave();
+                    }
                 }
                 Effect::Remove {
                     worker_id,
@@ -292,6 +341,9 @@ impl Cluster {
             _ => return false,
         }
         let up = self.registry().link_up(worker_id, epoch);
+        if self.registry().is_draining(worker_id, epoch) {
+            link.leave();
+        }
         self.changed();
         up
     }

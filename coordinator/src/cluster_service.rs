@@ -1,7 +1,7 @@
 //! The gRPC service `Cluster.Join`: workers register, report and say goodbye here. One session per stream; what it
 //! hears goes to the [`Cluster`], and it ends when the worker's life does.
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, Orders};
 use baton_identity::{Role, require_role};
 use baton_proto::PROTOCOL_VERSION;
 use baton_proto::cluster::cluster_server::Cluster as ClusterRpc;
@@ -17,12 +17,10 @@ use tonic::{Request, Response, Status, Streaming};
 
 /// Time a worker has to register after opening a stream.
 const REGISTER_TIMEOUT: Duration = Duration::from_secs(5);
-/// Orders under way to one worker: at most an answer and a goodbye.
+/// Orders under way to one worker: an answer, a goodbye, and what an operator may ask for in between.
 const ORDERS_MAX: usize = 4;
 /// Longest id, name or address in a registration, in bytes. They are stored, logged and listed.
 const TEXT_BYTES_MAX: usize = 256;
-
-type Orders = mpsc::Sender<Result<CoordinatorOrder, Status>>;
 
 pub(crate) struct Service(pub(crate) Arc<Cluster>);
 
@@ -63,7 +61,7 @@ async fn session(cluster: &Arc<Cluster>, mut reports: Streaming<WorkerReport>, o
         return refuse(orders, reason).await;
     }
     let worker_id = register.worker_id.clone();
-    let (epoch, over) = match cluster.register(register).await {
+    let (epoch, over) = match cluster.register(register, orders.clone()).await {
         Ok((epoch, Some(over))) => (epoch, over),
         Ok((_, None)) => return refuse(orders, replaced(&worker_id)).await,
         Err(error) => return fail(orders, Status::unavailable(error.to_string())).await,

@@ -1,20 +1,28 @@
 //! One attached `Worker.Attach` stream to one life of one worker, multiplexing all requests that this coordinator has
 //! there. When it breaks, every request on it ends as broken, so that it can go on elsewhere; the worker cancels them
 //! on its side for the same reason. Connecting again is the cluster's business.
+//!
+//! A stream that stands while the worker hangs is what `baton_watchdog` is for: each request has a watch, the reader
+//! looks at all of them ten times a second, and one that is given up ends as broken too. It is cancelled on the stream, so
+//! that a worker which wakes up frees its blocks; its id stays in the table, without effect, until the worker has ended
+//! it or the stream has. Ids are never used twice, so what comes late for an abandoned attempt finds an ended mailbox.
 
 use crate::mailbox::{Delivery, End, Mailbox};
 use baton_identity::{Identity, Role};
 use baton_proto::worker::worker_client::WorkerClient;
 use baton_proto::worker::{
-    Cancel, FinishReason, FromWorker, Generate, Hello, SequenceDelta, ToWorker, from_worker, to_worker,
+    Cancel, FinishReason, FromWorker, Generate, Hello, Pulse, SequenceDelta, ToWorker, from_worker, to_worker,
 };
 use baton_proto::{PROTOCOL_VERSION, limits};
+use baton_watchdog::{LOOK_EVERY_MS, Vitals, Watch};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
+use tokio::time::MissedTickBehavior;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 use tonic::transport::Endpoint;
 
@@ -41,6 +49,8 @@ pub(crate) enum LinkError {
     Version(u32),
     #[error("the link is down")]
     Down,
+    #[error("nothing is heard from the worker")]
+    Silent,
     #[error("{} requests are open on the link", limits::REQUESTS_PER_STREAM_MAX)]
     Full,
 }
@@ -62,12 +72,22 @@ struct Shared {
     outbound: mpsc::Sender<ToWorker>,
     next_id: AtomicU64,
     open: Mutex<Open>,
+    /// Where the watchdog's milliseconds begin.
+    since: Instant,
+    /// Cancelled once the worker drains: requests that can go on elsewhere shall.
+    leaving: CancellationToken,
 }
 
-#[derive(Default)]
 struct Open {
     down: bool,
-    requests: HashMap<u64, Arc<Mailbox>>,
+    requests: HashMap<u64, Request>,
+    vitals: Vitals,
+}
+
+struct Request {
+    mailbox: Arc<Mailbox>,
+    /// None once the attempt was given up.
+    watch: Option<Watch>,
 }
 
 /// The receiving half: drive it until the link breaks.
@@ -140,7 +160,13 @@ impl Link {
         let shared = Arc::new(Shared {
             outbound,
             next_id: AtomicU64::new(1),
-            open: Mutex::new(Open::default()),
+            open: Mutex::new(Open {
+                down: false,
+                requests: HashMap::new(),
+                vitals: Vitals::new(reply.pulse_interval_ms, 0),
+            }),
+            since: Instant::now(),
+            leaving: CancellationToken::new(),
         });
         let reader = LinkReader {
             shared: shared.clone(),
@@ -149,7 +175,8 @@ impl Link {
         Ok((Self { shared }, reader))
     }
 
-    /// Sends a request; its `id` is set here. Does not wait.
+    /// Sends a request; its `id` is set here. Does not wait. Refuses where others on the link are waiting for a worker that
+    /// is silent.
     pub(crate) fn submit(&self, mut generate: Generate) -> Result<Submission, LinkError> {
         let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
         let mailbox = Arc::new(Mailbox::new(generate.max_tokens));
@@ -162,7 +189,18 @@ impl Link {
             if open.requests.len() >= limits::REQUESTS_PER_STREAM_MAX {
                 return Err(LinkError::Full);
             }
-            open.requests.insert(id, mailbox.clone());
+            let now_ms = self.shared.now_ms();
+            if open.requests.is_empty() {
+                // No pulse was due until now.
+                open.vitals.heard(now_ms);
+            } else if open.vitals.is_silent(now_ms) {
+                return Err(LinkError::Silent);
+            }
+            let request = Request {
+                mailbox: mailbox.clone(),
+                watch: Some(Watch::new(&open.vitals, id, generate.prompt.len(), now_ms)),
+            };
+            open.requests.insert(id, request);
         }
         // From here on the guard takes the request back.
         let submission = Submission {
@@ -185,6 +223,11 @@ impl Link {
     pub(crate) fn break_off(&self, reason: &str) {
         self.shared.break_off(reason);
     }
+
+    /// Asks every request on the link to go on elsewhere if it can.
+    pub(crate) fn leave(&self) {
+        self.shared.leaving.cancel();
+    }
 }
 
 impl Shared {
@@ -198,20 +241,74 @@ impl Shared {
             open.down = true;
             std::mem::take(&mut open.requests)
         };
-        for mailbox in requests.values() {
-            mailbox.put(&[], Some(End::Broken(reason.to_owned())));
+        for request in requests.values() {
+            request.mailbox.put(&[], Some(End::Broken(reason.to_owned())));
         }
     }
 
-    fn deliver(&self, delta: SequenceDelta) {
-        let mut open = self.open();
-        let mailbox = if delta.finish.is_some() {
-            open.requests.remove(&delta.id)
-        } else {
-            open.requests.get(&delta.id).cloned()
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Gives up what the watchdog says hangs.
+    fn look(&self) {
+        let mut hanging = Vec::new();
+        {
+            let mut open = self.open();
+            let (now_ms, open) = (self.now_ms(), &mut *open);
+            open.vitals.look(now_ms);
+            for (id, request) in &mut open.requests {
+                let hang = request
+                    .watch
+                    .as_ref()
+                    .and_then(|watch| watch.check(&open.vitals, now_ms));
+                if let Some(hang) = hang {
+                    request.watch = None;
+                    hanging.push((*id, request.mailbox.clone(), hang));
+                }
+            }
+        }
+        for (id, mailbox, hang) in hanging {
+            mailbox.put(&[], Some(End::Broken(hang.to_string())));
+            self.cancel(id);
+        }
+    }
+
+    /// Asks the worker to stop a request.
+    fn cancel(&self, id: u64) {
+        let message = ToWorker {
+            kind: Some(to_worker::Kind::Cancel(Cancel { id })),
         };
-        drop(open);
+        // A queue without room is one that nothing leaves: the link is as good as broken, and breaking it cancels.
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.outbound.try_send(message) {
+            self.break_off("the worker takes no messages");
+        }
+    }
+
+    fn pulse(&self, pulse: Pulse) {
+        let now_ms = self.now_ms();
+        self.open().vitals.pulse(pulse, now_ms);
+    }
+
+    fn deliver(&self, delta: SequenceDelta) {
+        let mut guard = self.open();
+        let (now_ms, open) = (self.now_ms(), &mut *guard);
+        open.vitals.heard(now_ms);
+        let mailbox = if delta.finish.is_some() {
+            open.requests.remove(&delta.id).map(|request| request.mailbox)
+        } else {
+            open.requests.get_mut(&delta.id).map(|request| {
+                if let Some(watch) = request.watch.as_mut().filter(|_| !delta.token_ids.is_empty()) {
+                    watch.got(&open.vitals, now_ms);
+                }
+                request.mailbox.clone()
+            })
+        };
+        drop(guard);
         if let Some(mailbox) = mailbox {
+            if let Some(cached_tokens) = delta.cached_tokens {
+                mailbox.tell_cached(cached_tokens);
+            }
             let end = delta.finish.map(|finish| match finish.reason() {
                 FinishReason::Unspecified | FinishReason::Prefilled => {
                     End::Broken(format!("the worker ended a request as {:?}", finish.reason()))
@@ -226,14 +323,25 @@ impl Shared {
 impl LinkReader {
     /// Hands out what the worker sends, until the stream ends. Returns why. Dropping the future ends the link too.
     pub(crate) async fn run(mut self) -> String {
+        let mut looks = tokio::time::interval(Duration::from_millis(LOOK_EVERY_MS));
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            match self.inbound.message().await {
+            let message = tokio::select! {
+                biased;
+                message = self.inbound.message() => message,
+                _ = looks.tick() => {
+                    self.shared.look();
+                    continue;
+                }
+            };
+            match message {
                 Ok(Some(message)) => match message.kind {
                     Some(from_worker::Kind::Step(step)) => {
                         for delta in step.deltas {
                             self.shared.deliver(delta);
                         }
                     }
+                    Some(from_worker::Kind::Pulse(pulse)) => self.shared.pulse(pulse),
                     Some(from_worker::Kind::Hello(_)) => return "the worker greeted twice".into(),
                     None => tracing::debug!("a message of a kind this version does not know"),
                 },
@@ -268,16 +376,14 @@ impl Submission {
 
     /// Asks the worker to stop. The end still comes through [`next`](Self::next).
     pub(crate) fn cancel(&mut self) {
-        if std::mem::replace(&mut self.over, true) {
-            return;
+        if !std::mem::replace(&mut self.over, true) {
+            self.shared.cancel(self.id);
         }
-        let message = ToWorker {
-            kind: Some(to_worker::Kind::Cancel(Cancel { id: self.id })),
-        };
-        // A queue without room is one that nothing leaves: the link is as good as broken, and breaking it cancels.
-        if let Err(mpsc::error::TrySendError::Full(_)) = self.shared.outbound.try_send(message) {
-            self.shared.break_off("the worker takes no messages");
-        }
+    }
+
+    /// Cancelled once the worker drains.
+    pub(crate) fn leaving(&self) -> CancellationToken {
+        self.shared.leaving.clone()
     }
 }
 

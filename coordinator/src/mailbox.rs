@@ -20,12 +20,15 @@ pub(crate) enum End {
 pub(crate) struct Delivery {
     pub(crate) tokens: Vec<u32>,
     pub(crate) end: Option<End>,
+    /// Prompt tokens from a prefix cache, if the worker told them since.
+    pub(crate) cached_tokens: Option<u32>,
 }
 
 #[derive(Debug)]
 struct Inner {
     tokens: Vec<u32>,
     end: Option<End>,
+    cached_tokens: Option<u32>,
     /// Tokens that may still come.
     budget: u32,
 }
@@ -42,13 +45,24 @@ impl Mailbox {
             inner: Mutex::new(Inner {
                 tokens: Vec::new(),
                 end: None,
+                cached_tokens: None,
                 budget: max_tokens,
             }),
             arrived: Notify::new(),
         }
     }
 
-    /// Puts in what the worker sent. After the end nothing more is taken.
+    /// Puts in a count of cached prompt tokens. After the end nothing more is taken.
+    pub(crate) fn tell_cached(&self, cached_tokens: u32) {
+        let mut inner = self.lock();
+        if inner.end.is_none() {
+            inner.cached_tokens = Some(cached_tokens);
+        }
+        drop(inner);
+        self.arrived.notify_one();
+    }
+
+    /// Puts in what the worker sent. After the end nothing more is taken: what an abandoned attempt still sends is void.
     pub(crate) fn put(&self, tokens: &[u32], end: Option<End>) {
         let mut inner = self.lock();
         if inner.end.is_some() {
@@ -74,10 +88,12 @@ impl Mailbox {
         loop {
             {
                 let mut inner = self.lock();
-                if !inner.tokens.is_empty() || inner.end.is_some() {
-                    let end = inner.end.clone();
-                    let tokens = std::mem::take(&mut inner.tokens);
-                    return Delivery { tokens, end };
+                if !inner.tokens.is_empty() || inner.end.is_some() || inner.cached_tokens.is_some() {
+                    return Delivery {
+                        end: inner.end.clone(),
+                        tokens: std::mem::take(&mut inner.tokens),
+                        cached_tokens: inner.cached_tokens.take(),
+                    };
                 }
             }
             self.arrived.notified().await;

@@ -19,6 +19,7 @@ struct PlacementLabel {
 pub(crate) struct Metrics {
     placements: Family<PlacementLabel, Counter>,
     pub(crate) replays: Counter,
+    pub(crate) moves: Counter,
     pub(crate) workers_lost: Counter,
     store: StoreMetrics,
 }
@@ -28,6 +29,7 @@ impl Metrics {
         Self {
             placements: Family::default(),
             replays: Counter::default(),
+            moves: Counter::default(),
             workers_lost: Counter::default(),
             store: StoreMetrics(store),
         }
@@ -50,6 +52,11 @@ impl Metrics {
             "baton:request_replays",
             "Times a running request had to go on on another worker",
             self.replays.clone(),
+        );
+        registry.register(
+            "baton:request_moves",
+            "Times a running request was moved off a draining worker",
+            self.moves.clone(),
         );
         registry.register(
             "baton:workers_lost",

@@ -51,6 +51,13 @@ pub enum Effect {
         /// The epoch that is over.
         epoch: u64,
     },
+    /// The worker drains: requests on its link go on elsewhere where they can.
+    Drain {
+        /// The worker.
+        worker_id: String,
+        /// Its epoch.
+        epoch: u64,
+    },
     /// Close link and Join stream, and take the worker out of the replicated state.
     Remove {
         /// The worker.
@@ -177,14 +184,19 @@ impl Registry {
         };
         worker.heartbeat = heartbeat;
         worker.last_heartbeat_ms = now_ms;
-        if std::mem::replace(&mut worker.reported, true) {
-            return Vec::new();
+        let mut effects = Vec::new();
+        if !std::mem::replace(&mut worker.reported, true) {
+            effects.push(Effect::Connect {
+                worker_id: worker_id.to_owned(),
+                epoch,
+                addr: worker.register.addr.clone(),
+            });
         }
-        vec![Effect::Connect {
-            worker_id: worker_id.to_owned(),
-            epoch,
-            addr: worker.register.addr.clone(),
-        }]
+        // Told to stop by a signal, or by another coordinator.
+        if heartbeat.draining {
+            effects.extend(worker.drain());
+        }
+        effects
     }
 
     /// The Join stream ended without a goodbye.
@@ -228,15 +240,17 @@ impl Registry {
         }
     }
 
-    /// No new work for the worker. False if it is not there.
-    pub fn drain(&mut self, worker_id: &str) -> bool {
-        match self.workers.get_mut(worker_id) {
-            Some(worker) if worker.lost_at_ms.is_none() => {
-                worker.draining = true;
-                true
-            }
-            _ => false,
-        }
+    /// No new work for the worker from now on. Its epoch, and what is to be done; `None` if it is not there.
+    pub fn drain(&mut self, worker_id: &str) -> Option<(u64, Vec<Effect>)> {
+        let worker = self.workers.get_mut(worker_id)?;
+        (worker.lost_at_ms.is_none()).then(|| (worker.epoch, worker.drain().into_iter().collect()))
+    }
+
+    /// Whether this life of the worker drains.
+    pub fn is_draining(&self, worker_id: &str, epoch: u64) -> bool {
+        self.workers
+            .get(worker_id)
+            .is_some_and(|worker| worker.epoch == epoch && worker.draining)
     }
 
     /// Time passes: silent workers are lost, and lost ones are forgotten after a while.
@@ -331,6 +345,14 @@ impl Registry {
 }
 
 impl Worker {
+    /// Starts draining, once.
+    fn drain(&mut self) -> Option<Effect> {
+        (!std::mem::replace(&mut self.draining, true)).then(|| Effect::Drain {
+            worker_id: self.register.worker_id.clone(),
+            epoch: self.epoch,
+        })
+    }
+
     fn count(&mut self, prefill: bool) -> &mut u32 {
         if prefill {
             &mut self.prefilling

@@ -143,6 +143,36 @@ fn load_is_counted_per_life() {
     assert_eq!((worker.assigned, worker.prefilling), (1, 0));
 }
 
+#[test]
+fn a_worker_drains_once_whoever_says_so() {
+    let drain = Effect::Drain {
+        worker_id: "w".into(),
+        epoch: 1,
+    };
+    let draining = Heartbeat {
+        draining: true,
+        ..Heartbeat::default()
+    };
+    let mut registry = with_ready();
+    assert_eq!(registry.drain("w"), Some((1, vec![drain.clone()])));
+    assert_eq!(state(&registry, "w", 0), Some(State::Draining));
+    assert!(registry.is_draining("w", 1) && !registry.is_draining("w", 2));
+    assert_eq!(registry.drain("w"), Some((1, vec![])));
+    assert_eq!(registry.heartbeat("w", 1, draining, 10), []);
+    assert_eq!(registry.drain("nobody"), None);
+
+    // By its own word, which stands even if a heartbeat on the way says otherwise.
+    let mut registry = with_ready();
+    assert_eq!(registry.heartbeat("w", 1, draining, 10), [drain]);
+    assert_eq!(registry.heartbeat("w", 1, Heartbeat::default(), 20), []);
+    assert_eq!(state(&registry, "w", 20), Some(State::Draining));
+    // Its next life takes work again.
+    registry.registered(register("w"), 2, 30);
+    assert!(!registry.is_draining("w", 2));
+    assert!(is_remove(&registry.left("w", 2, "drained", 40), "w", 2));
+    assert_eq!(registry.drain("w"), None);
+}
+
 #[derive(Debug, Clone)]
 enum Event {
     Register(u8),
@@ -206,10 +236,7 @@ proptest! {
                     vec![]
                 }
                 Event::LinkDown(id, old) => registry.link_down(&format!("w{id}"), epoch_of(&newest, *id, *old), now_ms),
-                Event::Drain(id) => {
-                    registry.drain(&format!("w{id}"));
-                    vec![]
-                }
+                Event::Drain(id) => registry.drain(&format!("w{id}")).map(|(_, effects)| effects).unwrap_or_default(),
                 Event::Pass(ms) => {
                     now_ms += ms;
                     registry.tick(now_ms)
@@ -217,7 +244,7 @@ proptest! {
             };
             for effect in effects {
                 match effect {
-                    Effect::Connect { epoch, .. } => prop_assert!(!ended.contains(&epoch)),
+                    Effect::Connect { epoch, .. } | Effect::Drain { epoch, .. } => prop_assert!(!ended.contains(&epoch)),
                     Effect::Replaced { epoch, .. } | Effect::Remove { epoch, .. } => prop_assert!(ended.insert(epoch)),
                 }
             }

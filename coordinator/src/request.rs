@@ -2,6 +2,20 @@
 //! the gateway sees is one stream without gap or repetition, because a token depends only on the tokens before it, the
 //! parameters, the seed and its position (promise P1).
 //!
+//! ```text
+//!            placed                   finish                        end
+//!  (start) ─────────▶ on a worker ───────────────────────────────────────▶ (over)
+//!                      │  ▲    ▲ │ the worker drains, and another has room: placed there first, then cancelled here
+//!   broken: the link   │  │    └─┘
+//!   broke, or the      │  │ placed: prompt + emitted tokens
+//!   watchdog gave up;  ▼  │
+//!   or refused       looking ── nobody in `worker_wait_ms`, or five failures without a token ──▶ (failed, retryable)
+//! ```
+//!
+//! What a worker keeps per sequence (sampler position, and one day the state of a grammar) is a function of prompt and
+//! emitted tokens, and is built again from them; text, stop strings and their state live above, in the gateway, which
+//! does not notice.
+//!
 //! Deliberately not here: which worker (router), and what a client sees of it (gateway).
 
 use crate::cluster::{Cluster, LifeId, PlaceError, Placed};
@@ -52,13 +66,24 @@ pub(crate) struct Running {
     emitted: Vec<u32>,
     /// Times it was placed.
     attempts: u32,
-    /// Prompt tokens from the prefix cache, as the first attempt that ended by itself told.
-    cached_tokens: Option<u32>,
+    /// Prompt tokens from a prefix cache, as told by the first attempt that told any, and which attempt that was. What a
+    /// replay finds cached is partly the request's own doing, and none of the client's business.
+    cached: Option<(u32, u32)>,
     /// Lives of workers that failed it.
     avoid: Vec<LifeId>,
 }
 
-/// How an attempt ended, if the request did not end with it.
+/// How an attempt ended.
+enum Attempt {
+    /// The request is over.
+    Over,
+    /// It was moved off a draining worker.
+    Moved(Placed),
+    /// It is to go on elsewhere.
+    Failed(Retry),
+}
+
+/// Why a request is to go on elsewhere.
 enum Retry {
     /// Go on elsewhere at once.
     Broken(String),
@@ -75,7 +100,7 @@ impl Running {
             cancel,
             emitted: Vec::new(),
             attempts: 0,
-            cached_tokens: None,
+            cached: None,
             avoid: Vec::new(),
         }
     }
@@ -89,8 +114,15 @@ impl Running {
             self.sender.placed(placed.placement(self.attempts));
             let worker = placed.decode.worker.clone();
             let before = self.emitted.len();
-            let Some(retry) = self.attempt(placed).await else {
-                return;
+            let retry = match self.attempt(placed).await {
+                Attempt::Over => return,
+                Attempt::Moved(next) => {
+                    tracing::info!(from = %worker.0, to = %next.decode.worker.0, "moved off a draining worker");
+                    self.cluster.metrics.moves.inc();
+                    placed = next;
+                    continue;
+                }
+                Attempt::Failed(retry) => retry,
             };
             if let Some(finish) = self.already_over() {
                 return self.end(Vec::new(), finish).await;
@@ -121,18 +153,47 @@ impl Running {
         }
     }
 
-    /// One attempt; `None` if the request is over.
-    async fn attempt(&mut self, mut placed: Placed) -> Option<Retry> {
+    /// One attempt.
+    async fn attempt(&mut self, mut placed: Placed) -> Attempt {
+        let leaving = placed.submission.leaving();
+        let mut changes = self.cluster.changes();
+        // Set once another worker was looked for in vain.
+        let mut look_again: Option<Instant> = None;
         loop {
+            let may_move = async {
+                leaving.cancelled().await;
+                if let Some(at) = look_again {
+                    tokio::select! {
+                        _ = changes.changed() => {}
+                        () = tokio::time::sleep_until(at) => {}
+                    }
+                }
+            };
             let delivery = tokio::select! {
                 biased;
                 () = self.cancel.cancelled() => {
                     self.cancelled(&mut placed.submission).await;
-                    return None;
+                    return Attempt::Over;
                 }
                 delivery = placed.submission.next() => delivery,
+                () = may_move => {
+                    changes.mark_unchanged();
+                    if let Some(next) = self.place_elsewhere() {
+                        // Dropping the old one cancels it; tokens it still has under way come again from the new one.
+                        return Attempt::Moved(next);
+                    }
+                    look_again = Some(Instant::now() + LOOK_AGAIN);
+                    continue;
+                }
             };
-            let Delivery { tokens, end } = delivery;
+            let Delivery {
+                tokens,
+                end,
+                cached_tokens,
+            } = delivery;
+            if let Some(cached_tokens) = cached_tokens {
+                self.note_cached(cached_tokens);
+            }
             self.emitted.extend_from_slice(&tokens);
             if !tokens.is_empty() {
                 placed.prefill = None;
@@ -144,7 +205,7 @@ impl Running {
             };
             if let Some(finish) = finish {
                 self.end(tokens, finish).await;
-                return None;
+                return Attempt::Over;
             }
             if !tokens.is_empty() {
                 let event = GenerationEvent { tokens, finish: None };
@@ -152,17 +213,17 @@ impl Running {
                     biased;
                     () = self.cancel.cancelled() => {
                         self.cancelled(&mut placed.submission).await;
-                        return None;
+                        return Attempt::Over;
                     }
                     sent = self.sender.send(event) => {
                         if sent.is_err() {
-                            return None;
+                            return Attempt::Over;
                         }
                     }
                 }
             }
-            if retry.is_some() {
-                return retry;
+            if let Some(retry) = retry {
+                return Attempt::Failed(retry);
             }
         }
     }
@@ -174,10 +235,25 @@ impl Running {
             // Nobody here asked for that: the worker is going away.
             FinishReason::Cancelled => (Some(Retry::Broken("the worker cancelled it".into())), None),
             _ => {
-                self.cached_tokens.get_or_insert(finish.cached_tokens);
+                self.note_cached(finish.cached_tokens);
                 (None, Some(finish))
             }
         }
+    }
+
+    /// The present attempt told how many prompt tokens were cached; a later word of the same attempt replaces it.
+    fn note_cached(&mut self, cached_tokens: u32) {
+        if self.cached.is_none_or(|(attempt, _)| attempt == self.attempts) {
+            self.cached = Some((self.attempts, cached_tokens));
+        }
+    }
+
+    /// A place for the rest of the request on a worker that stays; `None` if there is none now, or no rest.
+    fn place_elsewhere(&self) -> Option<Placed> {
+        if self.already_over().is_some() || self.job.prompt.len() + self.emitted.len() > PROMPT_TOKENS_MAX {
+            return None;
+        }
+        self.cluster.place(&self.job.model, self.rest(), &self.avoid).ok()
     }
 
     /// A worker can die after its last token and before it says so: then nothing is left to do.
@@ -248,6 +324,9 @@ impl Running {
             loop {
                 let delivery = submission.next().await;
                 self.emitted.extend_from_slice(&delivery.tokens);
+                if let Some(cached_tokens) = delivery.cached_tokens {
+                    self.note_cached(cached_tokens);
+                }
                 if let Some(end) = delivery.end {
                     return end;
                 }
@@ -255,10 +334,12 @@ impl Running {
         };
         let told = tokio::time::timeout(CANCELLED_WAIT, end).await;
         let mut finish = match told {
-            Ok(End::Finished(finish)) if finish.reason() != FinishReason::Error => finish,
+            Ok(End::Finished(finish)) if finish.reason() != FinishReason::Error => {
+                self.note_cached(finish.cached_tokens);
+                finish
+            }
             _ => Finish::default(),
         };
-        self.cached_tokens.get_or_insert(finish.cached_tokens);
         finish.reason = FinishReason::Cancelled.into();
         self.end(Vec::new(), finish).await;
     }
@@ -268,7 +349,8 @@ impl Running {
         let prompt_tokens = u32::try_from(self.job.prompt.len()).unwrap_or(u32::MAX);
         finish.prompt_tokens = prompt_tokens;
         finish.completion_tokens = u32::try_from(self.emitted.len()).unwrap_or(u32::MAX);
-        finish.cached_tokens = self.cached_tokens.unwrap_or(finish.cached_tokens).min(prompt_tokens);
+        let cached_tokens = self.cached.map_or(finish.cached_tokens, |(_, tokens)| tokens);
+        finish.cached_tokens = cached_tokens.min(prompt_tokens);
         let event = GenerationEvent {
             tokens,
             finish: Some(finish),

@@ -1,6 +1,8 @@
 //! The coordinator with fake workers over real mTLS on loopback: only the engine is made up.
 
+mod drain;
 mod fake_worker;
+mod hangs;
 mod lives;
 mod requests;
 mod whole;
@@ -10,8 +12,10 @@ use crate::cluster::Cluster;
 use crate::{CoordinatorConfig, ModelConfig, server};
 use baton_gateway::{Backend, Generation, Job, WorkerState, WorkerStatus};
 use baton_identity::{Authority, Identity, Role};
+use baton_proto::cluster::Role as WorkerRole;
 use baton_proto::worker::{Finish, Sampling};
 use baton_raftstore::{RaftStore, RaftStoreConfig};
+use fake_worker::FakeWorker;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -73,6 +77,14 @@ impl Coordinator {
             .workers
             .into_iter()
             .find(|worker| worker.id == id)
+    }
+
+    fn worker(&self, id: &str, role: WorkerRole) -> FakeWorker {
+        FakeWorker::start(id, role, self.cluster_addr, self.worker_identity(id))
+    }
+
+    fn stalling(&self, id: &str, role: WorkerRole, tokens: i64) -> FakeWorker {
+        FakeWorker::start_stalling(id, role, self.cluster_addr, self.worker_identity(id), tokens)
     }
 
     async fn wait_ready(&self, id: &str) {

@@ -179,6 +179,22 @@ impl Client {
         }
     }
 
+    /// Posts a small JSON body and reads the small answer, whose status must be one of success.
+    pub async fn post(&self, path: &str, body: impl Into<Bytes>) -> Result<Bytes, Failure> {
+        let exchange = async {
+            let (response, _) = self.send(Method::POST, path, body.into()).await?;
+            let (status, body) = read_all(response, PLAIN_BODY_BYTES_MAX).await;
+            match status.is_success() {
+                true => Ok(body),
+                false => Err(status_failure(status, &body)),
+            }
+        };
+        match timeout(self.request_timeout, exchange).await {
+            Ok(result) => result,
+            Err(_) => Err(Failure::new(FailureKind::Timeout, "no answer in time")),
+        }
+    }
+
     async fn chat_untimed(&self, body: Bytes, intended: Instant) -> Result<Completion, Failure> {
         let (response, connection) = self.send(Method::POST, "/v1/chat/completions", body).await?;
         if response.status() != StatusCode::OK {

@@ -36,6 +36,12 @@ pub enum Command {
     Worker(ServeArgs),
     /// Shows the workers of a running cluster: role, process, state, load, blocks, last heartbeat.
     Status(StatusArgs),
+    /// Takes a worker out of service: its running requests go on elsewhere, and it exits once nothing is left on it.
+    ///
+    /// Clients notice a pause at most. Where no other worker has room, requests end where they are, up to the timeout; what
+    /// is left then is broken off. Waits until the worker has left. A worker drained under `baton up` is not started again
+    /// until `baton up` is.
+    Drain(DrainArgs),
     /// Writes a GGUF file's tokenizer, chat template and context length to a directory that a coordinator can read.
     ///
     /// `baton up` does this by itself. On real hosts, run it once, give the directory as the model's `path` in the
@@ -174,6 +180,22 @@ pub struct StatusArgs {
     /// Refresh every second until interrupted
     #[arg(long)]
     pub watch: bool,
+}
+
+/// Flags of `baton drain`.
+#[derive(Debug, Clone, Args)]
+pub struct DrainArgs {
+    /// The worker's id, as `baton status` shows it
+    #[arg(value_name = "WORKER")]
+    pub worker: String,
+    #[command(flatten)]
+    pub remote: Remote,
+    /// Seconds after which the worker leaves with whatever it still has
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u32).range(0..=3600))]
+    pub timeout: u32,
+    /// Print the outcome as a JSON object
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Reads the command line; without a command it means `up`.

@@ -40,6 +40,8 @@ pub enum ChildEvent {
     Exited {
         /// For people: exit code or signal.
         how: String,
+        /// It ended by itself and without a complaint, as a worker does that was drained.
+        clean: bool,
         /// Last line of its log.
         last_line: String,
     },
@@ -110,9 +112,12 @@ impl Child {
                 Ok(Ok(line)) if !killed => line,
                 _ => String::new(),
             };
+            let clean = status.as_ref().is_ok_and(ExitStatus::success);
             let how = status.map_or_else(|error| format!("is gone ({error})"), describe);
             // Nobody listens once the supervisor is gone.
-            let _ = events.send((slot, life, ChildEvent::Exited { how, last_line })).await;
+            let _ = events
+                .send((slot, life, ChildEvent::Exited { how, clean, last_line }))
+                .await;
         });
         Ok(Self { pid, orders })
     }

@@ -34,7 +34,7 @@ use data_dir::{DataDir, write_private};
 use log_file::LogFile;
 use plan::{BATCH_TOKENS_MAX, BLOCK_TOKENS, Plan, SEQUENCES_MAX};
 use progress::Progress;
-pub use progress::say;
+pub use progress::{print, say};
 use restart::Verdict;
 use serde_json::{Value, json};
 use std::net::SocketAddr;
@@ -171,7 +171,7 @@ async fn start_and_serve(
     };
     let now = ready(supervisor);
     now.write(&data.ready_file())?;
-    progress::print(&now.welcome(&data.logs(), plan.api_key.is_some()));
+    print(&now.welcome(&data.logs(), plan.api_key.is_some()));
     loop {
         match supervisor.next().await {
             Event::Report(slot, Report::Serving { .. } | Report::Registered) => {
@@ -179,6 +179,17 @@ async fn start_and_serve(
             }
             Event::Report(..) => {}
             Event::Restarted => ready(supervisor).write(&data.ready_file())?,
+            Event::Left(slot) => {
+                let name = supervisor.describe(slot).0;
+                if slot == coordinator {
+                    bail!("{name} was told to stop, and without it nothing is served");
+                }
+                say(&format!("{name} has left, as it was told to; it is not started again"));
+                if workers.iter().all(|w| supervisor.is_out(*w)) {
+                    say("no worker is left; requests are refused until `baton up` is started anew");
+                }
+                ready(supervisor).write(&data.ready_file())?;
+            }
             Event::Died { slot, why, verdict } => {
                 let name = supervisor.describe(slot).0;
                 match verdict {
@@ -193,7 +204,7 @@ async fn start_and_serve(
                             "{name} died {} times in a row and is left dead: {why}",
                             restart::FAST_DEATHS_MAX + 1
                         );
-                        let nothing_left = slot == coordinator || workers.iter().all(|w| supervisor.is_given_up(*w));
+                        let nothing_left = slot == coordinator || workers.iter().all(|w| supervisor.is_out(*w));
                         if nothing_left {
                             bail!(sentence);
                         }
@@ -234,7 +245,7 @@ async fn coordinator_serves(
                 },
             ) => return Ok((http_addr, cluster_addr)),
             Event::Died { slot, why, .. } => return Err(start_failed(supervisor, slot, &why)),
-            Event::Report(..) | Event::Restarted => progress.update(COORDINATOR, "starting"),
+            Event::Report(..) | Event::Restarted | Event::Left(_) => progress.update(COORDINATOR, "starting"),
         }
     }
 }
@@ -256,6 +267,7 @@ async fn workers_register(
                 }
             }
             Event::Died { slot, why, .. } => return Err(start_failed(supervisor, slot, &why)),
+            Event::Left(slot) => return Err(start_failed(supervisor, slot, "it was told to stop")),
             Event::Restarted => {}
         }
     }
@@ -274,6 +286,7 @@ async fn is_ready(url: &str, api_key: Option<String>, supervisor: &mut Superviso
             },
             event = supervisor.next() => match event {
                 Event::Died { slot, why, .. } => return Err(start_failed(supervisor, slot, &why)),
+                Event::Left(slot) => return Err(start_failed(supervisor, slot, "it was told to stop")),
                 _ => continue,
             },
         };

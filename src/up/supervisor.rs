@@ -9,6 +9,7 @@
 //!                         Paused ◀──────────────────┘      (restart policy: `restart.rs`)
 //!                           │
 //!                           └── too many fast deaths ──▶ GivenUp
+//! Up ── exited without a complaint: it was drained, or told to stop ──▶ Left, and not started again
 //! any ── stop() ──▶ told to stop, then killed ──▶ Stopped
 //! ```
 //!
@@ -50,6 +51,8 @@ pub enum Event {
     },
     /// A process was started again, under a new process id.
     Restarted,
+    /// A process ended because somebody told it to (`baton drain`, a signal); it stays out.
+    Left(Slot),
 }
 
 #[derive(Debug)]
@@ -58,6 +61,7 @@ enum State {
     Up(Child),
     Paused { until: Instant },
     GivenUp,
+    Left,
     Stopped,
 }
 
@@ -76,7 +80,7 @@ impl Process {
     fn child(&self) -> Option<&Child> {
         match &self.state {
             State::Starting(child) | State::Up(child) => Some(child),
-            State::Paused { .. } | State::GivenUp | State::Stopped => None,
+            State::Paused { .. } | State::GivenUp | State::Left | State::Stopped => None,
         }
     }
 }
@@ -125,9 +129,9 @@ impl Supervisor {
         matches!(self.processes[slot].state, State::Up(_))
     }
 
-    /// Whether the process was given up.
-    pub fn is_given_up(&self, slot: Slot) -> bool {
-        matches!(self.processes[slot].state, State::GivenUp)
+    /// Whether the process will not run again: it was given up, or has left.
+    pub fn is_out(&self, slot: Slot) -> bool {
+        matches!(self.processes[slot].state, State::GivenUp | State::Left)
     }
 
     /// Waits for the next thing to happen, restarting what is due. Cancel-safe.
@@ -196,7 +200,11 @@ impl Supervisor {
                 }
                 Some(Event::Report(slot, report))
             }
-            ChildEvent::Exited { how, last_line } => {
+            ChildEvent::Exited { clean: true, .. } if matches!(process.state, State::Up(_)) => {
+                process.state = State::Left;
+                Some(Event::Left(slot))
+            }
+            ChildEvent::Exited { how, last_line, .. } => {
                 let log = process.spec.log.display();
                 let why = match (process.reason.take(), last_line.is_empty()) {
                     (Some(reason), _) => reason,

@@ -5,8 +5,10 @@
 mod bad_input;
 mod clients;
 mod disaggregated;
+mod drain;
 mod failures;
 mod gguf;
+mod proof;
 mod serving;
 mod support;
 mod survival;

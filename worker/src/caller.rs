@@ -52,6 +52,7 @@ impl Outbox {
             Some(&index) => {
                 let waiting = &mut self.waiting[index];
                 waiting.token_ids.extend(delta.token_ids);
+                waiting.cached_tokens = delta.cached_tokens.or(waiting.cached_tokens);
                 waiting.finish = delta.finish;
                 if waiting.finish.is_some() {
                     self.at.remove(&delta.id);
@@ -95,14 +96,34 @@ mod tests {
             id,
             token_ids: tokens.to_vec(),
             finish: finish.then(Finish::default),
+            cached_tokens: None,
         }
     }
 
     fn received(receiver: &mut mpsc::Receiver<Result<FromWorker, Status>>) -> Vec<SequenceDelta> {
         match receiver.try_recv().unwrap().unwrap().kind.unwrap() {
             from_worker::Kind::Step(step) => step.deltas,
-            from_worker::Kind::Hello(_) => panic!("no hello was sent"),
+            other => panic!("only steps were sent: {other:?}"),
         }
+    }
+
+    #[test]
+    fn a_count_of_cached_tokens_survives_merging() {
+        let (sender, mut receiver) = mpsc::channel(1);
+        let mut outbox = Outbox::new(sender);
+        let told = |cached_tokens| SequenceDelta {
+            cached_tokens,
+            ..delta(1, &[], false)
+        };
+        outbox.add(told(Some(16)));
+        outbox.add(told(Some(32)));
+        outbox.add(delta(1, &[7], false));
+        assert_eq!(outbox.flush(), Flushed::Empty);
+        let expected = SequenceDelta {
+            cached_tokens: Some(32),
+            ..delta(1, &[7], false)
+        };
+        assert_eq!(received(&mut receiver), vec![expected]);
     }
 
     #[test]

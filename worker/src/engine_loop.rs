@@ -24,6 +24,8 @@ use tracing::{Instrument, Span};
 const COMMANDS_PER_STEP_MAX: usize = 256;
 /// Pause before a slow caller is tried again while there is nothing to compute.
 const SLOW_CALLER_PAUSE: Duration = Duration::from_millis(1);
+/// Why a draining worker takes nothing.
+const DRAINING: &str = "the worker is being drained";
 
 /// One request as this worker sees it.
 struct Job {
@@ -64,8 +66,11 @@ enum Kind {
         /// What a fill needs, until it is started.
         fill: Option<FillSpec>,
         fill_cancelled: CancellationToken,
-        /// Who computed the prompt, and what it took from its prefix cache; set by a fill that succeeded.
-        filled: Option<(String, usize)>,
+        /// Who computed the prompt; set by a fill that succeeded.
+        filled: Option<String>,
+        /// Prompt tokens that the prefill worker found in its prefix cache. Counts even if it dies before it is done: the
+        /// caller is told what it would have been told without that.
+        fill_cached: u32,
     },
     Prefill {
         layers: LayerPush,
@@ -144,6 +149,7 @@ impl EngineLoop {
                 tracing::debug!(%seq, "preempted: blocks ran out");
             }
             self.start_fills(&plan);
+            self.tell_cached(&plan);
             self.push_reused(&plan);
             idle = plan.batch.is_empty();
             if !idle {
@@ -178,6 +184,7 @@ impl EngineLoop {
             } => self.generate(ticket, caller, *request),
             Command::Prefill(command) => self.prefill(*command),
             Command::Cancel { ticket } => self.cancel(ticket),
+            Command::FillCached { ticket, cached_tokens } => self.fill_cached(ticket, cached_tokens),
             Command::FillEnded { ticket, end } => self.fill_ended(ticket, end),
             Command::PushEnded { ticket, finish } => self.push_ended(ticket, finish),
             // Handled where commands are received.
@@ -198,6 +205,9 @@ impl EngineLoop {
             prefill_peer,
             priority: _,
         } = request;
+        if self.shared.is_draining() {
+            return self.refuse(ticket, caller, id, DRAINING.into(), true);
+        }
         let params = match SamplingParams::try_from(&sampling.unwrap_or_default()) {
             Ok(params) => params,
             Err(error) => return self.refuse(ticket, caller, id, error.to_string(), false),
@@ -221,6 +231,7 @@ impl EngineLoop {
             fill,
             fill_cancelled: CancellationToken::new(),
             filled: None,
+            fill_cached: 0,
         };
         match submitted {
             Ok(seq) => self.admit(seq, Job::new(ticket, caller, id, request_id, span, kind)),
@@ -237,6 +248,9 @@ impl EngineLoop {
             prefilled,
             cancelled,
         } = command;
+        if self.shared.is_draining() {
+            return self.refuse(ticket, caller, request.id, DRAINING.into(), true);
+        }
         let span = tracing::info_span!(
             "prefill",
             request_id = %request.request_id,
@@ -286,8 +300,8 @@ impl EngineLoop {
             caller,
             SequenceDelta {
                 id,
-                token_ids: Vec::new(),
                 finish: Some(finish),
+                ..Default::default()
             },
         );
     }
@@ -357,7 +371,7 @@ impl EngineLoop {
             let (handle, ticket) = (self.handle.clone(), job.ticket);
             let span = tracing::info_span!(parent: &job.span, "hand_over", peer = %request.peer.worker_id);
             let task = async move {
-                let end = fill(&fills, request, &cancelled).await;
+                let end = fill(&fills, request, &cancelled, &handle, ticket).await;
                 handle.send(Command::FillEnded { ticket, end }).await;
             };
             self.runtime.spawn(task.instrument(span));
@@ -374,9 +388,14 @@ impl EngineLoop {
         }
         match end {
             FillEnd::Done((worker_id, done)) if (done.first_token as usize) < self.engine.vocab_size() => {
-                if let Kind::Generate { filled, .. } = &mut job.kind {
-                    *filled = Some((worker_id, done.cached_tokens as usize));
+                if let Kind::Generate {
+                    filled, fill_cached, ..
+                } = &mut job.kind
+                {
+                    *filled = Some(worker_id);
+                    *fill_cached = done.cached_tokens;
                 }
+                self.answer_cached(seq);
                 if let Some(output) = self.scheduler.fill_done(seq, done.first_token) {
                     self.emit(output);
                 }
@@ -405,12 +424,50 @@ impl EngineLoop {
                 caller,
                 SequenceDelta {
                     id,
-                    token_ids: Vec::new(),
                     finish: Some(finish),
+                    ..Default::default()
                 },
             );
         }
         self.forget(seq);
+    }
+
+    /// Callers hear what was cached before the prompt is computed: a count that must outlive this process. It leaves with
+    /// the step's tokens, so it costs a message only where a prompt takes several steps or a fill.
+    fn tell_cached(&mut self, plan: &Plan) {
+        let found = plan.reused.iter().map(|reuse| reuse.seq);
+        for seq in plan.admitted.iter().copied().chain(found) {
+            self.answer_cached(seq);
+        }
+    }
+
+    fn fill_cached(&mut self, ticket: Ticket, cached_tokens: u32) {
+        let Some(&seq) = self.seqs.get(&ticket) else { return };
+        if let Some(Job {
+            kind: Kind::Generate { fill_cached, .. },
+            ..
+        }) = self.jobs.get_mut(&seq)
+        {
+            *fill_cached = cached_tokens;
+            self.answer_cached(seq);
+        }
+    }
+
+    fn answer_cached(&mut self, seq: SeqId) {
+        let Some(job) = self.jobs.get(&seq) else { return };
+        let Some(here) = self.scheduler.cached_tokens(seq).filter(|_| !job.answered) else {
+            return;
+        };
+        let elsewhere = match &job.kind {
+            Kind::Generate { fill_cached, .. } => *fill_cached,
+            Kind::Prefill { .. } => 0,
+        };
+        let delta = SequenceDelta {
+            id: job.id,
+            cached_tokens: Some(saturate(here).max(elsewhere)),
+            ..Default::default()
+        };
+        self.tell(job.caller, delta);
     }
 
     /// Blocks found in the prefix cache appear in no step, so they are pushed when they are found.
@@ -454,7 +511,9 @@ impl EngineLoop {
                 }
             }
         });
-        self.scheduler.observe_step(&plan.batch, started.elapsed());
+        let took = started.elapsed();
+        self.shared.stepped(took);
+        self.scheduler.observe_step(&plan.batch, took);
         let outputs = match sampled {
             Ok(sampled) => self.scheduler.commit(&plan.batch, &sampled),
             Err(error @ EngineError::Lost(_)) => return Err(error.to_string()),
@@ -529,26 +588,35 @@ impl EngineLoop {
         let finish = finish.map(|finish| {
             job.answered = true;
             self.shared.ended(job.ticket);
-            let filled = match &job.kind {
-                Kind::Generate { filled, .. } => filled.clone(),
-                Kind::Prefill { .. } => None,
+            let (filled, elsewhere) = match &job.kind {
+                Kind::Generate {
+                    filled, fill_cached, ..
+                } => (filled.clone(), *fill_cached),
+                Kind::Prefill { .. } => (None, 0),
             };
-            let remote_cached = filled.as_ref().map_or(0, |(_, cached)| *cached);
+            let prompt_tokens = saturate(finish.prompt_tokens);
             worker::Finish {
                 reason: worker::FinishReason::from(finish.reason) as i32,
-                prompt_tokens: saturate(finish.prompt_tokens),
-                cached_tokens: saturate(finish.cached_tokens.max(remote_cached).min(finish.prompt_tokens)),
+                prompt_tokens,
+                cached_tokens: saturate(finish.cached_tokens).max(elsewhere).min(prompt_tokens),
                 completion_tokens: saturate(finish.completion_tokens),
                 error: finish.error,
                 retryable: finish.reason == FinishReason::Error,
-                prefill_worker_id: filled.map(|(worker_id, _)| worker_id).unwrap_or_default(),
+                prefill_worker_id: filled.unwrap_or_default(),
                 queued_us: micros(job.submitted, job.scheduled),
                 prefill_us: job.scheduled.map_or(0, |at| micros(at, job.first_token)),
                 decode_us: job.first_token.map_or(0, |at| micros(at, Some(Instant::now()))),
             }
         });
-        let (caller, id) = (job.caller, job.id);
-        self.tell(caller, SequenceDelta { id, token_ids, finish });
+        let cached_tokens = finish.as_ref().map(|finish| finish.cached_tokens);
+        let delta = SequenceDelta {
+            id: job.id,
+            token_ids,
+            finish,
+            cached_tokens,
+        };
+        let caller = job.caller;
+        self.tell(caller, delta);
     }
 
     /// Sends what callers take now; true if one of them is slow.

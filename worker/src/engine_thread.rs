@@ -10,16 +10,20 @@ use crate::fill::{FillContext, FillEnd};
 use crate::push::LayerPush;
 use baton_engine::{Engine, Scheduler, SchedulerConfig};
 use baton_proto::cluster::Heartbeat;
-use baton_proto::worker::{Finish, Generate, Prefill, PrefillDone};
+use baton_proto::worker::{Finish, Generate, Prefill, PrefillDone, Pulse};
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::sync::{mpsc, oneshot};
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 /// Commands waiting for the engine. It takes them all between two steps; this many arrive in one step only under
 /// overload, and then the streams wait.
 const COMMANDS_MAX: usize = 1024;
+
+/// How often a draining worker looks whether anything is left.
+const AT_REST_LOOK: Duration = Duration::from_millis(20);
 
 /// Names a request within this process, whatever stream it came on.
 pub(crate) type Ticket = u64;
@@ -41,6 +45,11 @@ pub(crate) enum Command {
     Prefill(Box<PrefillCommand>),
     Cancel {
         ticket: Ticket,
+    },
+    /// The prefill worker found so many prompt tokens in its prefix cache.
+    FillCached {
+        ticket: Ticket,
+        cached_tokens: u32,
     },
     /// The fill's window is closed.
     FillEnded {
@@ -74,6 +83,16 @@ pub(crate) struct Shared {
     live: Mutex<HashSet<Ticket>>,
     heartbeat: Mutex<Heartbeat>,
     pushes: Mutex<Pushes>,
+    steps: Mutex<Steps>,
+    /// Nothing new is taken any more.
+    draining: watch::Sender<bool>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Steps {
+    total: u64,
+    /// The longest recent one.
+    max: Duration,
 }
 
 #[derive(Default)]
@@ -86,6 +105,17 @@ struct Pushes {
 impl Shared {
     pub(crate) fn ended(&self, ticket: Ticket) {
         lock(&self.live).remove(&ticket);
+    }
+
+    /// A step ended. A long one is forgotten by and by: after 22 shorter ones half of it is left.
+    pub(crate) fn stepped(&self, took: Duration) {
+        let mut steps = lock(&self.steps);
+        steps.total += 1;
+        steps.max = took.max(steps.max * 31 / 32);
+    }
+
+    pub(crate) fn is_draining(&self) -> bool {
+        *self.draining.borrow()
     }
 
     pub(crate) fn publish(&self, heartbeat: Heartbeat) {
@@ -152,7 +182,45 @@ impl EngineHandle {
             } else {
                 (pushes.overlap_sum / pushes.count as f64) as f32
             },
+            draining: self.shared.is_draining(),
             ..*lock(&self.shared.heartbeat)
+        }
+    }
+
+    /// A sign of life for a caller with open requests, of which `taken` is the largest id.
+    pub(crate) fn pulse(&self, taken: u64) -> Pulse {
+        let steps = *lock(&self.shared.steps);
+        let load = *lock(&self.shared.heartbeat);
+        Pulse {
+            steps_total: steps.total,
+            step_us_max: u32::try_from(steps.max.as_micros()).unwrap_or(u32::MAX),
+            taken,
+            transferring: load.transferring,
+            pending_prompt_tokens: load.pending_prompt_tokens,
+            prefill_tokens_per_s: load.prefill_tokens_per_s,
+        }
+    }
+
+    /// Takes nothing new from now on: every further request is refused as one that may go elsewhere.
+    pub(crate) fn drain(&self) {
+        self.shared.draining.send_replace(true);
+    }
+
+    /// Resolves once the worker drains.
+    pub(crate) async fn drains(&self) {
+        // The sender lives as long as this handle.
+        let _ = self.shared.draining.subscribe().wait_for(|draining| *draining).await;
+    }
+
+    /// Resolves once no caller waits for anything and no transfer is under way.
+    pub(crate) async fn at_rest(&self) {
+        loop {
+            let live = lock(&self.shared.live).len();
+            let load = *lock(&self.shared.heartbeat);
+            if live == 0 && load.running + load.waiting + load.transferring == 0 {
+                return;
+            }
+            tokio::time::sleep(AT_REST_LOOK).await;
         }
     }
 

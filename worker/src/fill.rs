@@ -4,11 +4,16 @@
 //! can land in a block that has gone to someone else:
 //!
 //! - done: every block and the first token are here;
-//! - failed: the peer is gone, refused, or too slow; the scheduler prefills locally;
+//! - failed: the peer is gone, hangs, refused, or is too slow; the scheduler prefills locally;
 //! - cancelled: nobody wants the tokens any more.
+//!
+//! A hang is found by the watchdog from the peer's pulses and from bytes that land. Then the prompt is computed here rather
+//! than on another prefill worker: it starts at once, needs nobody's word, and only the router knows who else has room;
+//! it stops choosing the hung worker by itself.
 
 use crate::compression::{KvCompression, Rows};
-use crate::peers::{Peers, is_prefilled};
+use crate::engine_thread::{Command, EngineHandle, Ticket};
+use crate::peers::{Peers, PendingEvent, is_prefilled};
 use baton_engine::spans::{self, Table};
 use baton_kvtransfer::{Agent, Region};
 use baton_model::KvGeometry;
@@ -54,10 +59,16 @@ pub(crate) enum FillEnd {
     Cancelled,
 }
 
-/// Runs one fill to its end.
-pub(crate) async fn fill(context: &FillContext, job: FillJob, cancelled: &CancellationToken) -> FillEnd {
+/// Runs one fill to its end. Meanwhile the engine hears what the peer found in its prefix cache, as soon as it says so.
+pub(crate) async fn fill(
+    context: &FillContext,
+    job: FillJob,
+    cancelled: &CancellationToken,
+    engine: &EngineHandle,
+    ticket: Ticket,
+) -> FillEnd {
     let worker_id = job.peer.worker_id.clone();
-    let attempt = tokio::time::timeout(context.timeout, attempt(context, job));
+    let attempt = tokio::time::timeout(context.timeout, attempt(context, job, engine, ticket));
     tokio::select! {
         biased;
         () = cancelled.cancelled() => FillEnd::Cancelled,
@@ -69,7 +80,12 @@ pub(crate) async fn fill(context: &FillContext, job: FillJob, cancelled: &Cancel
     }
 }
 
-async fn attempt(context: &FillContext, job: FillJob) -> Result<PrefillDone, String> {
+async fn attempt(
+    context: &FillContext,
+    job: FillJob,
+    engine: &EngineHandle,
+    ticket: Ticket,
+) -> Result<PrefillDone, String> {
     let link = context
         .peers
         .link(&job.peer.addr, job.peer.epoch)
@@ -117,15 +133,27 @@ async fn attempt(context: &FillContext, job: FillJob) -> Result<PrefillDone, Str
             .into(),
         })
         .map_err(|error| error.to_string())?;
-    let payload = tokio::select! {
-        payload = window.wait() => payload.map_err(|error| error.to_string())?,
-        finish = pending.finished() => {
-            let finish = finish.map_err(|error| error.to_string())?;
-            if !is_prefilled(&finish) {
-                return Err(if finish.error.is_empty() { "the prefill worker gave up".into() } else { finish.error });
+    let payload = loop {
+        let event = tokio::select! {
+            payload = window.wait() => break payload.map_err(|error| error.to_string())?,
+            event = pending.next(|| window.landed()) => event,
+        };
+        match event {
+            PendingEvent::Cached(cached_tokens) => engine.send(Command::FillCached { ticket, cached_tokens }).await,
+            PendingEvent::Finished(finish) => {
+                let finish = finish.map_err(|error| error.to_string())?;
+                if !is_prefilled(&finish) {
+                    return Err(if finish.error.is_empty() {
+                        "the prefill worker gave up".into()
+                    } else {
+                        finish.error
+                    });
+                }
+                // Its word may overtake the last notification, which is on its way on another connection.
+                break window.wait().await.map_err(|error| error.to_string())?;
             }
-            // Its word may overtake the last notification, which is on its way on another connection.
-            window.wait().await.map_err(|error| error.to_string())?
+            // Dropping the request cancels it on the peer, should that wake up.
+            PendingEvent::Hangs(hang) => return Err(hang.to_string()),
         }
     };
     if let Some((rows, staging)) = staging {

@@ -26,6 +26,7 @@
 mod caller;
 mod compression;
 mod config;
+mod drain;
 mod engine_loop;
 mod engine_thread;
 mod error;

@@ -4,12 +4,13 @@
 //! ```text
 //! Connecting ──Registered(epoch)──▶ Member ──stream breaks──▶ Connecting (next coordinator, growing pause)
 //!     │                               │
-//!     └──Refused──▶ the process ends  └──Shutdown or local stop──▶ Leaving, the process ends
+//!     └──Refused──▶ the process ends  └──Shutdown, or drained (`drain.rs`)──▶ Leaving, the process ends
 //! ```
 //!
 //! Each registration gets a new epoch. Requests keep running while the stream is down: membership says where new work
 //! goes, not whether old work lives.
 
+use crate::drain::DrainOrders;
 use crate::engine_thread::EngineHandle;
 use crate::server::{Advertised, Startup};
 use crate::{WorkerConfig, WorkerError};
@@ -25,6 +26,9 @@ use tonic::transport::Endpoint;
 
 /// Time to reach a coordinator before the next one is tried.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// A coordinator is asked this often whether it is still there, and has as long to answer: after a cut of the network both
+/// sides must find out, or the worker would wait for the system's retransmissions.
+const KEEP_ALIVE: Duration = Duration::from_secs(1);
 /// First pause between attempts; doubles up to [`PAUSE_MAX`].
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 /// Longest pause between attempts: a returning coordinator sees its workers within this.
@@ -34,6 +38,16 @@ const REPORTS_MAX: usize = 2;
 /// Shortest heartbeat interval a coordinator may ask for.
 const HEARTBEAT_MIN: Duration = Duration::from_millis(50);
 
+/// What a member is and knows.
+pub(crate) struct Member<'a> {
+    pub(crate) config: &'a WorkerConfig,
+    pub(crate) identity: &'a Identity,
+    pub(crate) advertised: &'a Advertised,
+    pub(crate) engine: &'a EngineHandle,
+    /// Takes orders to drain, each with its deadline.
+    pub(crate) drain_orders: DrainOrders,
+}
+
 /// How one registration ended.
 enum End {
     Stopped,
@@ -41,19 +55,16 @@ enum End {
     Broken(String),
 }
 
-/// Keeps this worker registered until `shutdown`, or until a coordinator refuses it or orders it to stop.
+/// Keeps this worker registered until `leave`, or until a coordinator refuses it or orders it to stop.
 pub(crate) async fn run(
-    config: &WorkerConfig,
-    identity: &Identity,
-    advertised: &Advertised,
-    engine: &EngineHandle,
+    member: &Member<'_>,
     startup: &(dyn Fn(Startup) + Send + Sync),
-    shutdown: &CancellationToken,
+    leave: &CancellationToken,
 ) -> Result<(), WorkerError> {
     let mut pause = PAUSE_MIN;
-    for &addr in config.coordinator_addrs.iter().cycle() {
+    for &addr in member.config.coordinator_addrs.iter().cycle() {
         let mut registered = false;
-        let end = join(config, identity, advertised, engine, addr, shutdown, |epoch| {
+        let end = join(member, addr, leave, |epoch| {
             registered = true;
             startup(Startup::Registered { epoch });
         });
@@ -69,7 +80,7 @@ pub(crate) async fn run(
             (pause * 2).min(PAUSE_MAX)
         };
         tokio::select! {
-            () = shutdown.cancelled() => return Ok(()),
+            () = leave.cancelled() => return Ok(()),
             () = tokio::time::sleep(pause) => {}
         }
     }
@@ -79,19 +90,28 @@ pub(crate) async fn run(
 }
 
 async fn join(
-    config: &WorkerConfig,
-    identity: &Identity,
-    advertised: &Advertised,
-    engine: &EngineHandle,
+    member: &Member<'_>,
     addr: SocketAddr,
-    shutdown: &CancellationToken,
+    leave: &CancellationToken,
     mut registered: impl FnMut(u64),
 ) -> Result<End, WorkerError> {
+    let Member {
+        config,
+        identity,
+        advertised,
+        engine,
+        drain_orders,
+    } = member;
     let broken = |what: &str, error: &dyn std::fmt::Display| Ok(End::Broken(format!("{what}: {error}")));
     let endpoint = match Endpoint::from_shared(format!("https://{addr}"))
         .and_then(|endpoint| endpoint.tls_config(identity.tonic_client(Role::Coordinator)))
     {
-        Ok(endpoint) => endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true),
+        Ok(endpoint) => endpoint
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE)
+            .keep_alive_while_idle(true),
         Err(error) => return broken("cannot set up TLS", &error),
     };
     let channel = match endpoint.connect().await {
@@ -113,11 +133,15 @@ async fn join(
     };
     // Until the coordinator says otherwise; replaced by its own interval on registration.
     let mut heartbeat = tokio::time::interval(Duration::from_millis(500));
-    let mut member = false;
+    let mut registered_here = false;
+    let mut told_draining = false;
+    let heartbeat_report = || WorkerReport {
+        kind: Some(worker_report::Kind::Heartbeat(engine.heartbeat())),
+    };
     loop {
         tokio::select! {
-            () = shutdown.cancelled() => {
-                let leaving = Leaving { reason: "the worker was told to stop".into() };
+            () = leave.cancelled() => {
+                let leaving = Leaving { reason: "it was told to, and has nothing left".into() };
                 let _ = reports.send(WorkerReport { kind: Some(worker_report::Kind::Leaving(leaving)) }).await;
                 drop(reports);
                 // The coordinator closes the stream once it has taken the goodbye.
@@ -130,7 +154,7 @@ async fn join(
                         advertised.set_epoch(order.epoch);
                         let interval = Duration::from_millis(order.heartbeat_interval_ms.into());
                         heartbeat = tokio::time::interval(interval.max(HEARTBEAT_MIN));
-                        member = true;
+                        registered_here = true;
                         tracing::info!(coordinator = %addr, epoch = order.epoch, "registered");
                         registered(order.epoch);
                     }
@@ -139,15 +163,24 @@ async fn join(
                         tracing::info!(reason = %order.reason, "the coordinator ordered a stop");
                         return Ok(End::Stopped);
                     }
+                    Some(coordinator_order::Kind::Drain(order)) => {
+                        tracing::info!(reason = %order.reason, deadline_ms = order.deadline_ms, "ordered to drain");
+                        // Full: it drains already.
+                        let _ = drain_orders.try_send(Duration::from_millis(order.deadline_ms.into()));
+                    }
                     _ => tracing::debug!("an order of a kind this version does not know"),
                 },
                 Ok(None) => return Ok(End::Broken("the coordinator closed the stream".into())),
                 Err(status) => return broken("the stream broke", &status.message()),
             },
-            _ = heartbeat.tick(), if member => {
-                let report = WorkerReport { kind: Some(worker_report::Kind::Heartbeat(engine.heartbeat())) };
+            // Told at once, so that coordinators have the whole time left to move what runs here.
+            () = engine.drains(), if registered_here && !told_draining => {
+                told_draining = true;
+                let _ = reports.send(heartbeat_report()).await;
+            }
+            _ = heartbeat.tick(), if registered_here => {
                 // A full queue means that the last heartbeat has not left yet: a newer one would not help.
-                let _ = reports.try_send(report);
+                let _ = reports.try_send(heartbeat_report());
             }
         }
     }

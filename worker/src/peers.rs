@@ -2,22 +2,28 @@
 //! all fills, dropped when it breaks.
 //!
 //! A broken stream is the quickest sign of a dead peer (the kernel resets the TCP connection when the process dies),
-//! so every fill waits on it beside its window.
+//! so every fill waits on it beside its window. A peer that hangs keeps its stream: that is for `baton_watchdog`, which
+//! looks at each request ten times a second.
 
 use baton_identity::{Identity, Role};
 use baton_proto::worker::worker_client::WorkerClient;
 use baton_proto::worker::{Cancel, Finish, FinishReason, FromWorker, Hello, Prefill, ToWorker, from_worker, to_worker};
 use baton_proto::{PROTOCOL_VERSION, limits};
+use baton_watchdog::{Hang, LOOK_EVERY_MS, Vitals, Watch};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
-use tokio::sync::{mpsc, oneshot};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::MissedTickBehavior;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
 
-/// Time to connect and greet. Peers share a network; longer means the peer is not there.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Time to connect and greet. Peers share a network, where it takes milliseconds: longer means that the peer is not there,
+/// and the prompt waits.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// A peer that could not be reached is not tried again for so long: prompts would wait for it in vain.
+const AGAIN_AFTER: Duration = Duration::from_millis(500);
 /// Silence after which a peer is asked whether it lives, and how long it may take to answer.
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
 /// Messages queued to one peer: a prefill and a cancel for each of the sequences a worker runs at once.
@@ -36,6 +42,29 @@ pub(crate) enum PeerError {
     Gone,
     #[error("too many requests are queued to the prefill worker")]
     Busy,
+    #[error("nothing is heard from the prefill worker")]
+    Silent,
+}
+
+/// A peer's link. Locked while it is being opened.
+type Slot = Arc<tokio::sync::Mutex<State>>;
+
+#[derive(Default)]
+enum State {
+    #[default]
+    New,
+    Opened(Arc<Link>),
+    /// Opening failed, then and for this reason: whoever waited for that attempt shares it.
+    Failed(Instant, PeerError),
+}
+
+impl State {
+    fn link(&self) -> Option<&Arc<Link>> {
+        match self {
+            Self::Opened(link) => Some(link).filter(|link| link.is_open()),
+            Self::New | Self::Failed(..) => None,
+        }
+    }
 }
 
 /// All peers of this worker.
@@ -43,7 +72,8 @@ pub(crate) struct Peers {
     identity: Identity,
     name: String,
     kv_digest: [u8; 32],
-    links: tokio::sync::Mutex<HashMap<(String, u64), Arc<Link>>>,
+    /// By address and epoch. At most one per peer that fills use at this moment, or used last.
+    slots: Mutex<HashMap<(String, u64), Slot>>,
 }
 
 impl Peers {
@@ -52,26 +82,46 @@ impl Peers {
             identity,
             name,
             kv_digest,
-            links: tokio::sync::Mutex::new(HashMap::new()),
+            slots: Mutex::default(),
         }
     }
 
-    /// The live link to a peer, opened if need be. Two callers for one peer share the attempt.
+    /// The live link to a peer, opened if need be. Callers for one peer share the attempt and its failure; callers for
+    /// others do not wait for it.
     pub(crate) async fn link(&self, addr: &str, epoch: u64) -> Result<Arc<Link>, PeerError> {
-        let mut links = self.links.lock().await;
-        links.retain(|_, link| link.is_open());
-        if let Some(link) = links.get(&(addr.to_owned(), epoch)) {
-            return Ok(link.clone());
+        let asked = Instant::now();
+        let slot = self.slot(addr, epoch);
+        let mut slot = slot.lock().await;
+        match &*slot {
+            State::Failed(at, error) if *at >= asked || at.elapsed() < AGAIN_AFTER => return Err(error.clone()),
+            state => {
+                if let Some(link) = state.link() {
+                    return Ok(link.clone());
+                }
+            }
         }
         let unreachable = |reason: String| PeerError::Unreachable {
             addr: addr.to_owned(),
             reason,
         };
-        let link = tokio::time::timeout(CONNECT_TIMEOUT, self.open(addr, epoch))
+        let opened = tokio::time::timeout(CONNECT_TIMEOUT, self.open(addr, epoch))
             .await
-            .map_err(|_| unreachable(format!("no answer within {CONNECT_TIMEOUT:?}")))??;
-        links.insert((addr.to_owned(), epoch), link.clone());
-        Ok(link)
+            .unwrap_or_else(|_| Err(unreachable(format!("no answer within {CONNECT_TIMEOUT:?}"))));
+        *slot = match &opened {
+            Ok(link) => State::Opened(link.clone()),
+            Err(error) => State::Failed(Instant::now(), error.clone()),
+        };
+        opened
+    }
+
+    fn slot(&self, addr: &str, epoch: u64) -> Slot {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        // One that nobody else holds is in use by no caller; without an open link it is of no use.
+        slots.retain(|_, slot| {
+            let of_use = |slot: &Slot| slot.try_lock().is_ok_and(|state| state.link().is_some());
+            Arc::strong_count(slot) > 1 || of_use(slot)
+        });
+        slots.entry((addr.to_owned(), epoch)).or_default().clone()
     }
 
     async fn open(&self, addr: &str, epoch: u64) -> Result<Arc<Link>, PeerError> {
@@ -134,7 +184,9 @@ impl Peers {
             open: Mutex::new(Some(Open {
                 next_id: 1,
                 waiting: HashMap::new(),
+                vitals: Vitals::new(reply.pulse_interval_ms, 0),
             })),
+            since: Instant::now(),
         });
         tokio::spawn(receive(link.clone(), inbound));
         Ok(link)
@@ -146,11 +198,20 @@ pub(crate) struct Link {
     outbound: mpsc::Sender<ToWorker>,
     /// None once the stream has broken.
     open: Mutex<Option<Open>>,
+    /// Where the watchdog's milliseconds begin.
+    since: Instant,
 }
 
 struct Open {
     next_id: u64,
-    waiting: HashMap<u64, oneshot::Sender<Finish>>,
+    waiting: HashMap<u64, Waiting>,
+    vitals: Vitals,
+}
+
+/// The way back to a request.
+struct Waiting {
+    finished: oneshot::Sender<Finish>,
+    cached: watch::Sender<Option<u32>>,
 }
 
 impl Link {
@@ -159,25 +220,47 @@ impl Link {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<Open>> {
-        self.open.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
     /// Sends a prefill request (its id is set here). Dropping the answer cancels it on the peer.
     pub(crate) fn prefill(self: &Arc<Self>, mut request: Prefill) -> Result<Pending, PeerError> {
-        let (sender, finished) = oneshot::channel();
-        let id = {
+        let (finished_sender, finished) = oneshot::channel();
+        let (cached_sender, cached) = watch::channel(None);
+        let now_ms = self.now_ms();
+        let (id, watch) = {
             let mut open = self.lock();
             let open = open.as_mut().ok_or(PeerError::Gone)?;
+            if open.waiting.is_empty() {
+                // No pulse was due until now.
+                open.vitals.heard(now_ms);
+            } else if open.vitals.is_silent(now_ms) {
+                return Err(PeerError::Silent);
+            }
             let id = open.next_id;
             open.next_id += 1;
-            open.waiting.insert(id, sender);
-            id
+            let waiting = Waiting {
+                finished: finished_sender,
+                cached: cached_sender,
+            };
+            open.waiting.insert(id, waiting);
+            (id, Watch::new(&open.vitals, id, request.prompt.len(), now_ms))
         };
         request.id = id;
+        let mut looks = tokio::time::interval(Duration::from_millis(LOOK_EVERY_MS));
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let pending = Pending {
             link: self.clone(),
             id,
             finished,
+            cached,
+            watch,
+            landed: 0,
+            looks,
         };
         match self.outbound.try_send(ToWorker {
             kind: Some(to_worker::Kind::Prefill(request)),
@@ -194,12 +277,55 @@ pub(crate) struct Pending {
     link: Arc<Link>,
     id: u64,
     finished: oneshot::Receiver<Finish>,
+    cached: watch::Receiver<Option<u32>>,
+    watch: Watch,
+    /// Bytes landed at the last look.
+    landed: u64,
+    looks: tokio::time::Interval,
+}
+
+/// What a peer does about a request.
+pub(crate) enum PendingEvent {
+    /// It found so many prompt tokens in its prefix cache.
+    Cached(u32),
+    /// Its last word, or [`PeerError::Gone`] when the stream breaks first.
+    Finished(Result<Finish, PeerError>),
+    /// It is to be given up.
+    Hangs(Hang),
 }
 
 impl Pending {
-    /// The peer's last word on the request, or [`PeerError::Gone`] when the stream breaks first.
-    pub(crate) async fn finished(&mut self) -> Result<Finish, PeerError> {
-        (&mut self.finished).await.map_err(|_| PeerError::Gone)
+    /// The next event; `landed` tells how many bytes have come so far. Cancel-safe.
+    pub(crate) async fn next(&mut self, landed: impl Fn() -> u64) -> PendingEvent {
+        loop {
+            tokio::select! {
+                biased;
+                finish = &mut self.finished => return PendingEvent::Finished(finish.map_err(|_| PeerError::Gone)),
+                // An error only says that the stream has broken, which `finished` tells too.
+                Ok(()) = self.cached.changed() => {
+                    let cached = *self.cached.borrow_and_update();
+                    if let Some(tokens) = cached {
+                        return PendingEvent::Cached(tokens);
+                    }
+                }
+                _ = self.looks.tick() => {
+                    if let Some(hang) = self.look(landed()) {
+                        return PendingEvent::Hangs(hang);
+                    }
+                }
+            }
+        }
+    }
+
+    fn look(&mut self, landed: u64) -> Option<Hang> {
+        let now_ms = self.link.now_ms();
+        let mut open = self.link.lock();
+        let vitals = &mut open.as_mut()?.vitals;
+        vitals.look(now_ms);
+        if std::mem::replace(&mut self.landed, landed) != landed {
+            self.watch.got(vitals, now_ms);
+        }
+        self.watch.check(vitals, now_ms)
     }
 }
 
@@ -221,16 +347,26 @@ impl Drop for Pending {
 
 async fn receive(link: Arc<Link>, mut inbound: Streaming<FromWorker>) {
     while let Ok(Some(message)) = inbound.message().await {
-        let Some(from_worker::Kind::Step(step)) = message.kind else {
-            break;
-        };
+        let now_ms = link.now_ms();
         let mut open = link.lock();
         let Some(open) = open.as_mut() else { break };
-        for delta in step.deltas {
-            let Some(finish) = delta.finish else { continue };
-            if let Some(waiting) = open.waiting.remove(&delta.id) {
-                let _ = waiting.send(finish);
+        match message.kind {
+            Some(from_worker::Kind::Pulse(pulse)) => open.vitals.pulse(pulse, now_ms),
+            Some(from_worker::Kind::Step(step)) => {
+                open.vitals.heard(now_ms);
+                for delta in step.deltas {
+                    if let Some(waiting) = open.waiting.get(&delta.id)
+                        && delta.cached_tokens.is_some()
+                    {
+                        waiting.cached.send_replace(delta.cached_tokens);
+                    }
+                    let Some(finish) = delta.finish else { continue };
+                    if let Some(waiting) = open.waiting.remove(&delta.id) {
+                        let _ = waiting.finished.send(finish);
+                    }
+                }
             }
+            Some(from_worker::Kind::Hello(_)) | None => break,
         }
     }
     // Dropping the senders tells every waiting fill.

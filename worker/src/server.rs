@@ -4,7 +4,7 @@ use crate::engine_thread::{self, EngineHandle};
 use crate::fill::FillContext;
 use crate::peers::Peers;
 use crate::service::{AttachService, Service};
-use crate::{WorkerConfig, WorkerError, membership};
+use crate::{WorkerConfig, WorkerError, drain, membership};
 use baton_engine::{Engine, SchedulerConfig};
 use baton_identity::Identity;
 use baton_kvtransfer::{Agent, AgentConfig, TransferLimits, TransportOptions};
@@ -15,6 +15,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::TcpIncoming;
 
@@ -68,7 +69,8 @@ impl Advertised {
     }
 }
 
-/// Serves an engine that is ready, until `shutdown`. `model_digest` names the weights, so that only workers with the
+/// Serves an engine that is ready, until `shutdown` or an order to drain, and then until nothing is left or time is up
+/// (see the module `drain`). `model_digest` names the weights, so that only workers with the
 /// same ones exchange KV blocks.
 pub async fn serve(
     config: WorkerConfig,
@@ -176,8 +178,23 @@ pub async fn serve(
             }
         })
     };
+    let leave = CancellationToken::new();
+    let (drain_orders, ordered) = mpsc::channel(1);
+    let member = membership::Member {
+        config: &config,
+        identity: &identity,
+        advertised: &advertised,
+        engine: &handle,
+        drain_orders,
+    };
+    let draining = async {
+        drain::run(&handle, ordered, &shutdown, &leave).await;
+        // What follows is membership's to end.
+        std::future::pending().await
+    };
     let result = tokio::select! {
-        result = membership::run(&config, &identity, &advertised, &handle, &*startup, &shutdown) => result,
+        result = membership::run(&member, &*startup, &leave) => result,
+        result = draining => result,
         reason = engine_thread.failed() => Err(WorkerError::Engine(reason)),
     };
     stop_serving.cancel();

@@ -2,7 +2,8 @@
 //!
 //! One task per stream. It owns the stream's open ids; when the stream ends, for whatever reason, everything still
 //! open on it is cancelled. A message that breaks the contract ends the stream with a status that says how; a request
-//! that merely cannot be served is answered with a `Finish` of reason ERROR.
+//! that merely cannot be served is answered with a `Finish` of reason ERROR. While requests are open a pulse leaves four
+//! times a second, from here and not from the engine's thread, so that callers can tell a busy engine from a dead process.
 
 use crate::caller::{OUTBOUND_MESSAGES_MAX, OutboundSender};
 use crate::compression::Rows;
@@ -15,11 +16,14 @@ use baton_model::KvGeometry;
 use baton_proto::worker::worker_server::Worker;
 use baton_proto::worker::{FromWorker, Generate, HelloReply, KvCompression, Prefill, ToWorker, from_worker, to_worker};
 use baton_proto::{PROTOCOL_VERSION, limits};
+use baton_watchdog::PULSE_INTERVAL_MS;
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::MissedTickBehavior;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
@@ -36,6 +40,21 @@ pub(crate) struct Service {
     pub(crate) agent: Agent,
     pub(crate) region: Arc<Region>,
     pub(crate) advertised: Arc<Advertised>,
+}
+
+/// What is open on one stream.
+#[derive(Default)]
+struct Open {
+    /// The tickets of ids submitted here; pruned by asking which still live.
+    tickets: Mutex<HashMap<u64, Ticket>>,
+    /// The largest id.
+    taken: AtomicU64,
+}
+
+impl Open {
+    fn tickets(&self) -> MutexGuard<'_, HashMap<u64, Ticket>> {
+        self.tickets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[tonic::async_trait]
@@ -91,6 +110,7 @@ impl Service {
             epoch: self.advertised.epoch(),
             kv_digest: self.advertised.kv_digest.to_vec().into(),
             transfer_addr: self.advertised.transfer_addr.to_string(),
+            pulse_interval_ms: PULSE_INTERVAL_MS,
         };
         let _ = outbound
             .send(Ok(FromWorker {
@@ -99,10 +119,36 @@ impl Service {
             .await;
         let caller = self.engine.attach(outbound.clone()).await;
         tracing::debug!(caller, name = %hello.caller, "attached");
-        let result = self.requests(inbound, outbound, caller, role).await;
+        let open = Open::default();
+        let result = tokio::select! {
+            result = self.requests(inbound, outbound, caller, role, &open) => result,
+            never = self.pulses(outbound, &open) => never,
+        };
         self.engine.send(Command::CallerGone { caller }).await;
         tracing::debug!(caller, name = %hello.caller, "detached");
         result
+    }
+
+    /// Signs of life while something is open. Beside the requests, which may have to wait for room in the engine's queue.
+    #[allow(clippy::result_large_err)]
+    async fn pulses(&self, outbound: &OutboundSender, open: &Open) -> Result<(), Status> {
+        let mut due = tokio::time::interval(Duration::from_millis(PULSE_INTERVAL_MS.into()));
+        due.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            due.tick().await;
+            let waited_for = {
+                let mut tickets = open.tickets();
+                self.engine.retain_live(&mut tickets);
+                !tickets.is_empty()
+            };
+            if waited_for {
+                let pulse = self.engine.pulse(open.taken.load(Ordering::Relaxed));
+                // Without room there are messages on their way, which are as good.
+                let _ = outbound.try_send(Ok(FromWorker {
+                    kind: Some(from_worker::Kind::Pulse(pulse)),
+                }));
+            }
+        }
     }
 
     #[allow(clippy::result_large_err)]
@@ -112,9 +158,8 @@ impl Service {
         outbound: &OutboundSender,
         caller: u64,
         role: Role,
+        open: &Open,
     ) -> Result<(), Status> {
-        // The tickets of ids submitted here. Pruned when it reaches the bound, by asking which tickets still live.
-        let mut tickets: HashMap<u64, Ticket> = HashMap::new();
         loop {
             let message = tokio::select! {
                 // A caller that died without a word, seen on the way out.
@@ -125,20 +170,17 @@ impl Service {
             let Ok(Some(message)) = message else { return Ok(()) };
             match message.kind {
                 Some(to_worker::Kind::Cancel(cancel)) => {
-                    if let Some(ticket) = tickets.remove(&cancel.id) {
+                    let ticket = open.tickets().remove(&cancel.id);
+                    if let Some(ticket) = ticket {
                         self.engine.send(Command::Cancel { ticket }).await;
                     }
                 }
                 Some(to_worker::Kind::Generate(request)) => {
-                    self.admit_id(&mut tickets, request.id)?;
-                    let ticket = self.engine.next_ticket();
-                    tickets.insert(request.id, ticket);
+                    let ticket = self.admit_id(open, request.id)?;
                     self.generate(request, ticket, caller, role).await?;
                 }
                 Some(to_worker::Kind::Prefill(request)) => {
-                    self.admit_id(&mut tickets, request.id)?;
-                    let ticket = self.engine.next_ticket();
-                    tickets.insert(request.id, ticket);
+                    let ticket = self.admit_id(open, request.id)?;
                     self.prefill(request, ticket, caller).await?;
                 }
                 Some(to_worker::Kind::Hello(_)) => return Err(Status::invalid_argument("a second Hello")),
@@ -148,9 +190,10 @@ impl Service {
     }
 
     #[allow(clippy::result_large_err)]
-    fn admit_id(&self, tickets: &mut HashMap<u64, Ticket>, id: u64) -> Result<(), Status> {
+    fn admit_id(&self, open: &Open, id: u64) -> Result<Ticket, Status> {
+        let mut tickets = open.tickets();
         if tickets.len() >= limits::REQUESTS_PER_STREAM_MAX {
-            self.engine.retain_live(tickets);
+            self.engine.retain_live(&mut tickets);
             if tickets.len() >= limits::REQUESTS_PER_STREAM_MAX {
                 return Err(Status::resource_exhausted(format!(
                     "more than {} requests open on one stream",
@@ -163,7 +206,10 @@ impl Service {
                 "request id {id} is still open on this stream"
             )));
         }
-        Ok(())
+        let ticket = self.engine.next_ticket();
+        tickets.insert(id, ticket);
+        open.taken.fetch_max(id, Ordering::Relaxed);
+        Ok(ticket)
     }
 
     #[allow(clippy::result_large_err)]

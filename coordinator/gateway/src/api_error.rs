@@ -75,6 +75,13 @@ impl ApiError {
         }
     }
 
+    pub fn worker_not_found(worker_id: &str) -> Self {
+        let shown: String = worker_id.chars().take(128).collect();
+        let message = format!("No worker `{shown}` is in the cluster. GET /cluster/workers lists them.");
+        let code = Some("worker_not_found");
+        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", code, message)
+    }
+
     pub fn unauthorized() -> Self {
         let message = "Missing or wrong API key. Send it as `Authorization: Bearer KEY`.";
         Self::new(
@@ -183,6 +190,7 @@ impl From<BackendError> for ApiError {
         match &error {
             BackendError::Overloaded { retry_after, .. } => Self::overloaded(error.to_string(), retry_after.as_secs()),
             BackendError::UnknownModel { model } => Self::model_not_found(model),
+            BackendError::UnknownWorker { worker_id } => Self::worker_not_found(worker_id),
             BackendError::NoWorker { .. } | BackendError::Unavailable { .. } => Self::unavailable(error.to_string()),
         }
     }

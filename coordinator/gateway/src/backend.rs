@@ -33,6 +33,16 @@ pub trait Backend: Send + Sync + 'static {
     /// The cluster as of now, for `GET /cluster/workers`, `/ready` and the gauges of `/metrics`.
     fn snapshot(&self) -> ClusterSnapshot;
 
+    /// Takes a worker out of service: nothing new from now on, its requests go on elsewhere, and it leaves when nothing is
+    /// left, at the latest after `deadline`. Returns at once, with the worker as it is now. A backend without workers of
+    /// its own knows none.
+    fn drain(&self, worker_id: &str, deadline: Duration) -> Result<WorkerStatus, BackendError> {
+        let _ = deadline;
+        Err(BackendError::UnknownWorker {
+            worker_id: worker_id.to_owned(),
+        })
+    }
+
     /// Adds the cluster's own metrics to what `/metrics` shows. Called once, at the start; names are whole, with the
     /// prefix `baton:`. Nothing by default.
     fn register_metrics(&self, registry: &mut prometheus_client::registry::Registry) {
@@ -97,6 +107,12 @@ pub enum BackendError {
     UnknownModel {
         /// The model asked for.
         model: String,
+    },
+    /// No such worker is in the cluster. Becomes 404.
+    #[error("no worker `{worker_id}` is in the cluster")]
+    UnknownWorker {
+        /// The id asked for.
+        worker_id: String,
     },
     /// The coordinator cannot serve now (no Raft leader, shutting down, a record that could not be committed in
     /// time). Becomes 503.

@@ -8,6 +8,7 @@ pub mod backend;
 mod chat;
 mod config;
 mod detokenizer;
+mod drain;
 mod error;
 mod fields;
 mod gateway;

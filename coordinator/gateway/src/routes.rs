@@ -13,6 +13,7 @@ use axum::{Json, Router};
 use crate::api_error::ApiError;
 use crate::backend::{Backend, WorkerStatus};
 use crate::chat;
+use crate::drain;
 use crate::gateway::Gateway;
 use crate::response::{ModelCard, ModelList};
 use crate::trace::RequestNames;
@@ -26,7 +27,8 @@ const INDEX: &str = "baton: an OpenAI-compatible API.\n\n\
     GET  /health                is this process alive?\n\
     GET  /ready                 does a worker serve a model?\n\
     GET  /metrics               Prometheus metrics\n\
-    GET  /cluster/workers       the workers, as JSON\n";
+    GET  /cluster/workers       the workers, as JSON\n\
+    POST /cluster/workers/{id}/drain   take a worker out of service\n";
 
 /// The whole application.
 pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>) -> Router {
@@ -39,6 +41,7 @@ pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>) -> Router {
         .route("/ready", get(ready::<B>))
         .route("/metrics", get(metrics::<B>))
         .route("/cluster/workers", get(workers::<B>))
+        .route("/cluster/workers/{id}/drain", post(drain::drain::<B>))
         .fallback(unknown)
         .method_not_allowed_fallback(wrong_method)
         .layer(middleware::from_fn_with_state(gateway.clone(), envelope::<B>))

@@ -58,6 +58,46 @@ async fn workers_are_an_array_with_the_agreed_names() {
 }
 
 #[tokio::test]
+async fn a_worker_is_drained_by_a_post_of_json_only() {
+    let gateway = TestGateway::start().await;
+    let json = [("content-type", "application/json")];
+    let post = async |path: &str, headers: &[(&str, &str)], body: &str| {
+        gateway.request("POST", path, headers, body.as_bytes()).await
+    };
+    let path = "/cluster/workers/decode-0/drain";
+    let answer = post(path, &json, "{\"deadline_ms\": 1500}").await;
+    assert_eq!(answer.status, 202);
+    let worker = answer.json();
+    assert_eq!(
+        (&worker["id"], &worker["state"]),
+        (&json!("decode-0"), &json!("draining"))
+    );
+    assert_eq!(post(path, &json, "{}").await.status, 202);
+    let drained = gateway.backend.drained.lock().unwrap().clone();
+    let expected = [1_500, 60_000].map(|ms| ("decode-0".to_owned(), std::time::Duration::from_millis(ms)));
+    assert_eq!(drained, expected);
+
+    // A form that a foreign page may send is not taken.
+    let form = [("content-type", "application/x-www-form-urlencoded")];
+    for (path, headers, body, status) in [
+        (path, &form[..], "{}", 415),
+        (path, &[], "{}", 415),
+        (path, &json, "", 400),
+        (path, &json, "[]", 400),
+        (path, &json, "{\"deadline\": 1}", 400),
+        (path, &json, "{\"deadline_ms\": -1}", 400),
+        (path, &json, "{\"deadline_ms\": 99999999999}", 400),
+        ("/cluster/workers/nobody/drain", &json, "{}", 404),
+    ] {
+        let answer = post(path, headers, body).await;
+        assert_eq!(answer.status, status, "{path} {body}");
+        answer.error();
+    }
+    assert_eq!(gateway.request("GET", path, &[], b"").await.status, 405);
+    assert_eq!(gateway.backend.drained.lock().unwrap().len(), 2);
+}
+
+#[tokio::test]
 async fn metrics_have_vllms_names() {
     let gateway = TestGateway::start().await;
     gateway.backend.script(turn("hello"));

@@ -9,7 +9,8 @@ use baton_proto::cluster::{
 };
 use baton_proto::worker::worker_server::{Worker, WorkerServer};
 use baton_proto::worker::{
-    Finish, FinishReason, FromWorker, Generate, HelloReply, SequenceDelta, StepOutput, ToWorker, from_worker, to_worker,
+    Finish, FinishReason, FromWorker, Generate, HelloReply, Pulse, SequenceDelta, StepOutput, ToWorker, from_worker,
+    to_worker,
 };
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -64,6 +65,16 @@ pub(super) struct Controls {
     pub(super) attaches: AtomicU64,
     /// Answer every request with a retryable error.
     pub(super) refuse: AtomicBool,
+    /// Whether it greets as one that pulses, and does so every 50 ms while requests are open.
+    pub(super) pulsing: AtomicBool,
+    /// Stands still as a stopped process does: takes nothing in that would show, sends nothing; connections stand.
+    pub(super) frozen: AtomicBool,
+    /// Prompt tokens it says it found cached; 0 is [`CACHED`].
+    pub(super) cached: AtomicU64,
+    /// Says in its heartbeats that it drains.
+    pub(super) draining: AtomicBool,
+    /// Deadline of the order to drain, in milliseconds.
+    pub(super) ordered_to_drain: Mutex<Option<u32>>,
     /// Leave heartbeats out.
     pub(super) mute: AtomicBool,
     /// Epoch to claim in greetings instead of the true one; 0 is the true one.
@@ -77,6 +88,13 @@ impl Controls {
     pub(super) fn allow(&self, tokens: i64) {
         self.budget.store(tokens, Ordering::SeqCst);
         self.refilled.notify_waiters();
+    }
+
+    fn cached(&self) -> u32 {
+        match self.cached.load(Ordering::SeqCst) {
+            0 => CACHED,
+            cached => cached as u32,
+        }
     }
 }
 
@@ -99,13 +117,27 @@ impl FakeWorker {
         identity: Identity,
         tokens: i64,
     ) -> Self {
+        Self::start_with(id, role, coordinator, identity, |controls| {
+            controls.budget.store(tokens, Ordering::SeqCst);
+        })
+    }
+
+    /// Starts a worker with its controls set beforehand.
+    pub(super) fn start_with(
+        id: &str,
+        role: cluster::Role,
+        coordinator: SocketAddr,
+        identity: Identity,
+        adjust: impl FnOnce(&Controls),
+    ) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
             .build()
             .unwrap();
         let controls = Arc::new(Controls::default());
-        controls.budget.store(tokens, Ordering::SeqCst);
+        controls.budget.store(-1, Ordering::SeqCst);
+        adjust(&controls);
         let id = id.to_owned();
         let shared = controls.clone();
         runtime.spawn(async move {
@@ -189,6 +221,9 @@ async fn member(channel: Channel, register: Register, controls: &Controls) -> Re
                 Some(coordinator_order::Kind::Registered(registered)) => {
                     controls.epoch.store(registered.epoch, Ordering::SeqCst);
                 }
+                Some(coordinator_order::Kind::Drain(order)) => {
+                    *controls.ordered_to_drain.lock().unwrap() = Some(order.deadline_ms);
+                }
                 Some(coordinator_order::Kind::Refused(refused)) => {
                     *controls.refused.lock().unwrap() = Some(refused.reason);
                     return Ok(());
@@ -196,8 +231,10 @@ async fn member(channel: Channel, register: Register, controls: &Controls) -> Re
                 _ => return Ok(()),
             },
             _ = beat.tick() => {
-                if controls.epoch.load(Ordering::SeqCst) != 0 && !controls.mute.load(Ordering::SeqCst) {
-                    let heartbeat = Heartbeat { free_blocks: 90, cached_blocks: 10, ..Heartbeat::default() };
+                let silent = controls.mute.load(Ordering::SeqCst) || controls.frozen.load(Ordering::SeqCst);
+                if controls.epoch.load(Ordering::SeqCst) != 0 && !silent {
+                    let draining = controls.draining.load(Ordering::SeqCst);
+                    let heartbeat = Heartbeat { free_blocks: 90, cached_blocks: 10, draining, ..Heartbeat::default() };
                     let _ = reports.try_send(report(worker_report::Kind::Heartbeat(heartbeat)));
                 }
             }
@@ -231,6 +268,7 @@ impl Worker for Service {
             } else {
                 claimed
             },
+            pulse_interval_ms: if controls.pulsing.load(Ordering::SeqCst) { 50 } else { 0 },
             ..HelloReply::default()
         };
         let _ = outbound
@@ -238,11 +276,16 @@ impl Worker for Service {
                 kind: Some(from_worker::Kind::Hello(hello)),
             }))
             .await;
+        let taken = Arc::new(AtomicU64::new(0));
+        if controls.pulsing.load(Ordering::SeqCst) {
+            tokio::spawn(pulses(controls.clone(), outbound.clone(), taken.clone()));
+        }
         tokio::spawn(async move {
             let mut running = HashMap::new();
             while let Ok(Some(message)) = inbound.message().await {
                 match message.kind {
                     Some(to_worker::Kind::Generate(generate)) => {
+                        taken.fetch_max(generate.id, Ordering::SeqCst);
                         controls.generates.lock().unwrap().push(generate.clone());
                         let id = generate.id;
                         let task = tokio::spawn(sequence(generate, controls.clone(), outbound.clone()));
@@ -250,9 +293,13 @@ impl Worker for Service {
                     }
                     Some(to_worker::Kind::Cancel(cancel)) => {
                         controls.cancels.fetch_add(1, Ordering::SeqCst);
+                        while controls.frozen.load(Ordering::SeqCst) {
+                            tokio::time::sleep(Duration::from_millis(5)).await;
+                        }
                         if let Some(task) = running.remove(&cancel.id) {
                             task.abort();
-                            send(&outbound, cancel.id, vec![], Some(finish(FinishReason::Cancelled))).await;
+                            let end = finish(&controls, FinishReason::Cancelled);
+                            send(&controls, &outbound, cancel.id, vec![], Some(end)).await;
                         }
                     }
                     _ => {}
@@ -269,9 +316,9 @@ async fn sequence(generate: Generate, controls: Arc<Controls>, outbound: Outboun
         let refusal = Finish {
             error: "the queue is full".into(),
             retryable: true,
-            ..finish(FinishReason::Error)
+            ..finish(&controls, FinishReason::Error)
         };
-        return send(&outbound, id, vec![], Some(refusal)).await;
+        return send(&controls, &outbound, id, vec![], Some(refusal)).await;
     }
     let seed = generate.sampling.map_or(0, |sampling| sampling.seed);
     let mut sequence = generate.prompt;
@@ -279,7 +326,7 @@ async fn sequence(generate: Generate, controls: Arc<Controls>, outbound: Outboun
         loop {
             let refilled = controls.refilled.notified();
             let budget = controls.budget.load(Ordering::SeqCst);
-            if budget != 0 {
+            if budget != 0 && !controls.frozen.load(Ordering::SeqCst) {
                 if budget > 0 {
                     controls.budget.store(budget - 1, Ordering::SeqCst);
                 }
@@ -298,27 +345,51 @@ async fn sequence(generate: Generate, controls: Arc<Controls>, outbound: Outboun
         };
         let end = reason.map(|reason| Finish {
             completion_tokens: count,
-            ..finish(reason)
+            ..finish(&controls, reason)
         });
         let over = end.is_some();
-        send(&outbound, id, vec![token], end).await;
+        send(&controls, &outbound, id, vec![token], end).await;
         if over {
             return;
         }
     }
 }
 
-fn finish(reason: FinishReason) -> Finish {
+/// An engine that steps, whether it gets anywhere or not.
+async fn pulses(controls: Arc<Controls>, outbound: Outbound, taken: Arc<AtomicU64>) {
+    let mut steps_total = 0;
+    while !outbound.is_closed() {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        if controls.frozen.load(Ordering::SeqCst) {
+            continue;
+        }
+        steps_total += 1;
+        let pulse = Pulse {
+            steps_total,
+            taken: taken.load(Ordering::SeqCst),
+            ..Pulse::default()
+        };
+        let kind = Some(from_worker::Kind::Pulse(pulse));
+        let _ = outbound.send(Ok(FromWorker { kind })).await;
+    }
+}
+
+fn finish(controls: &Controls, reason: FinishReason) -> Finish {
     Finish {
         reason: reason.into(),
         prompt_tokens: 77,
-        cached_tokens: CACHED,
+        cached_tokens: controls.cached(),
         ..Finish::default()
     }
 }
 
-async fn send(outbound: &Outbound, id: u64, token_ids: Vec<u32>, finish: Option<Finish>) {
-    let deltas = vec![SequenceDelta { id, token_ids, finish }];
+async fn send(controls: &Controls, outbound: &Outbound, id: u64, token_ids: Vec<u32>, finish: Option<Finish>) {
+    let deltas = vec![SequenceDelta {
+        id,
+        token_ids,
+        finish,
+        cached_tokens: Some(controls.cached()),
+    }];
     let step = from_worker::Kind::Step(StepOutput { deltas });
     let _ = outbound.send(Ok(FromWorker { kind: Some(step) })).await;
 }

@@ -1,6 +1,6 @@
 //! Requests: streamed, cancelled, and carried on when their worker is lost.
 
-use super::fake_worker::{CACHED, FakeWorker, STOP, STOP_AT, expected};
+use super::fake_worker::{CACHED, STOP, STOP_AT, expected};
 use super::{Coordinator, job, read, until};
 use baton_gateway::{Backend, BackendError};
 use baton_proto::cluster::Role;
@@ -9,16 +9,6 @@ use baton_proto::worker::FinishReason;
 use std::sync::atomic::Ordering;
 
 const PROMPT: [u32; 4] = [1, 2, 3, 4];
-
-impl Coordinator {
-    fn worker(&self, id: &str, role: Role) -> FakeWorker {
-        FakeWorker::start(id, role, self.cluster_addr, self.worker_identity(id))
-    }
-
-    fn stalling(&self, id: &str, role: Role, tokens: i64) -> FakeWorker {
-        FakeWorker::start_stalling(id, role, self.cluster_addr, self.worker_identity(id), tokens)
-    }
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_is_streamed_and_its_record_settled_once() {

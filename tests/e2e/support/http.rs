@@ -89,6 +89,22 @@ pub struct Chat {
 }
 
 impl Chat {
+    /// Takes in a chunk of a streamed answer.
+    pub fn take(&mut self, chunk: &Value) {
+        assert!(chunk.get("error").is_none(), "{chunk}");
+        if let Some(choice) = chunk["choices"].get(0) {
+            self.text += choice["delta"]["content"].as_str().unwrap_or_default();
+            if let Some(reason) = choice["finish_reason"].as_str() {
+                assert_eq!(self.finish_reason, "", "one finish reason: {chunk}");
+                self.finish_reason = reason.to_owned();
+            }
+        }
+        if !chunk["usage"].is_null() {
+            assert!(self.usage.is_null(), "one usage: {chunk}");
+            self.usage = chunk["usage"].clone();
+        }
+    }
+
     pub fn count(&self, field: &str) -> u64 {
         self.usage[field]
             .as_u64()
@@ -161,25 +177,20 @@ impl ChatStream {
     }
 
     /// Reads to the end.
-    pub async fn finish(mut self) -> Chat {
+    pub async fn finish(self) -> Chat {
+        self.finish_from(&[]).await
+    }
+
+    /// Reads to the end, after the chunks of the beginning.
+    pub async fn finish_from(mut self, beginning: &[Value]) -> Chat {
         let mut chat = Chat {
             text: String::new(),
             finish_reason: String::new(),
             usage: Value::Null,
         };
+        beginning.iter().for_each(|chunk| chat.take(chunk));
         while let Some(chunk) = self.next().await {
-            assert!(chunk.get("error").is_none(), "{chunk}");
-            if let Some(choice) = chunk["choices"].get(0) {
-                chat.text += choice["delta"]["content"].as_str().unwrap_or_default();
-                if let Some(reason) = choice["finish_reason"].as_str() {
-                    assert_eq!(chat.finish_reason, "", "one finish reason: {chunk}");
-                    chat.finish_reason = reason.to_owned();
-                }
-            }
-            if !chunk["usage"].is_null() {
-                assert!(chat.usage.is_null(), "one usage: {chunk}");
-                chat.usage = chunk["usage"].clone();
-            }
+            chat.take(&chunk);
         }
         chat
     }

@@ -326,6 +326,12 @@ impl Scheduler {
         self.blocks.void_events();
     }
 
+    /// Prompt tokens that a sequence has taken from the prefix cache so far; `None` once it is over. Final with its first
+    /// token.
+    pub fn cached_tokens(&self, id: SeqId) -> Option<usize> {
+        self.seqs.get(&id).map(|seq| seq.cached_tokens)
+    }
+
     /// Whether a plan may have something to compute or to ask for.
     pub fn has_work(&self) -> bool {
         !self.running.is_empty() || !self.waiting.is_empty()

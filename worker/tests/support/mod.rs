@@ -1,11 +1,14 @@
 //! A little cluster in one process for the worker's tests: real sockets, real mutual TLS, real transfers; the
 //! coordinator is a listener that notes heartbeats, and the model a `MockEngine`, whose tokens are wrong as soon as one
 //! byte of KV is.
+#![allow(dead_code)] // Each test target uses its part.
 
 use baton_engine::MockEngine;
 use baton_identity::{Authority, Identity, Role};
 use baton_proto::cluster::cluster_server::{Cluster, ClusterServer};
-use baton_proto::cluster::{CoordinatorOrder, Heartbeat, Registered, WorkerReport, coordinator_order, worker_report};
+use baton_proto::cluster::{
+    CoordinatorOrder, Drain, Heartbeat, Registered, WorkerReport, coordinator_order, worker_report,
+};
 use baton_proto::worker::worker_client::WorkerClient;
 use baton_proto::worker::{
     Cancel, Finish, FromWorker, Generate, Hello, PrefillPeer, Sampling, ToWorker, from_worker, to_worker,
@@ -32,7 +35,13 @@ pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
 
 /// A coordinator that registers everybody and remembers the last heartbeat of each.
 #[derive(Clone, Default)]
-struct Notes(Arc<Mutex<HashMap<String, Heartbeat>>>);
+struct Notes(
+    Arc<Mutex<HashMap<String, Heartbeat>>>,
+    Arc<Mutex<HashMap<String, Orders>>>,
+);
+
+/// Orders to a worker.
+type Orders = mpsc::Sender<Result<CoordinatorOrder, Status>>;
 
 #[tonic::async_trait]
 impl Cluster for Notes {
@@ -40,7 +49,7 @@ impl Cluster for Notes {
 
     async fn join(&self, request: Request<Streaming<WorkerReport>>) -> Result<Response<Self::JoinStream>, Status> {
         let (orders, replies) = mpsc::channel(4);
-        let notes = self.0.clone();
+        let Notes(notes, members) = self.clone();
         tokio::spawn(async move {
             let mut reports = request.into_inner();
             let mut worker_id = String::new();
@@ -48,6 +57,7 @@ impl Cluster for Notes {
                 match report.kind {
                     Some(worker_report::Kind::Register(register)) => {
                         worker_id = register.worker_id;
+                        members.lock().unwrap().insert(worker_id.clone(), orders.clone());
                         let registered = Registered {
                             epoch: 1,
                             heartbeat_interval_ms: 50,
@@ -97,6 +107,22 @@ impl Node {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
+    }
+
+    /// Stands still, as a stopped process does: the system keeps its connections, nothing answers on them.
+    pub fn freeze(&self, time: Duration) {
+        // The one thread of its runtime, and whoever takes over from it.
+        for _ in 0..2 {
+            self.runtime
+                .as_ref()
+                .unwrap()
+                .spawn(async move { std::thread::sleep(time) });
+        }
+    }
+
+    /// Ends when the worker has.
+    pub async fn ended(&mut self) {
+        let _ = within("the worker's end", self.ended.wait_for(|ended| *ended)).await;
     }
 
     pub async fn stop(mut self) {
@@ -215,6 +241,22 @@ impl Cell {
         }
     }
 
+    /// Orders a worker to drain.
+    pub fn drain(&self, id: &str, deadline: Duration) {
+        let order = Drain {
+            reason: "a test".into(),
+            deadline_ms: deadline.as_millis() as u32,
+        };
+        let kind = Some(coordinator_order::Kind::Drain(order));
+        let members = self.notes.1.lock().unwrap();
+        members[id].try_send(Ok(CoordinatorOrder { kind })).unwrap();
+    }
+
+    /// The last heartbeat.
+    pub fn heartbeat(&self, id: &str) -> Heartbeat {
+        self.notes.0.lock().unwrap()[id]
+    }
+
     /// The worker's load once it says that nothing is held, running or waiting.
     pub async fn at_rest(&self, id: &str) -> Heartbeat {
         within("rest", async {
@@ -291,8 +333,10 @@ impl Gateway {
         let shared = waiting.clone();
         tokio::spawn(async move {
             while let Ok(Some(message)) = inbound.message().await {
-                let Some(from_worker::Kind::Step(step)) = message.kind else {
-                    panic!("a second greeting")
+                let step = match message.kind {
+                    Some(from_worker::Kind::Step(step)) => step,
+                    Some(from_worker::Kind::Pulse(_)) => continue,
+                    other => panic!("neither tokens nor a pulse: {other:?}"),
                 };
                 let mut waiting = shared.lock().unwrap();
                 for delta in step.deltas {

@@ -52,6 +52,7 @@ pub struct MockBackend {
     pub scripts: Mutex<VecDeque<Script>>,
     pub jobs: Mutex<Vec<Job>>,
     pub records: Mutex<Vec<UsageRecord>>,
+    pub drained: Mutex<Vec<(String, Duration)>>,
     pub cancelled: AtomicUsize,
     pub changed: Notify,
     pub refuse_settle: AtomicBool,
@@ -185,6 +186,22 @@ impl Backend for Mock {
         self.0.records.lock().unwrap().push(record);
         self.0.changed.notify_waiters();
         Ok(())
+    }
+
+    fn drain(&self, worker_id: &str, deadline: Duration) -> Result<WorkerStatus, BackendError> {
+        let worker = self
+            .snapshot()
+            .workers
+            .into_iter()
+            .find(|worker| worker.id == worker_id);
+        let worker = worker.ok_or_else(|| BackendError::UnknownWorker {
+            worker_id: worker_id.into(),
+        })?;
+        self.0.drained.lock().unwrap().push((worker_id.into(), deadline));
+        Ok(WorkerStatus {
+            state: WorkerState::Draining,
+            ..worker
+        })
     }
 
     fn snapshot(&self) -> ClusterSnapshot {
