@@ -4,16 +4,20 @@
 //! in the command queue, which is the back-pressure on callers that submit faster than the engine takes.
 
 use crate::WorkerError;
+use crate::block_feed::BlockFeed;
 use crate::caller::{CallerId, OutboundSender};
 use crate::engine_loop::EngineLoop;
 use crate::fill::{FillContext, FillEnd};
 use crate::push::LayerPush;
+use crate::rates::TransferRate;
 use baton_engine::{Engine, Scheduler, SchedulerConfig};
+use baton_kvtransfer::PushReport;
 use baton_proto::cluster::Heartbeat;
 use baton_proto::worker::{Finish, Generate, Prefill, PrefillDone};
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -52,6 +56,8 @@ pub(crate) enum Command {
         ticket: Ticket,
         finish: Finish,
     },
+    /// Tell the content of the prefix cache anew.
+    TellBlocks,
     Stop,
 }
 
@@ -74,6 +80,8 @@ pub(crate) struct Shared {
     live: Mutex<HashSet<Ticket>>,
     heartbeat: Mutex<Heartbeat>,
     pushes: Mutex<Pushes>,
+    /// What happens to the prefix cache, for the coordinator.
+    pub(crate) blocks: BlockFeed,
 }
 
 #[derive(Default)]
@@ -81,6 +89,7 @@ struct Pushes {
     count: u64,
     bytes: u64,
     overlap_sum: f64,
+    rate: TransferRate,
 }
 
 impl Shared {
@@ -134,12 +143,18 @@ impl EngineHandle {
         tickets.retain(|_, ticket| live.contains(ticket));
     }
 
-    /// Counts a finished push; `overlap` is the share of its time that lay behind compute.
-    pub(crate) fn pushed(&self, bytes: u64, overlap: f64) {
+    /// Counts a finished push.
+    pub(crate) fn pushed(&self, report: &PushReport) {
         let mut pushes = lock(&self.shared.pushes);
         pushes.count += 1;
-        pushes.bytes += bytes;
-        pushes.overlap_sum += overlap;
+        pushes.bytes += report.bytes;
+        pushes.overlap_sum += report.overlap;
+        pushes.rate.observe(report);
+    }
+
+    /// What happens to the prefix cache.
+    pub(crate) fn blocks(&self) -> &BlockFeed {
+        &self.shared.blocks
     }
 
     /// Load as of the last step.
@@ -147,6 +162,7 @@ impl EngineHandle {
         let pushes = lock(&self.shared.pushes);
         Heartbeat {
             transferred_bytes_total: pushes.bytes,
+            transfer_bytes_per_s: pushes.rate.bytes_per_s(Instant::now()),
             push_overlap: if pushes.count == 0 {
                 0.0
             } else {
@@ -186,6 +202,7 @@ pub(crate) fn spawn(
     let (commands, queued) = mpsc::channel(COMMANDS_MAX);
     let shared = Arc::new(Shared {
         next: AtomicU64::new(1),
+        blocks: BlockFeed::new(scheduler.config().total_blocks as usize),
         ..Shared::default()
     });
     let handle = EngineHandle {

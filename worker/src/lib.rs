@@ -23,6 +23,7 @@
 //! (the gateway's), restart itself (the supervisor's).
 #![forbid(unsafe_code)]
 
+mod block_feed;
 mod caller;
 mod config;
 mod engine_loop;
@@ -33,6 +34,7 @@ mod load;
 mod membership;
 mod peers;
 mod push;
+mod rates;
 mod server;
 mod service;
 

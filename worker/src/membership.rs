@@ -10,7 +10,8 @@
 //! Each registration gets a new epoch. Requests keep running while the stream is down: membership says where new work
 //! goes, not whether old work lives.
 
-use crate::engine_thread::EngineHandle;
+use crate::block_feed::{BlockFeed, Taken};
+use crate::engine_thread::{Command, EngineHandle};
 use crate::server::{Advertised, Startup};
 use crate::{WorkerConfig, WorkerError};
 use baton_identity::{Identity, Role};
@@ -19,6 +20,7 @@ use baton_proto::cluster::{Leaving, Register, WorkerReport, coordinator_order, w
 use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Endpoint;
@@ -29,8 +31,14 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 /// Longest pause between attempts: a returning coordinator sees its workers within this.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
-/// Reports under way: one heartbeat and a goodbye; a heartbeat that finds no place is skipped.
-const REPORTS_MAX: usize = 2;
+/// Reports under way: one heartbeat, a goodbye and a few messages of block events; a heartbeat that finds no place is
+/// skipped, block events leave it one.
+const REPORTS_MAX: usize = 6;
+/// Places that block events leave free.
+const REPORTS_RESERVED: usize = 2;
+/// Block events are told at most this often, so that those of several steps share a message. A router knows of a block
+/// that much later; until then its own record of what it placed stands in.
+const EVENTS_INTERVAL: Duration = Duration::from_millis(25);
 /// Shortest heartbeat interval a coordinator may ask for.
 const HEARTBEAT_MIN: Duration = Duration::from_millis(50);
 
@@ -114,6 +122,8 @@ async fn join(
     // Until the coordinator says otherwise; replaced by its own interval on registration.
     let mut heartbeat = tokio::time::interval(Duration::from_millis(500));
     let mut member = false;
+    let mut events_sent = 0u64;
+    let mut events_due = Instant::now();
     loop {
         tokio::select! {
             () = shutdown.cancelled() => {
@@ -133,6 +143,12 @@ async fn join(
                         member = true;
                         tracing::info!(coordinator = %addr, epoch = order.epoch, "registered");
                         registered(order.epoch);
+                        // This coordinator, or this life, has heard nothing yet.
+                        engine.blocks().restart();
+                    }
+                    Some(coordinator_order::Kind::ResyncBlocks(_)) => {
+                        tracing::debug!("the coordinator asked for all block names anew");
+                        engine.blocks().restart();
                     }
                     Some(coordinator_order::Kind::Refused(refused)) => return Err(WorkerError::Refused(refused.reason)),
                     Some(coordinator_order::Kind::Shutdown(order)) => {
@@ -144,6 +160,23 @@ async fn join(
                 Ok(None) => return Ok(End::Broken("the coordinator closed the stream".into())),
                 Err(status) => return broken("the stream broke", &status.message()),
             },
+            () = due(engine.blocks(), events_due), if member => {
+                events_due = Instant::now() + EVENTS_INTERVAL;
+                // Without room they wait, and are told anew if they wait too long.
+                while reports.capacity() > REPORTS_RESERVED {
+                    match engine.blocks().take() {
+                        Taken::Nothing => break,
+                        // Waits for room in the command queue at most, as every command does.
+                        Taken::Ask => engine.send(Command::TellBlocks).await,
+                        Taken::Message(mut events) => {
+                            events_sent += 1;
+                            events.number = events_sent;
+                            let report = WorkerReport { kind: Some(worker_report::Kind::BlockEvents(events)) };
+                            let _ = reports.try_send(report);
+                        }
+                    }
+                }
+            }
             _ = heartbeat.tick(), if member => {
                 let report = WorkerReport { kind: Some(worker_report::Kind::Heartbeat(engine.heartbeat())) };
                 // A full queue means that the last heartbeat has not left yet: a newer one would not help.
@@ -151,6 +184,12 @@ async fn join(
             }
         }
     }
+}
+
+/// Resolves when there are block events to tell and the last ones left long enough ago.
+async fn due(blocks: &BlockFeed, not_before: Instant) {
+    tokio::time::sleep_until(not_before).await;
+    blocks.ready().await;
 }
 
 fn register_message(config: &WorkerConfig, advertised: &Advertised) -> Register {

@@ -113,7 +113,7 @@ pub(crate) async fn hand_over(
         let cached_tokens = done.cached_tokens;
         Some(match push.finish(done.encode_to_vec().into()).await {
             Ok(report) => {
-                engine.pushed(report.bytes, report.overlap);
+                engine.pushed(&report);
                 Finish {
                     reason: FinishReason::Prefilled as i32,
                     cached_tokens,

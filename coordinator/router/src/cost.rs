@@ -22,7 +22,7 @@
 //! - *no room*: blocks that are missing must be given back by running streams first.
 //!
 //! A rate that was not measured is taken as the mean of those measured on other candidates; if there is none, as the
-//! priors below. Priors order candidates; whether a prefill goes remote they do not decide ([`crate::choose`]).
+//! priors below. Priors order candidates; whether a prefill goes remote they do not decide ([`mod@crate::choose`]).
 
 use crate::calibration::Overheads;
 use crate::index::Tier;

@@ -18,7 +18,7 @@
 //!    predicted time to the first token; [`Router::predicted_ttft`] gives only that, for admission.
 //! 4. [`Router::placed`] what was sent; [`Router::first_token`] when its first token came.
 //!
-//! The cost model is in [`cost`], the rules of the choice in [`choose`], what of a worker's events is believed in
+//! The cost model is in [`cost`], the rules of the choice in [`mod@choose`], what of a worker's events is believed in
 //! [`feed`], and the index in [`index`]. Figures and their derivation are in `docs/routing.md`.
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
@@ -33,7 +33,7 @@ mod recent;
 pub mod router;
 mod table;
 
-pub use choose::{Choice, choose};
+pub use choose::Choice;
 pub use cost::{Ask, Candidate, Estimate, Policy, Prefix, Rates, Role};
 pub use feed::{BlockUpdate, Verdict};
 pub use index::{Index, IndexStats, Matches, Slot, Tier};

@@ -343,8 +343,8 @@ fn fingerprint(list: &[u16]) -> u64 {
 
 fn set_header(list: &mut [u16], len: usize, print: u64) {
     list[0] = len as u16;
-    for unit in 1..HEADER {
-        list[unit] = (print >> (16 * (HEADER - 1 - unit))) as u16;
+    for (at, unit) in list[1..HEADER].iter_mut().rev().enumerate() {
+        *unit = (print >> (16 * at)) as u16;
     }
 }
 
