@@ -5,13 +5,13 @@ use baton_identity::{Identity, Role, require_role};
 use baton_proto::PROTOCOL_VERSION;
 use baton_proto::cluster::cluster_client::ClusterClient;
 use baton_proto::cluster::{
-    self, CoordinatorOrder, Heartbeat, Register, WorkerReport, coordinator_order, worker_report,
+    self, BlockEvents, CoordinatorOrder, Heartbeat, Register, WorkerReport, coordinator_order, worker_report,
 };
 use baton_proto::worker::worker_server::{Worker, WorkerServer};
 use baton_proto::worker::{
     Finish, FinishReason, FromWorker, Generate, HelloReply, SequenceDelta, StepOutput, ToWorker, from_worker, to_worker,
 };
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -71,6 +71,10 @@ pub(super) struct Controls {
     pub(super) epoch: AtomicU64,
     /// Reason of a refusal by the coordinator.
     pub(super) refused: Mutex<Option<String>>,
+    /// Block events to tell, with their numbers.
+    pub(super) events: Mutex<VecDeque<BlockEvents>>,
+    /// Times the coordinator asked for all of them.
+    pub(super) resyncs: AtomicU64,
 }
 
 impl Controls {
@@ -169,7 +173,7 @@ pub(super) fn register(id: &str, role: cluster::Role, addr: SocketAddr) -> Regis
         context_length: 1024,
         kv_bytes_per_block: 4096,
         device: "none".into(),
-        model_digest: Default::default(),
+        model_digest: super::MODEL_DIGEST.to_vec().into(),
     }
 }
 
@@ -193,12 +197,19 @@ async fn member(channel: Channel, register: Register, controls: &Controls) -> Re
                     *controls.refused.lock().unwrap() = Some(refused.reason);
                     return Ok(());
                 }
+                Some(coordinator_order::Kind::ResyncBlocks(_)) => {
+                    controls.resyncs.fetch_add(1, Ordering::SeqCst);
+                }
                 _ => return Ok(()),
             },
             _ = beat.tick() => {
                 if controls.epoch.load(Ordering::SeqCst) != 0 && !controls.mute.load(Ordering::SeqCst) {
                     let heartbeat = Heartbeat { free_blocks: 90, cached_blocks: 10, ..Heartbeat::default() };
                     let _ = reports.try_send(report(worker_report::Kind::Heartbeat(heartbeat)));
+                    let events = controls.events.lock().unwrap().pop_front();
+                    if let Some(events) = events {
+                        let _ = reports.send(report(worker_report::Kind::BlockEvents(events))).await;
+                    }
                 }
             }
         }
