@@ -2,16 +2,17 @@
 //! registry wants. Deliberately holds no policy: who is lost is the registry's word, who gets work the router's.
 
 use crate::link::{Link, Submission, Target};
-use crate::metrics::Metrics;
-use crate::registry::{Effect, Registry, RegistryConfig, State};
-use crate::router::{self, Ask, Candidate, Choice};
+use crate::metrics::{Metrics, RouterMetrics};
+use crate::registry::{Effect, Registry, RegistryConfig};
+use crate::router::{Considered, Kind, Names, Pending, Routing, kind_of};
 use crate::{CoordinatorConfig, CoordinatorError};
 use baton_gateway::Placement;
 use baton_identity::Identity;
-use baton_proto::cluster::{CoordinatorOrder, Drain, Heartbeat, Register, coordinator_order};
+use baton_proto::cluster::{BlockEvents, CoordinatorOrder, Drain, Heartbeat, Register, coordinator_order};
 use baton_proto::state::{Command, RegisterWorker, RemoveWorker, command};
-use baton_proto::worker::{Generate, PrefillPeer};
+use baton_proto::worker::{Finish, FinishReason, Generate, PrefillPeer};
 use baton_raftstore::{Applied, RaftStore, RaftStoreError};
+use baton_router::{Ask, Choice, Estimate};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -45,6 +46,7 @@ pub(crate) struct Cluster {
     pub(crate) tasks: TaskTracker,
     pub(crate) shutdown: CancellationToken,
     identity: Identity,
+    routing: Routing,
     registry: Mutex<Registry>,
     /// By worker id; only lives whose registration stands.
     lives: Mutex<HashMap<String, Life>>,
@@ -62,6 +64,9 @@ struct Route {
     prefill: Option<LifeId>,
     /// The prefill worker as the decode worker is told of it.
     peer: Option<PrefillPeer>,
+    /// How the two name blocks.
+    kinds: (Kind, Option<Kind>),
+    estimate: Estimate,
 }
 
 /// The running side of one registration.
@@ -97,8 +102,10 @@ impl Cluster {
             heartbeat_interval_ms: config.heartbeat_interval_ms.into(),
             lost_after_ms: config.lost_after_ms.into(),
         });
+        let routing = Routing::new(config.prefill_threshold_tokens, RouterMetrics::default());
         let cluster = Self {
-            metrics: Metrics::new(store.clone()),
+            metrics: Metrics::new(store.clone(), routing.clone()),
+            routing,
             started_unix_s: unix_ms() / 1000,
             tasks: TaskTracker::new(),
             shutdown,
@@ -121,6 +128,11 @@ impl Cluster {
 
     pub(crate) fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    #[cfg(test)]
+    pub(crate) fn routing(&self) -> &Routing {
+        &self.routing
     }
 
     pub(crate) fn now_ms(&self) -> u64 {
@@ -177,6 +189,7 @@ impl Cluster {
             link: None,
             orders,
         };
+        self.routing.join(epoch);
         self.lives().insert(worker_id, life);
         Ok((epoch, Some(over)))
     }
@@ -184,6 +197,11 @@ impl Cluster {
     pub(crate) fn heartbeat(self: &Arc<Self>, worker_id: &str, epoch: u64, heartbeat: Heartbeat) {
         let effects = self.registry().heartbeat(worker_id, epoch, heartbeat, self.now_ms());
         self.carry_out(effects);
+    }
+
+    /// Takes in what a worker tells of its prefix cache; true if it must tell everything anew.
+    pub(crate) fn block_events(&self, epoch: u64, events: &BlockEvents) -> bool {
+        self.routing.block_events(epoch, events, self.now_ms())
     }
 
     pub(crate) fn join_closed(self: &Arc<Self>, worker_id: &str, epoch: u64) {
@@ -225,6 +243,7 @@ impl Cluster {
     pub(crate) fn tick(self: &Arc<Self>) {
         let effects = self.registry().tick(self.now_ms());
         self.carry_out(effects);
+        self.routing.tick();
     }
 
     fn carry_out(self: &Arc<Self>, effects: Vec<Effect>) {
@@ -275,6 +294,7 @@ impl Cluster {
             }
         };
         if let Some(life) = life {
+            self.routing.leave(epoch);
             life.over.cancel();
             if let Some(link) = life.link {
                 link.break_off(reason);
@@ -366,11 +386,19 @@ impl Cluster {
         mut generate: Generate,
         avoid: &[LifeId],
     ) -> Result<Placed, PlaceError> {
+        let started = Instant::now();
+        let kinds = Routing::kinds(self.registry().serving(model, self.now_ms()).map(|(worker, _)| worker));
+        let names = Names::compute(kinds, &generate.cache_salt, &generate.prompt);
+        let ask = Ask {
+            prompt_tokens: generate.prompt.len(),
+            max_tokens: generate.max_tokens as usize,
+        };
         let mut tried = avoid.to_vec();
         // A link can break between the choice and the sending; then its worker is no candidate the next time.
         let mut unreachable: Vec<LifeId> = Vec::new();
         loop {
-            let Route { decode, prefill, peer } = self.route(model, generate.prompt.len(), &tried, &unreachable)?;
+            let route = self.route(model, &ask, &names, started, &tried, &unreachable)?;
+            let (decode, prefill, peer) = (route.decode, route.prefill, route.peer);
             let link = {
                 let lives = self.lives();
                 let life = lives.get(&decode.0).filter(|life| life.epoch == decode.1);
@@ -379,10 +407,20 @@ impl Cluster {
             generate.prefill_peer = peer;
             match link.map(|link| link.submit(generate.clone())) {
                 Some(Ok(submission)) => {
+                    let pending = self.routing.placed(
+                        (decode.1, &route.kinds.0),
+                        prefill.as_ref().map(|(_, epoch)| *epoch).zip(route.kinds.1.as_ref()),
+                        &names,
+                        route.estimate,
+                        self.now_ms(),
+                    );
                     let placed = Placed {
                         submission,
                         decode: Assignment::new(self, decode, false),
                         prefill: prefill.map(|prefill| Assignment::new(self, prefill, true)),
+                        pending: Some(pending),
+                        predicted_cached_tokens: route.estimate.cached_tokens,
+                        routing: self.routing.clone(),
                     };
                     self.metrics.placed(placed.prefill.is_some());
                     return Ok(placed);
@@ -398,48 +436,40 @@ impl Cluster {
     fn route(
         &self,
         model: &str,
-        prompt_tokens: usize,
+        ask: &Ask,
+        names: &Names,
+        started: Instant,
         avoid: &[LifeId],
         unreachable: &[LifeId],
     ) -> Result<Route, PlaceError> {
+        let now_ms = self.now_ms();
+        let found = self.routing.look_up(names, now_ms);
         let listed = |list: &[LifeId], id: &str, epoch: u64| list.iter().any(|(i, e)| i == id && *e == epoch);
         let registry = self.registry();
-        let workers: Vec<_> = registry
-            .workers(self.now_ms())
-            .filter(|(worker, state)| {
-                matches!(state, State::Ready | State::Suspect)
-                    && worker.register.model == model
-                    && !listed(unreachable, &worker.register.worker_id, worker.epoch)
+        let workers: Vec<Considered<'_>> = registry
+            .serving(model, now_ms)
+            .filter(|(worker, _)| !listed(unreachable, &worker.register.worker_id, worker.epoch))
+            .map(|(worker, state)| Considered {
+                worker,
+                state,
+                avoid: listed(avoid, &worker.register.worker_id, worker.epoch),
+                requests_max: self.config.requests_per_worker_max,
             })
             .collect();
-        let candidates: Vec<Candidate<'_>> = workers
-            .iter()
-            .map(|(worker, state)| Candidate {
-                id: &worker.register.worker_id,
-                role: worker.role,
-                kv_digest: &worker.register.kv_digest,
-                // Heartbeats lag behind what was placed since; what was placed knows nothing of other coordinators.
-                load: worker.assigned.max(worker.heartbeat.running + worker.heartbeat.waiting),
-                prefilling: worker.prefilling,
-                free_blocks: worker.heartbeat.free_blocks,
-                full: worker.assigned >= self.config.requests_per_worker_max,
-                doubtful: *state == State::Suspect || listed(avoid, &worker.register.worker_id, worker.epoch),
-            })
-            .collect();
-        let ask = Ask {
-            prompt_tokens,
-            prefill_threshold_tokens: self.config.prefill_threshold_tokens,
-        };
-        let named = |index: usize| {
-            let worker = workers[index].0;
+        let life = |index: usize| {
+            let worker = workers[index].worker;
             (worker.register.worker_id.clone(), worker.epoch)
         };
-        match router::choose(&candidates, ask) {
+        match self.routing.choose(&workers, &found, ask, started) {
             Choice::Nobody => Err(PlaceError::Nobody),
             Choice::Full => Err(PlaceError::Full),
-            Choice::Place { decode, prefill } => {
+            Choice::Place {
+                decode,
+                prefill,
+                estimate,
+            } => {
                 let peer = prefill.map(|index| {
-                    let worker = workers[index].0;
+                    let worker = workers[index].worker;
                     PrefillPeer {
                         worker_id: worker.register.worker_id.clone(),
                         epoch: worker.epoch,
@@ -447,9 +477,14 @@ impl Cluster {
                     }
                 });
                 Ok(Route {
-                    decode: named(decode),
-                    prefill: prefill.map(named),
+                    decode: life(decode),
+                    prefill: prefill.map(life),
                     peer,
+                    kinds: (
+                        kind_of(workers[decode].worker),
+                        prefill.map(|index| kind_of(workers[index].worker)),
+                    ),
+                    estimate,
                 })
             }
         }
@@ -458,10 +493,8 @@ impl Cluster {
     /// Whether a live worker serves the model, and the smallest context length of those that do.
     pub(crate) fn served(&self, model: &str) -> Option<u32> {
         let registry = self.registry();
-        let lengths = registry
-            .workers(self.now_ms())
-            .filter(|(worker, state)| matches!(state, State::Ready | State::Suspect) && worker.register.model == model)
-            .map(|(worker, _)| worker.register.context_length);
+        let serving = registry.serving(model, self.now_ms());
+        let lengths = serving.map(|(worker, _)| worker.register.context_length);
         lengths.min()
     }
 }
@@ -471,10 +504,29 @@ pub(crate) struct Placed {
     pub(crate) submission: Submission,
     pub(crate) decode: Assignment,
     /// Dropped when the first token shows that the prompt is computed.
-    pub(crate) prefill: Option<Assignment>,
+    prefill: Option<Assignment>,
+    pending: Option<Pending>,
+    predicted_cached_tokens: usize,
+    routing: Routing,
 }
 
 impl Placed {
+    /// Tokens came: the prompt is computed.
+    pub(crate) fn first_token(&mut self) {
+        self.prefill = None;
+        if let Some(pending) = self.pending.take() {
+            pending.first_token();
+        }
+    }
+
+    /// The worker said how it ended.
+    pub(crate) fn finished(&self, finish: &Finish) {
+        if matches!(finish.reason(), FinishReason::Stop | FinishReason::Length) {
+            self.routing
+                .finished(self.predicted_cached_tokens, finish.cached_tokens);
+        }
+    }
+
     pub(crate) fn placement(&self, attempts: u32) -> Placement {
         Placement {
             decode_worker_id: self.decode.worker.0.clone(),

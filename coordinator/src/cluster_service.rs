@@ -6,7 +6,7 @@ use baton_identity::{Role, require_role};
 use baton_proto::PROTOCOL_VERSION;
 use baton_proto::cluster::cluster_server::Cluster as ClusterRpc;
 use baton_proto::cluster::{
-    self, CoordinatorOrder, Refused, Register, Registered, WorkerReport, coordinator_order, worker_report,
+    self, CoordinatorOrder, Refused, Register, Registered, ResyncBlocks, WorkerReport, coordinator_order, worker_report,
 };
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 /// Time a worker has to register after opening a stream.
 const REGISTER_TIMEOUT: Duration = Duration::from_secs(5);
-/// Orders under way to one worker: an answer, a goodbye, and what an operator may ask for in between.
+/// Orders under way to one worker: an answer, a goodbye, a resync now and then, and what an operator may ask for.
 const ORDERS_MAX: usize = 4;
 /// Longest id, name or address in a registration, in bytes. They are stored, logged and listed.
 const TEXT_BYTES_MAX: usize = 256;
@@ -90,6 +90,14 @@ async fn session(cluster: &Arc<Cluster>, mut reports: Streaming<WorkerReport>, o
         match report.map(|report| report.map(|report| report.kind)) {
             Ok(Some(Some(worker_report::Kind::Heartbeat(heartbeat)))) => {
                 cluster.heartbeat(&worker_id, epoch, heartbeat);
+            }
+            Ok(Some(Some(worker_report::Kind::BlockEvents(events)))) => {
+                if cluster.block_events(epoch, &events) {
+                    tracing::debug!(%worker_id, number = events.number, "block events were lost; asking for all");
+                    let _ = orders
+                        .send(order(coordinator_order::Kind::ResyncBlocks(ResyncBlocks {})))
+                        .await;
+                }
             }
             Ok(Some(Some(worker_report::Kind::Leaving(leaving)))) => {
                 return cluster.left(&worker_id, epoch, &leaving.reason);

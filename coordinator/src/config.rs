@@ -24,8 +24,9 @@ pub struct CoordinatorConfig {
     pub identity_dir: PathBuf,
     /// The models served; a worker that offers another is refused.
     pub models: Vec<ModelConfig>,
-    /// Prompts longer than this, in tokens, are computed on a prefill worker when there is one: below it the transfer
-    /// costs more than it frees.
+    /// Prompts of which more than this is not cached, in tokens, are computed on a prefill worker when there is one, as
+    /// long as prefill and transfer rates are not measured; then the rates decide whether a hand-over pays. 0: every
+    /// prompt is, always.
     #[serde(default = "default_prefill_threshold_tokens")]
     pub prefill_threshold_tokens: usize,
     /// How often workers report, in milliseconds.

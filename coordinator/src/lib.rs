@@ -8,7 +8,7 @@
 //!                   raft store  registry ◀─ cluster service ◀═ Join ═════╯
 //! ```
 //!
-//! Registry and router are plain state machines without IO; `cluster.rs` drives them. What must not be lost (members
+//! Registry and router (`baton-router`) are plain state machines without IO; `cluster.rs` drives them. What must not be lost (members
 //! and usage records) goes through the Raft store; load and liveness deliberately do not.
 #![forbid(unsafe_code)]
 
@@ -22,7 +22,7 @@ mod mailbox;
 mod metrics;
 pub mod registry;
 mod request;
-pub mod router;
+mod router;
 mod server;
 
 pub use config::{CoordinatorConfig, ModelConfig};

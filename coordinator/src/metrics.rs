@@ -1,13 +1,16 @@
-//! What the coordinator itself counts: placements, replays, lost workers, and the Raft store. Requests and latencies
+//! What the coordinator itself counts: placements, the router's predictions, replays, lost workers, and the Raft store. Requests and latencies
 //! are the gateway's to count.
 
+use crate::router::Routing;
 use baton_raftstore::RaftStore;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
+use std::time::Duration;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct PlacementLabel {
@@ -15,23 +18,25 @@ struct PlacementLabel {
 }
 
 /// The counters. Cheap to clone: clones count together.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Metrics {
     placements: Family<PlacementLabel, Counter>,
     pub(crate) replays: Counter,
     pub(crate) moves: Counter,
     pub(crate) workers_lost: Counter,
     store: StoreMetrics,
+    routing: Routing,
 }
 
 impl Metrics {
-    pub(crate) fn new(store: RaftStore) -> Self {
+    pub(crate) fn new(store: RaftStore, routing: Routing) -> Self {
         Self {
             placements: Family::default(),
             replays: Counter::default(),
             moves: Counter::default(),
             workers_lost: Counter::default(),
             store: StoreMetrics(store),
+            routing,
         }
     }
 
@@ -64,6 +69,126 @@ impl Metrics {
             self.workers_lost.clone(),
         );
         registry.register_collector(Box::new(self.store.clone()));
+        self.routing.metrics().register(registry);
+        registry.register_collector(Box::new(IndexMetrics(self.routing.clone())));
+    }
+}
+
+/// What the router took and how right it was. Clones count together.
+#[derive(Clone, Debug)]
+pub(crate) struct RouterMetrics {
+    decision: Histogram,
+    ttft_error: Histogram,
+    cached_predicted: Counter,
+    cached_measured: Counter,
+    cached_missed: Counter,
+}
+
+impl Default for RouterMetrics {
+    fn default() -> Self {
+        // 10 us to 20 ms; a decision that takes longer has waited for a lock.
+        let decision = prometheus_client::metrics::histogram::exponential_buckets(1e-5, 2.0, 12);
+        let error = prometheus_client::metrics::histogram::exponential_buckets(1e-3, 2.0, 15);
+        Self {
+            decision: Histogram::new(decision),
+            ttft_error: Histogram::new(error),
+            cached_predicted: Counter::default(),
+            cached_measured: Counter::default(),
+            cached_missed: Counter::default(),
+        }
+    }
+}
+
+impl RouterMetrics {
+    /// A choice was made, from the naming of the prompt's blocks on.
+    pub(crate) fn decided(&self, took: Duration) {
+        self.decision.observe(took.as_secs_f64());
+    }
+
+    /// A first token came.
+    pub(crate) fn first_token(&self, predicted_s: f64, measured_s: f64) {
+        self.ttft_error.observe((predicted_s - measured_s).abs());
+    }
+
+    /// A request ended that had so many prompt tokens from a cache.
+    pub(crate) fn cached(&self, predicted_tokens: usize, measured_tokens: u32) {
+        let (predicted, measured) = (predicted_tokens as u64, u64::from(measured_tokens));
+        self.cached_predicted.inc_by(predicted);
+        self.cached_measured.inc_by(measured);
+        self.cached_missed.inc_by(predicted.saturating_sub(measured));
+    }
+
+    fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "baton:router_decision_seconds",
+            "Time to choose the workers of a request, from the naming of its blocks on",
+            self.decision.clone(),
+        );
+        registry.register(
+            "baton:router_ttft_error_seconds",
+            "Difference between predicted and measured time from placement to first token",
+            self.ttft_error.clone(),
+        );
+        registry.register(
+            "baton:router_predicted_cached_tokens",
+            "Prompt tokens that the router expected to be found in the chosen worker's cache",
+            self.cached_predicted.clone(),
+        );
+        registry.register(
+            "baton:router_measured_cached_tokens",
+            "Prompt tokens of the same requests that were found there",
+            self.cached_measured.clone(),
+        );
+        registry.register(
+            "baton:router_missed_cached_tokens",
+            "Prompt tokens that were expected in a cache and were not there",
+            self.cached_missed.clone(),
+        );
+    }
+}
+
+/// Read from the router when scraped.
+struct IndexMetrics(Routing);
+
+impl std::fmt::Debug for IndexMetrics {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("IndexMetrics")
+    }
+}
+
+impl Collector for IndexMetrics {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let stats = self.0.stats();
+        let resyncs = ConstCounter::new(stats.resyncs);
+        let help = "Times a worker was asked to tell its blocks anew";
+        resyncs.encode(encoder.encode_descriptor("baton:router_resyncs", help, None, resyncs.metric_type())?)?;
+        let gauges = [
+            (
+                "baton:router_index_blocks",
+                "Distinct blocks in the router's index",
+                signed(stats.index.blocks as u64),
+            ),
+            (
+                "baton:router_index_pairs",
+                "Worker-block pairs in the router's index",
+                signed(stats.index.pairs),
+            ),
+            (
+                "baton:router_index_bytes",
+                "Bytes of the router's index",
+                signed(stats.index.bytes as u64),
+            ),
+            (
+                "baton:router_cold_workers",
+                "Workers whose blocks the router does not know",
+                signed(stats.cold as u64),
+            ),
+        ];
+        for (name, help, value) in gauges {
+            let gauge = ConstGauge::new(value);
+            gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)?;
+        }
+        Ok(())
     }
 }
 

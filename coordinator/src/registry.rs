@@ -307,6 +307,13 @@ impl Registry {
             .map(move |worker| (worker, worker.state(now_ms, &self.config)))
     }
 
+    /// Workers of a model that may be given work, and their states, by id.
+    pub fn serving<'r>(&'r self, model: &'r str, now_ms: u64) -> impl Iterator<Item = (&'r Worker, State)> {
+        self.workers(now_ms).filter(move |(worker, state)| {
+            matches!(state, State::Ready | State::Suspect) && worker.register.model == model
+        })
+    }
+
     /// The list for `baton status`, by id.
     pub fn statuses(&self, now_ms: u64) -> Vec<WorkerStatus> {
         self.workers(now_ms)

@@ -196,12 +196,15 @@ impl Running {
             }
             self.emitted.extend_from_slice(&tokens);
             if !tokens.is_empty() {
-                placed.prefill = None;
+                placed.first_token();
             }
             let (retry, finish) = match end {
                 None => (None, None),
                 Some(End::Broken(reason)) => (Some(Retry::Broken(reason)), None),
-                Some(End::Finished(finish)) => self.judge(finish),
+                Some(End::Finished(finish)) => {
+                    placed.finished(&finish);
+                    self.judge(finish)
+                }
             };
             if let Some(finish) = finish {
                 self.end(tokens, finish).await;

@@ -1,251 +1,336 @@
-//! Where a request goes: a pure function of the workers as they are known. No IO, no clock, no randomness; equal
-//! inputs give equal choices, so a simulation routes exactly as production does.
+//! The router's place in the coordinator: names a prompt's blocks, turns what the registry knows of workers into
+//! candidates, keeps count of prompt tokens that were placed and not yet computed, and takes the time. The rules are in
+//! [`baton_router`].
 //!
-//! Decode first: the least loaded worker of role decode or combined streams; a prefill worker is named only if the
-//! prompt is long enough. Roles are policy: if only prefill workers are left, they serve everything.
+//! Locks: the router's own is taken after the registry's, never the other way round, and is held for one message of
+//! block events (1,024 names from our own workers), one sweep step, or one choice.
 
+use crate::metrics::RouterMetrics;
+use crate::registry::{State, Worker};
 use baton_gateway::WorkerRole;
-use std::cmp::Reverse;
+use baton_proto::block_hash;
+use baton_proto::cluster::{self, BlockEvents};
+use baton_router::{
+    Ask, BlockUpdate, Candidate, Choice, Estimate, Policy, Prefix, Prefixes, Rates, Role, Router, Seat, Tier, Verdict,
+};
+use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Instant;
 
-/// A worker that could take work now.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Candidate<'a> {
-    /// Its id, the last tie-break.
-    pub id: &'a str,
-    /// What it is for.
-    pub role: WorkerRole,
-    /// Its KV compatibility digest.
-    pub kv_digest: &'a [u8],
-    /// Sequences it has, running and waiting.
-    pub load: u32,
-    /// Prompts it computes for others, of those in `load` or still on their way.
-    pub prefilling: u32,
-    /// Free KV blocks.
-    pub free_blocks: u32,
-    /// It takes no more requests.
-    pub full: bool,
-    /// Better not: it is suspect, or has failed this very request before.
-    pub doubtful: bool,
+/// Kinds of names computed for one prompt: workers of one model have one weights' digest and block size, or a few while
+/// they are being exchanged. Those beyond count as cold.
+const KINDS_MAX: usize = 4;
+/// Steps of the index's sweep in one tick of the cluster: at most some 10 ms of work in 100 ms while workers that have
+/// departed are swept out, and everything is swept within seconds.
+const SWEEPS_PER_TICK: usize = 64;
+
+/// What names depend on, beside prompt and salt: model digest and block size.
+pub(crate) type Kind = (Vec<u8>, u32);
+
+/// A prompt's blocks as each kind of worker names them.
+pub(crate) struct Names(Vec<(Kind, Arc<[u64]>)>);
+
+/// What was found of a prompt in the index.
+pub(crate) struct Found<'a>(Vec<(&'a Kind, Prefixes)>);
+
+struct Inner {
+    router: Router,
+    /// By epoch, which is unique in the cluster.
+    seats: HashMap<u64, Seated>,
 }
 
-/// What is asked of the router.
-#[derive(Debug, Clone, Copy)]
-pub struct Ask {
-    /// Length of the prompt.
-    pub prompt_tokens: usize,
-    /// Prompts longer than this go to a prefill worker, if there is one.
-    pub prefill_threshold_tokens: usize,
+struct Seated {
+    seat: Seat,
+    /// Uncached prompt tokens placed here whose first token has not come.
+    pending_tokens: u64,
 }
 
-/// The router's answer; numbers are indices of the candidates.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Choice {
-    /// The worker that streams, and the one that computes the prompt, if another.
-    Place {
-        /// Streams.
-        decode: usize,
-        /// Computes the prompt.
-        prefill: Option<usize>,
-    },
-    /// There are workers, and all are full.
-    Full,
-    /// There is no worker.
-    Nobody,
+/// See the module. Cheap to clone: clones are the same router.
+#[derive(Clone)]
+pub(crate) struct Routing {
+    inner: Arc<RwLock<Inner>>,
+    metrics: RouterMetrics,
 }
 
-/// Chooses.
-pub fn choose(candidates: &[Candidate<'_>], ask: Ask) -> Choice {
-    if candidates.is_empty() {
-        return Choice::Nobody;
-    }
-    let open = || candidates.iter().enumerate().filter(|(_, candidate)| !candidate.full);
-    let decode = open()
-        .min_by_key(|(_, candidate)| {
-            let wrong_role = candidate.role == WorkerRole::Prefill;
-            (
-                candidate.doubtful,
-                wrong_role,
-                candidate.load,
-                Reverse(candidate.free_blocks),
-                candidate.id,
-            )
-        })
-        .map(|(index, _)| index);
-    let Some(decode) = decode else {
-        return Choice::Full;
-    };
-    let prefill = (ask.prompt_tokens > ask.prefill_threshold_tokens)
-        .then(|| prefill_for(candidates, decode))
-        .flatten();
-    Choice::Place { decode, prefill }
-}
-
-/// The least loaded worker that may compute a prompt for `decode`. A worker that also prefills is not helped by its
-/// equals: that would only move the work and pay for the transfer.
-fn prefill_for(candidates: &[Candidate<'_>], decode: usize) -> Option<usize> {
-    let streams = &candidates[decode];
-    candidates
-        .iter()
-        .enumerate()
-        .filter(|(index, candidate)| {
-            *index != decode
-                && !candidate.doubtful
-                && !candidate.full
-                && candidate.kv_digest == streams.kv_digest
-                && match candidate.role {
-                    WorkerRole::Prefill => streams.role != WorkerRole::Prefill,
-                    WorkerRole::Combined => streams.role == WorkerRole::Decode,
-                    WorkerRole::Decode => false,
-                }
-        })
-        .min_by_key(|(_, candidate)| {
-            (
-                candidate.load.max(candidate.prefilling),
-                Reverse(candidate.free_blocks),
-                candidate.id,
-            )
-        })
-        .map(|(index, _)| index)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn candidate(id: &str, role: WorkerRole, load: u32) -> Candidate<'_> {
-        Candidate {
-            id,
-            role,
-            kv_digest: b"d",
-            load,
-            prefilling: 0,
-            free_blocks: 10,
-            full: false,
-            doubtful: false,
+impl Routing {
+    pub(crate) fn new(prefill_threshold_tokens: usize, metrics: RouterMetrics) -> Self {
+        let policy = Policy {
+            prefill_threshold_tokens,
+            ..Policy::default()
+        };
+        Self {
+            inner: Arc::new(RwLock::new(Inner {
+                router: Router::new(policy),
+                seats: HashMap::new(),
+            })),
+            metrics,
         }
     }
 
-    fn ask(prompt_tokens: usize) -> Ask {
-        Ask {
-            prompt_tokens,
-            prefill_threshold_tokens: 100,
+    fn read(&self) -> RwLockReadGuard<'_, Inner> {
+        self.inner.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Inner> {
+        self.inner.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A registration stands.
+    pub(crate) fn join(&self, epoch: u64) {
+        let mut inner = self.write();
+        let seat = inner.router.join();
+        let seated = Seated {
+            seat,
+            pending_tokens: 0,
+        };
+        if let Some(old) = inner.seats.insert(epoch, seated) {
+            inner.router.leave(old.seat);
         }
     }
 
-    fn place(decode: usize, prefill: Option<usize>) -> Choice {
-        Choice::Place { decode, prefill }
-    }
-
-    #[test]
-    fn long_prompts_are_prefilled_elsewhere() {
-        let workers = [
-            candidate("d0", WorkerRole::Decode, 3),
-            candidate("d1", WorkerRole::Decode, 2),
-            candidate("p0", WorkerRole::Prefill, 1),
-            candidate("p1", WorkerRole::Prefill, 0),
-        ];
-        assert_eq!(choose(&workers, ask(100)), place(1, None));
-        assert_eq!(choose(&workers, ask(101)), place(1, Some(3)));
-    }
-
-    #[test]
-    fn one_kind_of_worker_serves_everything() {
-        for role in [WorkerRole::Prefill, WorkerRole::Decode, WorkerRole::Combined] {
-            let workers = [candidate("a", role, 1), candidate("b", role, 0)];
-            assert_eq!(choose(&workers, ask(1000)), place(1, None), "{role:?}");
+    /// A registration is over.
+    pub(crate) fn leave(&self, epoch: u64) {
+        let mut inner = self.write();
+        if let Some(seated) = inner.seats.remove(&epoch) {
+            inner.router.leave(seated.seat);
         }
-        assert_eq!(choose(&[], ask(1)), Choice::Nobody);
     }
 
-    #[test]
-    fn another_model_or_geometry_does_not_help() {
-        let mut other = candidate("p", WorkerRole::Prefill, 0);
-        other.kv_digest = b"other";
-        assert_eq!(
-            choose(&[candidate("d", WorkerRole::Decode, 0), other], ask(1000)),
-            place(0, None)
-        );
+    /// Takes in what a worker tells of its blocks; true if it must tell everything anew.
+    pub(crate) fn block_events(&self, epoch: u64, events: &BlockEvents, now_ms: u64) -> bool {
+        let tier = match events.tier() {
+            cluster::Tier::Device => Tier::Device,
+            cluster::Tier::Host => Tier::Host,
+            cluster::Tier::Disk => Tier::Disk,
+            cluster::Tier::Object => Tier::Object,
+        };
+        let update = BlockUpdate {
+            number: events.number,
+            reset: events.reset,
+            tier,
+            evicted: &events.evicted,
+            stored: events.stored.iter().map(|run| run.names.as_slice()),
+        };
+        let mut inner = self.write();
+        let Some(seat) = inner.seats.get(&epoch).map(|seated| seated.seat) else {
+            return false;
+        };
+        inner.router.apply(seat, update, now_ms) == Verdict::Resync
     }
 
-    #[test]
-    fn ties_go_to_free_blocks_and_then_the_id() {
-        let mut workers = [
-            candidate("b", WorkerRole::Decode, 1),
-            candidate("a", WorkerRole::Decode, 1),
-        ];
-        assert_eq!(choose(&workers, ask(1)), place(1, None));
-        workers[0].free_blocks = 11;
-        assert_eq!(choose(&workers, ask(1)), place(0, None));
-        workers[0].doubtful = true;
-        assert_eq!(choose(&workers, ask(1)), place(1, None));
-        workers[1].full = true;
-        assert_eq!(choose(&workers, ask(1)), place(0, None));
-        workers[0].full = true;
-        assert_eq!(choose(&workers, ask(1)), Choice::Full);
-    }
-
-    fn any_candidate() -> impl Strategy<Value = (u8, u8, u32, u32, u32, bool, bool)> {
-        (
-            0u8..3,
-            0u8..2,
-            0u32..5,
-            0u32..3,
-            0u32..20,
-            prop::bool::weighted(0.2),
-            prop::bool::weighted(0.2),
-        )
-    }
-
-    proptest! {
-        #[test]
-        fn choices_are_sound_and_do_not_depend_on_order(
-            seeds in prop::collection::vec(any_candidate(), 0..12), tokens in 0usize..200, rotate in 0usize..12,
-        ) {
-            let ids: Vec<String> = (0..seeds.len()).map(|i| format!("w{i}")).collect();
-            let digests: [&[u8]; 2] = [b"x", b"y"];
-            let workers: Vec<Candidate<'_>> = seeds.iter().zip(&ids).map(|(seed, id)| Candidate {
-                id,
-                role: [WorkerRole::Prefill, WorkerRole::Decode, WorkerRole::Combined][usize::from(seed.0)],
-                kv_digest: digests[usize::from(seed.1)],
-                load: seed.2,
-                prefilling: seed.3,
-                free_blocks: seed.4,
-                full: seed.5,
-                doubtful: seed.6,
-            }).collect();
-            let choice = choose(&workers, ask(tokens));
-            match choice {
-                Choice::Nobody => prop_assert!(workers.is_empty()),
-                Choice::Full => prop_assert!(workers.iter().all(|worker| worker.full)),
-                Choice::Place { decode, prefill } => {
-                    let chosen = &workers[decode];
-                    prop_assert!(!chosen.full);
-                    for other in workers.iter().filter(|other| !other.full && !other.doubtful) {
-                        prop_assert!(!chosen.doubtful);
-                        if other.role != WorkerRole::Prefill {
-                            prop_assert!(chosen.role != WorkerRole::Prefill && chosen.load <= other.load);
-                        }
-                    }
-                    if let Some(prefill) = prefill {
-                        prop_assert!(tokens > 100 && prefill != decode);
-                        prop_assert!(workers[prefill].kv_digest == chosen.kv_digest && !workers[prefill].full);
-                        prop_assert!(workers[prefill].role != WorkerRole::Decode);
-                    }
-                }
+    /// Gives memory of departed workers back, a little per call.
+    pub(crate) fn tick(&self) {
+        for _ in 0..SWEEPS_PER_TICK {
+            // Requests come in between.
+            if !self.write().router.sweep() {
+                return;
             }
-            let mut turned = workers.clone();
-            if !turned.is_empty() {
-                turned.rotate_left(rotate % seeds.len());
+        }
+    }
+
+    /// The kinds of names that these workers use.
+    pub(crate) fn kinds<'w>(workers: impl Iterator<Item = &'w Worker>) -> Vec<Kind> {
+        let mut kinds: Vec<Kind> = Vec::new();
+        for worker in workers {
+            let register = &worker.register;
+            let known = kinds
+                .iter()
+                .any(|(digest, size)| *digest == register.model_digest && *size == register.block_size);
+            if !known && kinds.len() < KINDS_MAX {
+                kinds.push((register.model_digest.to_vec(), register.block_size));
             }
-            let named = |workers: &[Candidate<'_>], choice| match choice {
-                Choice::Place { decode, prefill } => {
-                    (Some(workers[decode].id.to_owned()), prefill.map(|p: usize| workers[p].id.to_owned()))
-                }
-                _ => (None, None),
+        }
+        kinds
+    }
+
+    /// What each worker has of the prompt.
+    pub(crate) fn look_up<'n>(&self, names: &'n Names, now_ms: u64) -> Found<'n> {
+        let inner = self.read();
+        let found = names.0.iter().map(|(kind, names)| {
+            let mut prefixes = Prefixes::default();
+            inner.router.look_up(names, now_ms, &mut prefixes);
+            (kind, prefixes)
+        });
+        Found(found.collect())
+    }
+
+    /// Chooses among workers, each with its state and whether to avoid it.
+    pub(crate) fn choose(&self, workers: &[Considered<'_>], found: &Found<'_>, ask: &Ask, started: Instant) -> Choice {
+        let inner = self.read();
+        let candidates: Vec<Candidate<'_>> = workers
+            .iter()
+            .map(|considered| {
+                let worker = considered.worker;
+                let seated = inner.seats.get(&worker.epoch);
+                let prefix = seated.map_or_else(Prefix::default, |seated| found.of(worker, seated.seat));
+                candidate(considered, prefix, seated.map_or(0, |seated| seated.pending_tokens))
+            })
+            .collect();
+        let choice = inner.router.choose(&candidates, ask);
+        self.metrics.decided(started.elapsed());
+        choice
+    }
+
+    /// A request was sent where the choice said. The answer is to be kept until its first token.
+    pub(crate) fn placed(
+        &self,
+        decode: (u64, &Kind),
+        prefill: Option<(u64, &Kind)>,
+        names: &Names,
+        estimate: Estimate,
+        now_ms: u64,
+    ) -> Pending {
+        let mut inner = self.write();
+        for (epoch, kind) in std::iter::once(decode).chain(prefill) {
+            let Some(seat) = inner.seats.get(&epoch).map(|seated| seated.seat) else {
+                continue;
             };
-            let again = choose(&turned, ask(tokens));
-            prop_assert_eq!(named(&workers, choice), named(&turned, again));
+            if let Some(names) = names.of(kind) {
+                inner.router.placed(seat, names, estimate.ttft_s, now_ms);
+            }
+        }
+        let computes = prefill.map_or(decode.0, |(epoch, _)| epoch);
+        let tokens = estimate.uncached_tokens as u64;
+        if let Some(seated) = inner.seats.get_mut(&computes) {
+            seated.pending_tokens += tokens;
+        }
+        drop(inner);
+        Pending {
+            routing: self.clone(),
+            computes,
+            tokens,
+            remote: prefill.is_some(),
+            estimate,
+            placed: Instant::now(),
+        }
+    }
+
+    /// How many cached tokens a request turned out to have.
+    pub(crate) fn finished(&self, predicted_cached_tokens: usize, cached_tokens: u32) {
+        self.metrics.cached(predicted_cached_tokens, cached_tokens);
+    }
+
+    pub(crate) fn metrics(&self) -> &RouterMetrics {
+        &self.metrics
+    }
+
+    pub(crate) fn stats(&self) -> baton_router::RouterStats {
+        self.read().router.stats()
+    }
+}
+
+impl Names {
+    /// Names the full blocks of a prompt for each kind of worker, but for the block with the last token, which is always
+    /// computed: some 0.1 ms for 8k tokens.
+    pub(crate) fn compute(kinds: Vec<Kind>, salt: &[u8], prompt: &[u32]) -> Self {
+        let named = kinds.into_iter().map(|kind| {
+            let names = match <&[u8; 32]>::try_from(kind.0.as_slice()) {
+                Ok(digest) if kind.1 > 0 && !prompt.is_empty() => {
+                    let size = kind.1 as usize;
+                    let full = (prompt.len() - 1) / size * size;
+                    let root = block_hash::cache_root(digest, salt);
+                    let chain = block_hash::chain(&root, &prompt[..full], size);
+                    chain.iter().map(block_hash::short).collect()
+                }
+                // A worker that tells no digest is cold.
+                _ => Arc::from([]),
+            };
+            (kind, names)
+        });
+        Self(named.collect())
+    }
+
+    fn of(&self, kind: &Kind) -> Option<&[u64]> {
+        let found = self.0.iter().find(|(known, _)| known == kind);
+        found.map(|(_, names)| &**names)
+    }
+}
+
+impl Found<'_> {
+    fn of(&self, worker: &Worker, seat: Seat) -> Prefix {
+        let register = &worker.register;
+        let found = self.0.iter();
+        let mut found =
+            found.filter(|((digest, size), _)| *digest == register.model_digest && *size == register.block_size);
+        found
+            .next()
+            .map_or_else(Prefix::default, |(_, prefixes)| prefixes.of(seat))
+    }
+}
+
+/// A worker that may be chosen.
+pub(crate) struct Considered<'a> {
+    pub(crate) worker: &'a Worker,
+    pub(crate) state: State,
+    /// It has failed this very request before.
+    pub(crate) avoid: bool,
+    pub(crate) requests_max: u32,
+}
+
+/// What names of `worker` depend on.
+pub(crate) fn kind_of(worker: &Worker) -> Kind {
+    (worker.register.model_digest.to_vec(), worker.register.block_size)
+}
+
+fn candidate<'a>(considered: &Considered<'a>, prefix: Prefix, pending_tokens: u64) -> Candidate<'a> {
+    let worker = considered.worker;
+    let (register, heartbeat) = (&worker.register, &worker.heartbeat);
+    Candidate {
+        id: &register.worker_id,
+        role: match worker.role {
+            WorkerRole::Prefill => Role::Prefill,
+            WorkerRole::Decode => Role::Decode,
+            WorkerRole::Combined => Role::Combined,
+        },
+        kv_digest: &register.kv_digest,
+        prefix,
+        // Heartbeats lag behind what was placed since; what was placed knows nothing of other coordinators.
+        streams: worker.assigned.max(heartbeat.running.saturating_add(heartbeat.waiting)),
+        prefilling: worker.prefilling,
+        pending_prompt_tokens: heartbeat.pending_prompt_tokens.max(pending_tokens),
+        available_blocks: heartbeat.free_blocks.saturating_add(heartbeat.cached_blocks),
+        total_blocks: register.total_blocks,
+        block_size: register.block_size,
+        kv_bytes_per_block: register.kv_bytes_per_block,
+        rates: Rates {
+            prefill_tokens_per_s: heartbeat.prefill_tokens_per_s,
+            decode_step_us: heartbeat.decode_step_us,
+            transfer_bytes_per_s: heartbeat.transfer_bytes_per_s,
+            load_bytes_per_s: [0.0; Tier::LOWER],
+        },
+        full: worker.assigned >= considered.requests_max,
+        doubtful: considered.state == State::Suspect || considered.avoid,
+    }
+}
+
+/// A prompt that is being computed somewhere. Dropped at the first token, or when there will be none.
+pub(crate) struct Pending {
+    routing: Routing,
+    /// Epoch of the worker that computes.
+    computes: u64,
+    tokens: u64,
+    remote: bool,
+    estimate: Estimate,
+    placed: Instant,
+}
+
+impl Pending {
+    /// The first token came.
+    pub(crate) fn first_token(self) {
+        let measured_s = self.placed.elapsed().as_secs_f64();
+        self.routing.metrics.first_token(self.estimate.ttft_s, measured_s);
+        // Released before `self`, whose drop takes the lock again.
+        let mut inner = self.routing.write();
+        inner
+            .router
+            .first_token(self.remote, self.estimate.modelled_s, measured_s);
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        if let Some(seated) = self.routing.write().seats.get_mut(&self.computes) {
+            seated.pending_tokens = seated.pending_tokens.saturating_sub(self.tokens);
         }
     }
 }

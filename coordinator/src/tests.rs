@@ -5,6 +5,7 @@ mod fake_worker;
 mod hangs;
 mod lives;
 mod requests;
+mod routing;
 mod whole;
 
 use crate::backend::ClusterBackend;
@@ -25,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 /// Bound on every wait of a test; reached only by a failure.
 const PATIENCE: Duration = Duration::from_secs(20);
 const MODEL: &str = "m";
+const MODEL_DIGEST: [u8; 32] = [5; 32];
 
 /// A coordinator without its HTTP front end.
 struct Coordinator {

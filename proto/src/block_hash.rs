@@ -39,6 +39,19 @@ pub fn root(root: &[u8]) -> BlockHash {
     truncate(blake3::hash(root))
 }
 
+/// What separates prefix caches: KV is shared only under one model and one salt. The argument of [`chain`] and [`root`].
+pub fn cache_root(model_digest: &[u8; 32], salt: &[u8]) -> Vec<u8> {
+    [model_digest.as_slice(), salt].concat()
+}
+
+/// The first eight bytes of a name, little endian: what block events and routers call a block. Hints only: whoever holds
+/// blocks looks up full names.
+pub fn short(hash: &BlockHash) -> u64 {
+    let mut first = [0; 8];
+    first.copy_from_slice(&hash[..8]);
+    u64::from_le_bytes(first)
+}
+
 fn truncate(hash: blake3::Hash) -> BlockHash {
     let mut out = [0; 16];
     out.copy_from_slice(&hash.as_bytes()[..16]);

@@ -121,7 +121,8 @@ pub struct UpArgs {
     /// smoother for the streams, 0 sets no limit [default: 150]
     #[arg(long, value_name = "MS")]
     pub step_target_ms: Option<u64>,
-    /// Prompts with more tokens than this are computed by a prefill worker [default: 256; 16 with the demo model]
+    /// Prompts with more uncached tokens than this are computed by a prefill worker until measured rates decide; 0: all,
+    /// always [default: 256; 16 with the demo model]
     #[arg(long, value_name = "TOKENS")]
     pub prefill_threshold: Option<u32>,
     /// Key clients must send as a bearer token; needed when --host is not a loopback address

@@ -7,6 +7,7 @@ use crate::caller::{CallerId, Flushed, Outbox};
 use crate::engine_thread::{Command, EngineHandle, PrefillCommand, Shared, Ticket};
 use crate::fill::{FillContext, FillEnd, FillJob, fill};
 use crate::push::LayerPush;
+use crate::rates::StepRates;
 use baton_engine::{
     Engine, EngineError, Finish, FinishReason, Output, Plan, PrefillRequest, Request, SamplingParams, Scheduler, SeqId,
 };
@@ -97,6 +98,7 @@ pub(crate) struct EngineLoop {
     callers: HashMap<CallerId, Outbox>,
     jobs: HashMap<SeqId, Job>,
     seqs: HashMap<Ticket, SeqId>,
+    rates: StepRates,
 }
 
 impl EngineLoop {
@@ -119,6 +121,7 @@ impl EngineLoop {
             callers: HashMap::new(),
             jobs: HashMap::new(),
             seqs: HashMap::new(),
+            rates: StepRates::default(),
         }
     }
 
@@ -126,6 +129,7 @@ impl EngineLoop {
     pub(crate) fn run(mut self) -> Result<(), String> {
         let mut idle = true;
         let mut slow_caller = false;
+        self.scheduler.enable_block_events();
         // The first heartbeat may leave before the first command comes.
         self.shared.publish(self.load());
         loop {
@@ -156,6 +160,7 @@ impl EngineLoop {
                 self.step(&plan)?;
             }
             self.shared.publish(self.load());
+            self.shared.blocks.publish(self.scheduler.take_block_events());
             slow_caller = self.flush();
         }
     }
@@ -187,6 +192,7 @@ impl EngineLoop {
             Command::FillCached { ticket, cached_tokens } => self.fill_cached(ticket, cached_tokens),
             Command::FillEnded { ticket, end } => self.fill_ended(ticket, end),
             Command::PushEnded { ticket, finish } => self.push_ended(ticket, finish),
+            Command::TellBlocks => self.scheduler.void_block_events(),
             // Handled where commands are received.
             Command::Stop => {}
         }
@@ -514,6 +520,7 @@ impl EngineLoop {
         let took = started.elapsed();
         self.shared.stepped(took);
         self.scheduler.observe_step(&plan.batch, took);
+        self.rates.observe(&plan.batch, took);
         let outputs = match sampled {
             Ok(sampled) => self.scheduler.commit(&plan.batch, &sampled),
             Err(error @ EngineError::Lost(_)) => return Err(error.to_string()),
@@ -649,6 +656,9 @@ impl EngineLoop {
             preemptions_total: stats.preemptions,
             transferred_bytes_total: 0,
             push_overlap: 0.0,
+            pending_prompt_tokens: self.scheduler.pending_prompt_tokens(),
+            prefill_tokens_per_s: self.rates.prefill_tokens_per_s(),
+            decode_step_us: self.rates.decode_step_us(),
             ..Default::default()
         }
     }

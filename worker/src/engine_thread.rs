@@ -4,17 +4,20 @@
 //! in the command queue, which is the back-pressure on callers that submit faster than the engine takes.
 
 use crate::WorkerError;
+use crate::block_feed::BlockFeed;
 use crate::caller::{CallerId, OutboundSender};
 use crate::engine_loop::EngineLoop;
 use crate::fill::{FillContext, FillEnd};
 use crate::push::LayerPush;
+use crate::rates::TransferRate;
 use baton_engine::{Engine, Scheduler, SchedulerConfig};
+use baton_kvtransfer::PushReport;
 use baton_proto::cluster::Heartbeat;
 use baton_proto::worker::{Finish, Generate, Prefill, PrefillDone, Pulse};
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -61,6 +64,8 @@ pub(crate) enum Command {
         ticket: Ticket,
         finish: Finish,
     },
+    /// Tell the content of the prefix cache anew.
+    TellBlocks,
     Stop,
 }
 
@@ -86,6 +91,8 @@ pub(crate) struct Shared {
     steps: Mutex<Steps>,
     /// Nothing new is taken any more.
     draining: watch::Sender<bool>,
+    /// What happens to the prefix cache, for the coordinator.
+    pub(crate) blocks: BlockFeed,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -100,6 +107,7 @@ struct Pushes {
     count: u64,
     bytes: u64,
     overlap_sum: f64,
+    rate: TransferRate,
 }
 
 impl Shared {
@@ -164,12 +172,18 @@ impl EngineHandle {
         tickets.retain(|_, ticket| live.contains(ticket));
     }
 
-    /// Counts a finished push; `overlap` is the share of its time that lay behind compute.
-    pub(crate) fn pushed(&self, bytes: u64, overlap: f64) {
+    /// Counts a finished push.
+    pub(crate) fn pushed(&self, report: &PushReport) {
         let mut pushes = lock(&self.shared.pushes);
         pushes.count += 1;
-        pushes.bytes += bytes;
-        pushes.overlap_sum += overlap;
+        pushes.bytes += report.bytes;
+        pushes.overlap_sum += report.overlap;
+        pushes.rate.observe(report);
+    }
+
+    /// What happens to the prefix cache.
+    pub(crate) fn blocks(&self) -> &BlockFeed {
+        &self.shared.blocks
     }
 
     /// Load as of the last step.
@@ -177,6 +191,7 @@ impl EngineHandle {
         let pushes = lock(&self.shared.pushes);
         Heartbeat {
             transferred_bytes_total: pushes.bytes,
+            transfer_bytes_per_s: pushes.rate.bytes_per_s(Instant::now()),
             push_overlap: if pushes.count == 0 {
                 0.0
             } else {
@@ -254,6 +269,7 @@ pub(crate) fn spawn(
     let (commands, queued) = mpsc::channel(COMMANDS_MAX);
     let shared = Arc::new(Shared {
         next: AtomicU64::new(1),
+        blocks: BlockFeed::new(scheduler.config().total_blocks as usize),
         ..Shared::default()
     });
     let handle = EngineHandle {

@@ -23,6 +23,7 @@
 //! (the gateway's), restart itself (the supervisor's).
 #![forbid(unsafe_code)]
 
+mod block_feed;
 mod caller;
 mod compression;
 mod config;
@@ -35,6 +36,7 @@ mod load;
 mod membership;
 mod peers;
 mod push;
+mod rates;
 mod server;
 mod service;
 

@@ -10,8 +10,9 @@
 //! Each registration gets a new epoch. Requests keep running while the stream is down: membership says where new work
 //! goes, not whether old work lives.
 
+use crate::block_feed::{BlockFeed, Taken};
 use crate::drain::DrainOrders;
-use crate::engine_thread::EngineHandle;
+use crate::engine_thread::{Command, EngineHandle};
 use crate::server::{Advertised, Startup};
 use crate::{WorkerConfig, WorkerError};
 use baton_identity::{Identity, Role};
@@ -20,6 +21,7 @@ use baton_proto::cluster::{Leaving, Register, WorkerReport, coordinator_order, w
 use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Endpoint;
@@ -33,8 +35,14 @@ const KEEP_ALIVE: Duration = Duration::from_secs(1);
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 /// Longest pause between attempts: a returning coordinator sees its workers within this.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
-/// Reports under way: one heartbeat and a goodbye; a heartbeat that finds no place is skipped.
-const REPORTS_MAX: usize = 2;
+/// Reports under way: one heartbeat, a goodbye and a few messages of block events; a heartbeat that finds no place is
+/// skipped, block events leave it one.
+const REPORTS_MAX: usize = 6;
+/// Places that block events leave free.
+const REPORTS_RESERVED: usize = 2;
+/// Block events are told at most this often, so that those of several steps share a message. A router knows of a block
+/// that much later; until then its own record of what it placed stands in.
+const EVENTS_INTERVAL: Duration = Duration::from_millis(25);
 /// Shortest heartbeat interval a coordinator may ask for.
 const HEARTBEAT_MIN: Duration = Duration::from_millis(50);
 
@@ -138,6 +146,8 @@ async fn join(
     let heartbeat_report = || WorkerReport {
         kind: Some(worker_report::Kind::Heartbeat(engine.heartbeat())),
     };
+    let mut events_sent = 0u64;
+    let mut events_due = Instant::now();
     loop {
         tokio::select! {
             () = leave.cancelled() => {
@@ -157,6 +167,12 @@ async fn join(
                         registered_here = true;
                         tracing::info!(coordinator = %addr, epoch = order.epoch, "registered");
                         registered(order.epoch);
+                        // This coordinator, or this life, has heard nothing yet.
+                        engine.blocks().restart();
+                    }
+                    Some(coordinator_order::Kind::ResyncBlocks(_)) => {
+                        tracing::debug!("the coordinator asked for all block names anew");
+                        engine.blocks().restart();
                     }
                     Some(coordinator_order::Kind::Refused(refused)) => return Err(WorkerError::Refused(refused.reason)),
                     Some(coordinator_order::Kind::Shutdown(order)) => {
@@ -178,12 +194,35 @@ async fn join(
                 told_draining = true;
                 let _ = reports.send(heartbeat_report()).await;
             }
+            () = due(engine.blocks(), events_due), if registered_here => {
+                events_due = Instant::now() + EVENTS_INTERVAL;
+                // Without room they wait, and are told anew if they wait too long.
+                while reports.capacity() > REPORTS_RESERVED {
+                    match engine.blocks().take() {
+                        Taken::Nothing => break,
+                        // Waits for room in the command queue at most, as every command does.
+                        Taken::Ask => engine.send(Command::TellBlocks).await,
+                        Taken::Message(mut events) => {
+                            events_sent += 1;
+                            events.number = events_sent;
+                            let report = WorkerReport { kind: Some(worker_report::Kind::BlockEvents(events)) };
+                            let _ = reports.try_send(report);
+                        }
+                    }
+                }
+            }
             _ = heartbeat.tick(), if registered_here => {
                 // A full queue means that the last heartbeat has not left yet: a newer one would not help.
                 let _ = reports.try_send(heartbeat_report());
             }
         }
     }
+}
+
+/// Resolves when there are block events to tell and the last ones left long enough ago.
+async fn due(blocks: &BlockFeed, not_before: Instant) {
+    tokio::time::sleep_until(not_before).await;
+    blocks.ready().await;
 }
 
 fn register_message(config: &WorkerConfig, advertised: &Advertised) -> Register {

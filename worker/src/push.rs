@@ -148,7 +148,7 @@ pub(crate) async fn hand_over(
         Some(match push.finish(done.encode_to_vec().into()).await {
             Ok(report) => {
                 tracing::debug!(bytes = report.bytes, transport = %report.transport, "kv blocks handed over");
-                engine.pushed(report.bytes, report.overlap);
+                engine.pushed(&report);
                 Finish {
                     reason: FinishReason::Prefilled as i32,
                     cached_tokens,

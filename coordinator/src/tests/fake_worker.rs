@@ -5,14 +5,14 @@ use baton_identity::{Identity, Role, require_role};
 use baton_proto::PROTOCOL_VERSION;
 use baton_proto::cluster::cluster_client::ClusterClient;
 use baton_proto::cluster::{
-    self, CoordinatorOrder, Heartbeat, Register, WorkerReport, coordinator_order, worker_report,
+    self, BlockEvents, CoordinatorOrder, Heartbeat, Register, WorkerReport, coordinator_order, worker_report,
 };
 use baton_proto::worker::worker_server::{Worker, WorkerServer};
 use baton_proto::worker::{
     Finish, FinishReason, FromWorker, Generate, HelloReply, Pulse, SequenceDelta, StepOutput, ToWorker, from_worker,
     to_worker,
 };
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -82,6 +82,10 @@ pub(super) struct Controls {
     pub(super) epoch: AtomicU64,
     /// Reason of a refusal by the coordinator.
     pub(super) refused: Mutex<Option<String>>,
+    /// Block events to tell, with their numbers.
+    pub(super) events: Mutex<VecDeque<BlockEvents>>,
+    /// Times the coordinator asked for all of them.
+    pub(super) resyncs: AtomicU64,
 }
 
 impl Controls {
@@ -201,7 +205,7 @@ pub(super) fn register(id: &str, role: cluster::Role, addr: SocketAddr) -> Regis
         context_length: 1024,
         kv_bytes_per_block: 4096,
         device: "none".into(),
-        model_digest: Default::default(),
+        model_digest: super::MODEL_DIGEST.to_vec().into(),
     }
 }
 
@@ -228,6 +232,9 @@ async fn member(channel: Channel, register: Register, controls: &Controls) -> Re
                     *controls.refused.lock().unwrap() = Some(refused.reason);
                     return Ok(());
                 }
+                Some(coordinator_order::Kind::ResyncBlocks(_)) => {
+                    controls.resyncs.fetch_add(1, Ordering::SeqCst);
+                }
                 _ => return Ok(()),
             },
             _ = beat.tick() => {
@@ -236,6 +243,10 @@ async fn member(channel: Channel, register: Register, controls: &Controls) -> Re
                     let draining = controls.draining.load(Ordering::SeqCst);
                     let heartbeat = Heartbeat { free_blocks: 90, cached_blocks: 10, draining, ..Heartbeat::default() };
                     let _ = reports.try_send(report(worker_report::Kind::Heartbeat(heartbeat)));
+                    let events = controls.events.lock().unwrap().pop_front();
+                    if let Some(events) = events {
+                        let _ = reports.send(report(worker_report::Kind::BlockEvents(events))).await;
+                    }
                 }
             }
         }

@@ -37,6 +37,6 @@ pub use mock::{MockConfig, MockEngine, MockTiming};
 pub use model_engine::ModelEngine;
 pub use request::{Cancelled, FillRequest, Finish, FinishReason, Output, Plan, PrefillRequest, Request, Reuse};
 pub use sampling::{Sampler, SamplingParams};
-pub use scheduler::{Scheduler, cache_root};
+pub use scheduler::Scheduler;
 pub use stats::Stats;
 pub use step::{Engine, SeqId, StepBatch, StepSeq};

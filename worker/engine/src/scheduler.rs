@@ -183,8 +183,11 @@ impl Scheduler {
         }
         let id = SeqId(self.next_id);
         self.next_id += 1;
-        let root = block_hash::root(&cache_root(&config.model_digest, salt));
-        let seq = Sequence::new(id, task, prompt, sampling, root, config.block_size);
+        let root = block_hash::root(&block_hash::cache_root(&config.model_digest, salt));
+        let mut seq = Sequence::new(id, task, prompt, sampling, root, config.block_size);
+        if config.prefix_cache {
+            seq.expected_cached = expected_cached(&mut seq, &self.blocks);
+        }
         self.seqs.insert(id, seq);
         self.waiting.insert(id);
         Ok(id)
@@ -434,10 +437,11 @@ impl Scheduler {
     }
 }
 
-/// What separates prefix caches: KV is shared only under one model and one salt. Gateways and routers that name blocks
-/// compute the same.
-pub fn cache_root(model_digest: &[u8; 32], salt: &[u8]) -> Vec<u8> {
-    [model_digest.as_slice(), salt].concat()
+/// Leading tokens that are in the cache now.
+fn expected_cached(seq: &mut Sequence, blocks: &BlockManager) -> usize {
+    let (reusable, block_size) = (seq.reusable_blocks(), seq.block_size());
+    let known = |index: &usize| blocks.lookup(&seq.hash(*index)).is_some();
+    (0..reusable).take_while(known).count() * block_size
 }
 
 fn finish(seq: &Sequence, reason: FinishReason, error: &str) -> Finish {

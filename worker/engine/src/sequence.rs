@@ -62,6 +62,8 @@ pub(crate) struct Sequence {
     pub in_step: bool,
     /// Blocks given to younger sequences while this one, the head of the queue, did not fit.
     pub passed_blocks: usize,
+    /// Prompt tokens that were in the cache when it was submitted: a guess for those who ask how much there is to do.
+    pub expected_cached: usize,
     block_size: usize,
     root: BlockHash,
     hashes: Vec<BlockHash>,
@@ -90,9 +92,30 @@ impl Sequence {
             resumed: false,
             in_step: false,
             passed_blocks: 0,
+            expected_cached: 0,
             block_size,
             root,
             hashes: Vec::new(),
+        }
+    }
+
+    pub fn block_size(&self) -> usize {
+        self.block_size
+    }
+
+    /// Prompt tokens that are yet to be computed here, as far as it is known.
+    pub fn pending_tokens(&self) -> usize {
+        match (self.state, &self.task) {
+            // A prefill worker computes it, most likely.
+            (
+                State::Waiting,
+                Task::Generate {
+                    remote_prefill: true, ..
+                },
+            ) if !self.resumed => 0,
+            (State::Waiting, _) => self.remaining() - self.expected_cached.min(self.remaining() - 1),
+            (State::Running, _) if self.remaining() > 1 => self.remaining(),
+            _ => 0,
         }
     }
 

@@ -1,20 +1,22 @@
 //! A little cluster in one process for the worker's tests: real sockets, real mutual TLS, real transfers; the
 //! coordinator is a listener that notes heartbeats, and the model a `MockEngine`, whose tokens are wrong as soon as one
 //! byte of KV is.
-#![allow(dead_code)] // Each test target uses its part.
+// Each test binary compiles its own copy and uses a part of it.
+#![allow(dead_code)]
 
 use baton_engine::MockEngine;
 use baton_identity::{Authority, Identity, Role};
 use baton_proto::cluster::cluster_server::{Cluster, ClusterServer};
 use baton_proto::cluster::{
-    CoordinatorOrder, Drain, Heartbeat, Registered, WorkerReport, coordinator_order, worker_report,
+    BlockEvents, CoordinatorOrder, Drain, Heartbeat, Registered, ResyncBlocks, WorkerReport, coordinator_order,
+    worker_report,
 };
 use baton_proto::worker::worker_client::WorkerClient;
 use baton_proto::worker::{
     Cancel, Finish, FromWorker, Generate, Hello, PrefillPeer, Sampling, ToWorker, from_worker, to_worker,
 };
 use baton_worker::{Startup, WorkerConfig, WorkerRole};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -33,15 +35,38 @@ pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
         .unwrap_or_else(|_| panic!("{what}: not within {TIMEOUT:?}"))
 }
 
-/// A coordinator that registers everybody and remembers the last heartbeat of each.
-#[derive(Clone, Default)]
-struct Notes(
-    Arc<Mutex<HashMap<String, Heartbeat>>>,
-    Arc<Mutex<HashMap<String, Orders>>>,
-);
+/// What a coordinator has heard of a worker.
+#[derive(Default)]
+pub struct Heard {
+    pub heartbeat: Option<Heartbeat>,
+    /// Names of the blocks that it has by its events.
+    pub blocks: HashSet<u64>,
+    /// Messages that began anew.
+    pub resets: usize,
+    /// Events of the present stream.
+    events: u64,
+    orders: Option<mpsc::Sender<Result<CoordinatorOrder, Status>>>,
+}
 
-/// Orders to a worker.
-type Orders = mpsc::Sender<Result<CoordinatorOrder, Status>>;
+impl Heard {
+    fn events(&mut self, events: BlockEvents) {
+        self.events += 1;
+        assert_eq!(events.number, self.events, "messages are numbered");
+        if events.reset {
+            self.blocks.clear();
+            self.resets += 1;
+        }
+        assert!(self.resets > 0, "a stream begins with a reset");
+        for name in &events.evicted {
+            self.blocks.remove(name);
+        }
+        self.blocks.extend(events.stored.iter().flat_map(|run| &run.names));
+    }
+}
+
+/// A coordinator that registers everybody and remembers what it has heard of each.
+#[derive(Clone, Default)]
+struct Notes(Arc<Mutex<HashMap<String, Heard>>>);
 
 #[tonic::async_trait]
 impl Cluster for Notes {
@@ -49,7 +74,7 @@ impl Cluster for Notes {
 
     async fn join(&self, request: Request<Streaming<WorkerReport>>) -> Result<Response<Self::JoinStream>, Status> {
         let (orders, replies) = mpsc::channel(4);
-        let Notes(notes, members) = self.clone();
+        let Notes(notes) = self.clone();
         tokio::spawn(async move {
             let mut reports = request.into_inner();
             let mut worker_id = String::new();
@@ -57,17 +82,29 @@ impl Cluster for Notes {
                 match report.kind {
                     Some(worker_report::Kind::Register(register)) => {
                         worker_id = register.worker_id;
-                        members.lock().unwrap().insert(worker_id.clone(), orders.clone());
                         let registered = Registered {
                             epoch: 1,
                             heartbeat_interval_ms: 50,
                             lost_after_ms: 1000,
                         };
+                        let heard = Heard {
+                            orders: Some(orders.clone()),
+                            ..Heard::default()
+                        };
+                        notes.lock().unwrap().insert(worker_id.clone(), heard);
                         let kind = Some(coordinator_order::Kind::Registered(registered));
                         let _ = orders.send(Ok(CoordinatorOrder { kind })).await;
                     }
                     Some(worker_report::Kind::Heartbeat(heartbeat)) => {
-                        notes.lock().unwrap().insert(worker_id.clone(), heartbeat);
+                        notes.lock().unwrap().entry(worker_id.clone()).or_default().heartbeat = Some(heartbeat);
+                    }
+                    Some(worker_report::Kind::BlockEvents(events)) => {
+                        notes
+                            .lock()
+                            .unwrap()
+                            .entry(worker_id.clone())
+                            .or_default()
+                            .events(events);
                     }
                     _ => break,
                 }
@@ -248,20 +285,38 @@ impl Cell {
             deadline_ms: deadline.as_millis() as u32,
         };
         let kind = Some(coordinator_order::Kind::Drain(order));
-        let members = self.notes.1.lock().unwrap();
-        members[id].try_send(Ok(CoordinatorOrder { kind })).unwrap();
+        let orders = self.heard(id, |heard| heard.orders.clone());
+        let orders = orders.expect("a registered worker");
+        orders.try_send(Ok(CoordinatorOrder { kind })).unwrap();
     }
 
-    /// The last heartbeat.
+    /// The last heartbeat; an empty one before the first.
     pub fn heartbeat(&self, id: &str) -> Heartbeat {
-        self.notes.0.lock().unwrap()[id]
+        self.heard(id, |heard| heard.heartbeat).unwrap_or_default()
+    }
+
+    /// Looks at what was heard of a worker.
+    pub fn heard<T: Default>(&self, id: &str, look: impl FnOnce(&Heard) -> T) -> T {
+        self.notes.0.lock().unwrap().get(id).map(look).unwrap_or_default()
+    }
+
+    /// Asks a worker to tell all its blocks anew.
+    pub async fn resync(&self, id: &str) {
+        let orders = self
+            .heard(id, |heard| heard.orders.clone())
+            .expect("a registered worker");
+        let kind = Some(coordinator_order::Kind::ResyncBlocks(ResyncBlocks {}));
+        orders
+            .send(Ok(CoordinatorOrder { kind }))
+            .await
+            .expect("the stream is up");
     }
 
     /// The worker's load once it says that nothing is held, running or waiting.
     pub async fn at_rest(&self, id: &str) -> Heartbeat {
         within("rest", async {
             loop {
-                let seen = self.notes.0.lock().unwrap().get(id).copied();
+                let seen = self.heard(id, |heard| heard.heartbeat);
                 if let Some(load) = seen
                     && load.held_blocks + load.running + load.waiting + load.transferring == 0
                     && load.free_blocks + load.cached_blocks > 0

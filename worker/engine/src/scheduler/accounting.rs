@@ -22,6 +22,13 @@ impl Scheduler {
         }
     }
 
+    /// Prompt tokens that are queued or being computed here and are not in the cache; those that wait are estimated by
+    /// what was cached when they were submitted. O(sequences).
+    pub fn pending_prompt_tokens(&self) -> u64 {
+        let of = |id| self.seqs.get(id).map_or(0, Sequence::pending_tokens) as u64;
+        self.waiting.iter().chain(&self.running).map(of).sum()
+    }
+
     /// Verifies every invariant of the scheduler, its sequences and its blocks. O(pool + sequences): for tests, and for
     /// an operator's self-check between steps.
     pub fn check(&self) -> Result<(), String> {
