@@ -4,6 +4,7 @@
 //!
 //! Deliberately not here: which worker (router), and what a client sees of it (gateway).
 
+use crate::admission::Admitted;
 use crate::cluster::{Cluster, LifeId, PlaceError, Placed};
 use crate::link::Submission;
 use crate::mailbox::{Delivery, End};
@@ -39,7 +40,7 @@ pub(crate) fn first_generate(job: &Job) -> Generate {
         stop_token_ids: job.stop_token_ids.clone(),
         cache_salt: job.cache_salt.clone().into(),
         prefill_peer: None,
-        priority: 0,
+        priority: job.priority,
     }
 }
 
@@ -56,6 +57,8 @@ pub(crate) struct Running {
     cached_tokens: Option<u32>,
     /// Lives of workers that failed it.
     avoid: Vec<LifeId>,
+    /// Its place among those that were let in.
+    admitted: Admitted,
 }
 
 /// How an attempt ended, if the request did not end with it.
@@ -67,7 +70,13 @@ enum Retry {
 }
 
 impl Running {
-    pub(crate) fn new(cluster: Arc<Cluster>, job: Job, sender: GenerationSender, cancel: CancellationToken) -> Self {
+    pub(crate) fn new(
+        cluster: Arc<Cluster>,
+        job: Job,
+        sender: GenerationSender,
+        cancel: CancellationToken,
+        admitted: Admitted,
+    ) -> Self {
         Self {
             cluster,
             job,
@@ -77,6 +86,7 @@ impl Running {
             attempts: 0,
             cached_tokens: None,
             avoid: Vec::new(),
+            admitted,
         }
     }
 
@@ -87,6 +97,7 @@ impl Running {
         loop {
             self.attempts += 1;
             self.sender.placed(placed.placement(self.attempts));
+            self.admitted.placed(&placed);
             let worker = placed.decode.worker.clone();
             let before = self.emitted.len();
             let Some(retry) = self.attempt(placed).await else {
@@ -136,6 +147,7 @@ impl Running {
             self.emitted.extend_from_slice(&tokens);
             if !tokens.is_empty() {
                 placed.prefill = None;
+                self.admitted.progressed();
             }
             let (retry, finish) = match end {
                 None => (None, None),
@@ -269,6 +281,9 @@ impl Running {
         finish.prompt_tokens = prompt_tokens;
         finish.completion_tokens = u32::try_from(self.emitted.len()).unwrap_or(u32::MAX);
         finish.cached_tokens = self.cached_tokens.unwrap_or(finish.cached_tokens).min(prompt_tokens);
+        let complete = matches!(finish.reason(), FinishReason::Stop | FinishReason::Length);
+        self.admitted
+            .used(finish.cached_tokens, finish.completion_tokens, complete);
         let event = GenerationEvent {
             tokens,
             finish: Some(finish),

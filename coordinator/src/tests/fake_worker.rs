@@ -64,6 +64,9 @@ pub(super) struct Controls {
     pub(super) attaches: AtomicU64,
     /// Answer every request with a retryable error.
     pub(super) refuse: AtomicBool,
+    /// Speeds to report: prompt tokens per second, and a decode step in microseconds.
+    pub(super) prefill_tokens_per_s: AtomicU64,
+    pub(super) decode_step_us: AtomicU64,
     /// Leave heartbeats out.
     pub(super) mute: AtomicBool,
     /// Epoch to claim in greetings instead of the true one; 0 is the true one.
@@ -197,7 +200,13 @@ async fn member(channel: Channel, register: Register, controls: &Controls) -> Re
             },
             _ = beat.tick() => {
                 if controls.epoch.load(Ordering::SeqCst) != 0 && !controls.mute.load(Ordering::SeqCst) {
-                    let heartbeat = Heartbeat { free_blocks: 90, cached_blocks: 10, ..Heartbeat::default() };
+                    let heartbeat = Heartbeat {
+                        free_blocks: 90,
+                        cached_blocks: 10,
+                        prefill_tokens_per_s: controls.prefill_tokens_per_s.load(Ordering::SeqCst) as f32,
+                        decode_step_us: controls.decode_step_us.load(Ordering::SeqCst) as u32,
+                        ..Heartbeat::default()
+                    };
                     let _ = reports.try_send(report(worker_report::Kind::Heartbeat(heartbeat)));
                 }
             }
