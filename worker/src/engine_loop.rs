@@ -79,6 +79,7 @@ struct FillSpec {
     traceparent: String,
     sampling: Option<Sampling>,
     cache_salt: Vec<u8>,
+    priority: i32,
 }
 
 pub(crate) struct EngineLoop {
@@ -196,7 +197,7 @@ impl EngineLoop {
             stop_token_ids,
             cache_salt,
             prefill_peer,
-            priority: _,
+            priority,
         } = request;
         let params = match SamplingParams::try_from(&sampling.unwrap_or_default()) {
             Ok(params) => params,
@@ -209,6 +210,7 @@ impl EngineLoop {
             stop_token_ids,
             cache_salt: cache_salt.to_vec(),
             remote_prefill: prefill_peer.is_some(),
+            priority,
         });
         let span = tracing::info_span!("decode", %request_id, %traceparent);
         let fill = prefill_peer.map(|peer| FillSpec {
@@ -216,6 +218,7 @@ impl EngineLoop {
             traceparent,
             sampling,
             cache_salt: cache_salt.to_vec(),
+            priority,
         });
         let kind = Kind::Generate {
             fill,
@@ -251,6 +254,7 @@ impl EngineLoop {
             sampling: params,
             cache_salt: request.cache_salt.to_vec(),
             skip_tokens: request.cached_tokens as usize,
+            priority: request.priority,
         });
         let kind = Kind::Prefill {
             layers,
@@ -348,6 +352,7 @@ impl EngineLoop {
                 prompt: wanted.prompt.to_vec(),
                 sampling: spec.sampling,
                 cache_salt: spec.cache_salt,
+                priority: spec.priority,
                 cached_tokens: wanted.cached_tokens,
                 blocks: wanted.blocks.clone(),
             };

@@ -37,6 +37,7 @@ pub(crate) struct FillJob {
     pub(crate) prompt: Vec<u32>,
     pub(crate) sampling: Option<Sampling>,
     pub(crate) cache_salt: Vec<u8>,
+    pub(crate) priority: i32,
     /// Leading tokens whose blocks are here already; a multiple of the block size.
     pub(crate) cached_tokens: usize,
     /// This worker's blocks for the positions after them.
@@ -96,6 +97,7 @@ async fn attempt(context: &FillContext, job: FillJob) -> Result<PrefillDone, Str
             transfer_addr: context.transfer_addr.to_string(),
             window: window.id(),
             blocks: job.blocks,
+            priority: job.priority,
         })
         .map_err(|error| error.to_string())?;
     let payload = tokio::select! {

@@ -42,13 +42,13 @@ impl Scheduler {
 
     fn check_sequence(&self, seq: &Sequence) -> Result<(), String> {
         let size = self.config.block_size;
-        let set = match seq.state {
-            State::Waiting => &self.waiting,
-            State::Running => &self.running,
-            State::Filling | State::Pushing | State::Draining => &self.transport,
+        let in_its_set = match seq.state {
+            State::Waiting => self.waiting.contains(&seq.rank),
+            State::Running => self.running.contains(&seq.rank),
+            State::Filling | State::Pushing | State::Draining => self.transport.contains(&seq.id),
         };
         let rules = [
-            (set.contains(&seq.id), "is not in the set of its state"),
+            (in_its_set, "is not in the set of its state"),
             (
                 seq.state != State::Waiting || (seq.blocks.is_empty() && seq.computed == 0),
                 "waits and holds blocks",
