@@ -9,7 +9,7 @@ use crate::registry::{Registry, State};
 use baton_admission::{
     Admission, Ask, Decision, Fleet, Outcome, Refusal, Targets, Tenant, Ticket, Used, WorkerLoad, WorkerRole,
 };
-use baton_gateway::{BackendError, Job};
+use baton_gateway::{BackendError, Job, Placement};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -236,11 +236,15 @@ pub(crate) struct Admitted {
 impl Admitted {
     /// It is on these workers now.
     pub(crate) fn placed(&mut self, placed: &Placed) {
-        let decode = &placed.decode.worker.0;
-        let computes = placed.prefill.as_ref().map_or(decode, |prefill| &prefill.worker.0);
+        let Placement {
+            decode_worker_id: decode,
+            prefill_worker_id: prefill,
+            ..
+        } = placed.placement(0);
+        let computes = if prefill.is_empty() { &decode } else { &prefill };
         self.started = false;
         if let Some(mut door) = self.cluster.doors.door(&self.model) {
-            door.core.placed(self.ticket, decode, computes, self.cluster.now());
+            door.core.placed(self.ticket, &decode, computes, self.cluster.now());
         }
         self.cluster.poll_door(&self.model);
     }
