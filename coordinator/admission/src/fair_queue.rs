@@ -317,6 +317,12 @@ mod tests {
         f.push_many(10, "b", weight(1), 0, 10, 0);
         let order = f.order(0);
         assert_eq!(order[..8].matches('b').count(), 4, "{order}");
+        // b is known by now; it idles while a is served, and comes back.
+        f.push_many(60, "a", weight(1), 0, 10, 0);
+        (0..50).for_each(|_| assert_eq!(f.pop(0).unwrap().0, "a"));
+        f.push_many(10, "b", weight(1), 0, 10, 0);
+        let order = f.order(0);
+        assert!((4..=5).contains(&order[..9].matches('b').count()), "{order}");
         // b was served alone; c and b are equals now.
         f.push_many(20, "b", weight(1), 0, 10, 0);
         (0..16).for_each(|_| assert!(f.pop(0).is_some()));
