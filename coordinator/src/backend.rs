@@ -1,5 +1,6 @@
 //! [`baton_gateway::Backend`] over the live cluster.
 
+use crate::admission::refused;
 use crate::cluster::{Cluster, DrainError, PlaceError};
 use crate::request::{Running, first_generate};
 use baton_gateway::{Backend, BackendError, ClusterSnapshot, Generation, Job, ModelInfo, WorkerStatus};
@@ -14,8 +15,6 @@ use tracing::Instrument;
 const SETTLE_ATTEMPTS_MAX: u32 = 3;
 /// Pause between them.
 const SETTLE_PAUSE: Duration = Duration::from_millis(100);
-/// What a client is told to wait when the cluster is full: about a short request's time.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// The gateway's view of this coordinator's cluster.
 pub(crate) struct ClusterBackend(pub(crate) Arc<Cluster>);
@@ -36,7 +35,7 @@ impl Backend for ClusterBackend {
             .collect()
     }
 
-    fn generate(&self, job: Job) -> Result<Generation, BackendError> {
+    async fn generate(&self, job: Job) -> Result<Generation, BackendError> {
         let cluster = &self.0;
         if cluster.shutdown.is_cancelled() {
             return Err(BackendError::Unavailable {
@@ -46,16 +45,12 @@ impl Backend for ClusterBackend {
         if !cluster.config.models.iter().any(|model| model.name == job.model) {
             return Err(BackendError::UnknownModel { model: job.model });
         }
+        let admitted = cluster.admit(&job).await?;
         let span = tracing::info_span!("request", request_id = %job.request_id, traceparent = %job.traceparent);
         let placed = match span.in_scope(|| cluster.place(&job.model, first_generate(&job), &[])) {
             Ok(placed) => placed,
             Err(PlaceError::Nobody) => return Err(BackendError::NoWorker { model: job.model }),
-            Err(PlaceError::Full) => {
-                return Err(BackendError::Overloaded {
-                    reason: "every worker has as many requests as it takes".into(),
-                    retry_after: RETRY_AFTER,
-                });
-            }
+            Err(PlaceError::Full) => return Err(refused(&cluster.no_capacity(&job.model), &job.model)),
         };
         let cancel = CancellationToken::new();
         let (sender, generation) = Generation::channel({
@@ -64,7 +59,7 @@ impl Backend for ClusterBackend {
         });
         // Known to the gateway from the first moment on, not only once the task has run.
         sender.placed(placed.placement(1));
-        let running = Running::new(cluster.clone(), job, sender, cancel);
+        let running = Running::new(cluster.clone(), job, sender, cancel, admitted);
         cluster.tasks.spawn(running.run(placed).instrument(span));
         Ok(generation)
     }

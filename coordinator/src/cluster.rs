@@ -1,6 +1,7 @@
 //! The live cluster: the registry and the links behind their locks, the clock, and the tasks that carry out what the
 //! registry wants. Deliberately holds no policy: who is lost is the registry's word, who gets work the router's.
 
+use crate::admission::Doors;
 use crate::link::{Link, Submission, Target};
 use crate::metrics::{Metrics, RouterMetrics};
 use crate::registry::{Effect, Registry, RegistryConfig};
@@ -41,6 +42,7 @@ pub(crate) struct Cluster {
     pub(crate) config: CoordinatorConfig,
     pub(crate) store: RaftStore,
     pub(crate) metrics: Metrics,
+    pub(crate) doors: Doors,
     pub(crate) started_unix_s: u64,
     /// Every task of this cluster, so that the end can wait for them.
     pub(crate) tasks: TaskTracker,
@@ -106,6 +108,7 @@ impl Cluster {
         let cluster = Self {
             metrics: Metrics::new(store.clone(), routing.clone()),
             routing,
+            doors: Doors::new(&config),
             started_unix_s: unix_ms() / 1000,
             tasks: TaskTracker::new(),
             shutdown,
@@ -136,7 +139,12 @@ impl Cluster {
     }
 
     pub(crate) fn now_ms(&self) -> u64 {
-        u64::try_from(self.clock.elapsed().as_millis()).unwrap_or(u64::MAX)
+        u64::try_from(self.now().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Time since this coordinator's start.
+    pub(crate) fn now(&self) -> Duration {
+        self.clock.elapsed()
     }
 
     pub(crate) fn registry(&self) -> MutexGuard<'_, Registry> {
@@ -154,6 +162,7 @@ impl Cluster {
 
     fn changed(&self) {
         self.changes.send_modify(|count| *count = count.wrapping_add(1));
+        self.poll_doors();
     }
 
     /// Registers a worker through Raft. The token ends when this registration is over; `None` if a newer one came
@@ -195,8 +204,10 @@ impl Cluster {
     }
 
     pub(crate) fn heartbeat(self: &Arc<Self>, worker_id: &str, epoch: u64, heartbeat: Heartbeat) {
+        let (waiting, pending) = (heartbeat.waiting, heartbeat.pending_prompt_tokens);
         let effects = self.registry().heartbeat(worker_id, epoch, heartbeat, self.now_ms());
         self.carry_out(effects);
+        self.observe_load(worker_id, waiting, pending);
     }
 
     /// Takes in what a worker tells of its prefix cache; true if it must tell everything anew.
@@ -244,6 +255,7 @@ impl Cluster {
         let effects = self.registry().tick(self.now_ms());
         self.carry_out(effects);
         self.routing.tick();
+        self.poll_doors();
     }
 
     fn carry_out(self: &Arc<Self>, effects: Vec<Effect>) {
@@ -278,6 +290,7 @@ impl Cluster {
                 } => {
                     tracing::warn!(%worker_id, epoch, %reason, "worker lost");
                     self.metrics.workers_lost.inc();
+                    self.forget_load(&worker_id);
                     self.end_life(&worker_id, epoch, "the worker is lost");
                     self.tasks.spawn(self.clone().remove(worker_id, epoch, reason));
                 }

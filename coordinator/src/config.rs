@@ -43,6 +43,9 @@ pub struct CoordinatorConfig {
     /// milliseconds.
     #[serde(default = "default_worker_wait_ms")]
     pub worker_wait_ms: u64,
+    /// Who is let in when there is more to do than can be done; see `docs/admission.md`.
+    #[serde(default)]
+    pub admission: baton_admission::AdmissionConfig,
     /// Applied Raft log entries kept.
     #[serde(default = "default_log_entries_keep")]
     pub log_entries_keep: u64,
@@ -79,6 +82,7 @@ impl CoordinatorConfig {
             lost_after_ms: default_lost_after_ms(),
             requests_per_worker_max: default_requests_per_worker_max(),
             worker_wait_ms: default_worker_wait_ms(),
+            admission: baton_admission::AdmissionConfig::default(),
             log_entries_keep: default_log_entries_keep(),
             api_key: None,
             gateway: baton_gateway::GatewayConfig::default(),
@@ -112,7 +116,9 @@ impl CoordinatorConfig {
         if self.requests_per_worker_max == 0 || self.requests_per_worker_max as usize > stream_max {
             return wrong(format!("requests_per_worker_max must be from 1 to {stream_max}"));
         }
-        Ok(())
+        self.admission
+            .validate()
+            .map_err(|error| CoordinatorError::Config(error.to_string()))
     }
 }
 

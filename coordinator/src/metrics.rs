@@ -6,8 +6,8 @@ use baton_raftstore::RaftStore;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
-use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::family::{Family, MetricConstructor};
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use std::time::Duration;
@@ -17,6 +17,36 @@ struct PlacementLabel {
     prefill: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ModelLabel {
+    model_name: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DecisionLabel {
+    model_name: String,
+    tenant: String,
+    outcome: &'static str,
+}
+
+/// Bucket bounds.
+#[derive(Clone, Copy, Debug)]
+struct Buckets(&'static [f64]);
+
+impl MetricConstructor<Histogram> for Buckets {
+    fn new_metric(&self) -> Histogram {
+        Histogram::new(self.0.iter().copied())
+    }
+}
+
+const QUEUE_S: &[f64] = &[
+    0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0,
+];
+/// About a factor of 1, where predictions should be.
+const RATIO: &[f64] = &[0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0];
+
+type HistogramByModel = Family<ModelLabel, Histogram, Buckets>;
+
 /// The counters. Cheap to clone: clones count together.
 #[derive(Clone)]
 pub(crate) struct Metrics {
@@ -24,6 +54,10 @@ pub(crate) struct Metrics {
     pub(crate) replays: Counter,
     pub(crate) moves: Counter,
     pub(crate) workers_lost: Counter,
+    decisions: Family<DecisionLabel, Counter>,
+    queued: Family<ModelLabel, Gauge>,
+    queue_time: HistogramByModel,
+    ttft_ratio: HistogramByModel,
     store: StoreMetrics,
     routing: Routing,
 }
@@ -35,6 +69,10 @@ impl Metrics {
             replays: Counter::default(),
             moves: Counter::default(),
             workers_lost: Counter::default(),
+            decisions: Family::default(),
+            queued: Family::default(),
+            queue_time: Family::new_with_constructor(Buckets(QUEUE_S)),
+            ttft_ratio: Family::new_with_constructor(Buckets(RATIO)),
             store: StoreMetrics(store),
             routing,
         }
@@ -44,6 +82,33 @@ impl Metrics {
     pub(crate) fn placed(&self, prefill: bool) {
         let prefill = if prefill { "remote" } else { "local" };
         self.placements.get_or_create(&PlacementLabel { prefill }).inc();
+    }
+
+    /// Admission let a request in (`admitted`), or said why not.
+    pub(crate) fn decided(&self, model: &str, tenant: &str, outcome: &'static str) {
+        let label = DecisionLabel {
+            model_name: model.to_owned(),
+            tenant: tenant.to_owned(),
+            outcome,
+        };
+        self.decisions.get_or_create(&label).inc();
+    }
+
+    pub(crate) fn queue_length(&self, model: &str, waiting: usize) {
+        let waiting = i64::try_from(waiting).unwrap_or(i64::MAX);
+        self.queued.get_or_create(&label(model)).set(waiting);
+    }
+
+    pub(crate) fn queued_for(&self, model: &str, waited: Duration) {
+        self.queue_time
+            .get_or_create(&label(model))
+            .observe(waited.as_secs_f64());
+    }
+
+    /// A first token came, `measured` after its request was let in.
+    pub(crate) fn predicted(&self, model: &str, predicted: Duration, measured: Duration) {
+        let ratio = measured.as_secs_f64() / predicted.as_secs_f64().max(1e-6);
+        self.ttft_ratio.get_or_create(&label(model)).observe(ratio);
     }
 
     /// Makes them visible in the registry behind `/metrics`.
@@ -67,6 +132,26 @@ impl Metrics {
             "baton:workers_lost",
             "Workers that left or were declared lost",
             self.workers_lost.clone(),
+        );
+        registry.register(
+            "baton:admission_decisions",
+            "Requests let in, or refused by reason, by tenant",
+            self.decisions.clone(),
+        );
+        registry.register(
+            "baton:num_requests_queued",
+            "Requests that wait in this coordinator to be let in",
+            self.queued.clone(),
+        );
+        registry.register(
+            "baton:request_queue_time_seconds",
+            "Time that requests let in had waited for it",
+            self.queue_time.clone(),
+        );
+        registry.register(
+            "baton:ttft_measured_over_predicted",
+            "Time from being let in to the first token, divided by what was predicted of it",
+            self.ttft_ratio.clone(),
         );
         registry.register_collector(Box::new(self.store.clone()));
         self.routing.metrics().register(registry);
@@ -189,6 +274,12 @@ impl Collector for IndexMetrics {
             gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)?;
         }
         Ok(())
+    }
+}
+
+fn label(model: &str) -> ModelLabel {
+    ModelLabel {
+        model_name: model.to_owned(),
     }
 }
 

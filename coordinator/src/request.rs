@@ -18,6 +18,7 @@
 //!
 //! Deliberately not here: which worker (router), and what a client sees of it (gateway).
 
+use crate::admission::Admitted;
 use crate::cluster::{Cluster, LifeId, PlaceError, Placed};
 use crate::link::Submission;
 use crate::mailbox::{Delivery, End};
@@ -53,7 +54,7 @@ pub(crate) fn first_generate(job: &Job) -> Generate {
         stop_token_ids: job.stop_token_ids.clone(),
         cache_salt: job.cache_salt.clone().into(),
         prefill_peer: None,
-        priority: 0,
+        priority: job.priority,
     }
 }
 
@@ -71,6 +72,8 @@ pub(crate) struct Running {
     cached: Option<(u32, u32)>,
     /// Lives of workers that failed it.
     avoid: Vec<LifeId>,
+    /// Its place among those that were let in.
+    admitted: Admitted,
 }
 
 /// How an attempt ended.
@@ -92,7 +95,13 @@ enum Retry {
 }
 
 impl Running {
-    pub(crate) fn new(cluster: Arc<Cluster>, job: Job, sender: GenerationSender, cancel: CancellationToken) -> Self {
+    pub(crate) fn new(
+        cluster: Arc<Cluster>,
+        job: Job,
+        sender: GenerationSender,
+        cancel: CancellationToken,
+        admitted: Admitted,
+    ) -> Self {
         Self {
             cluster,
             job,
@@ -102,6 +111,7 @@ impl Running {
             attempts: 0,
             cached: None,
             avoid: Vec::new(),
+            admitted,
         }
     }
 
@@ -112,6 +122,7 @@ impl Running {
         loop {
             self.attempts += 1;
             self.sender.placed(placed.placement(self.attempts));
+            self.admitted.placed(&placed);
             let worker = placed.decode.worker.clone();
             let before = self.emitted.len();
             let retry = match self.attempt(placed).await {
@@ -197,6 +208,7 @@ impl Running {
             self.emitted.extend_from_slice(&tokens);
             if !tokens.is_empty() {
                 placed.first_token();
+                self.admitted.progressed();
             }
             let (retry, finish) = match end {
                 None => (None, None),
@@ -354,6 +366,9 @@ impl Running {
         finish.completion_tokens = u32::try_from(self.emitted.len()).unwrap_or(u32::MAX);
         let cached_tokens = self.cached.map_or(finish.cached_tokens, |(_, tokens)| tokens);
         finish.cached_tokens = cached_tokens.min(prompt_tokens);
+        let complete = matches!(finish.reason(), FinishReason::Stop | FinishReason::Length);
+        self.admitted
+            .used(finish.cached_tokens, finish.completion_tokens, complete);
         let event = GenerationEvent {
             tokens,
             finish: Some(finish),

@@ -1,5 +1,6 @@
 //! The coordinator with fake workers over real mTLS on loopback: only the engine is made up.
 
+mod admission;
 mod drain;
 mod fake_worker;
 mod hangs;
@@ -150,6 +151,9 @@ fn job(prompt: &[u32], max_tokens: u32) -> Job {
         },
         stop_token_ids: vec![fake_worker::STOP],
         cache_salt: b"salt".to_vec(),
+        tenant: "default".into(),
+        priority: 0,
+        targets: Default::default(),
     }
 }
 

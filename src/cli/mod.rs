@@ -6,6 +6,7 @@ pub mod bench_engine;
 #[cfg(test)]
 mod docs;
 pub mod size;
+pub mod tenant;
 
 use clap::{Args, Parser, Subcommand};
 use std::ffi::OsString;
@@ -128,6 +129,16 @@ pub struct UpArgs {
     /// Key clients must send as a bearer token; needed when --host is not a loopback address
     #[arg(long, value_name = "KEY", env = "BATON_API_KEY", hide_env_values = true)]
     pub api_key: Option<String>,
+    /// A tenant with a key, a prefix cache and a share of its own, by weight (1 if not given) against others'; may be
+    /// repeated
+    #[arg(long = "tenant", value_name = "NAME[:WEIGHT]=KEY", value_parser = tenant::parse)]
+    pub tenants: Vec<tenant::Tenant>,
+    /// Refuse requests whose first token would take longer, in milliseconds, unless they say otherwise
+    #[arg(long, value_name = "MS")]
+    pub ttft_target_ms: Option<u64>,
+    /// Refuse requests whose tokens would come at longer intervals, in milliseconds, unless they say otherwise
+    #[arg(long, value_name = "MS")]
+    pub itl_target_ms: Option<u64>,
 }
 
 /// Flags of `baton coordinator` and `baton worker`.

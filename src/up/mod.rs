@@ -24,6 +24,7 @@ mod restart;
 mod supervisor;
 
 use crate::cli::UpArgs;
+use crate::cli::tenant::Tenant;
 use crate::process::{Report, StopSignals};
 use announce::{Ready, ReadyProcess};
 use anyhow::{Context, anyhow, bail};
@@ -171,7 +172,7 @@ async fn start_and_serve(
     };
     let now = ready(supervisor);
     now.write(&data.ready_file())?;
-    print(&now.welcome(&data.logs(), plan.api_key.is_some()));
+    print(&now.welcome(&data.logs(), plan.api_key.is_some() || !plan.tenants.is_empty()));
     loop {
         match supervisor.next().await {
             Event::Report(slot, Report::Serving { .. } | Report::Registered) => {
@@ -361,6 +362,20 @@ fn coordinator_config(plan: &Plan, data: &DataDir, http: SocketAddr, cluster: So
     }
     if let Some(tokens) = plan.prefill_threshold {
         config["prefill_threshold_tokens"] = json!(tokens);
+    }
+    if !plan.tenants.is_empty() {
+        let tenant = |t: &Tenant| json!({"name": t.name, "api_key": t.api_key, "weight": t.weight});
+        let tenants: Vec<Value> = plan.tenants.iter().map(tenant).collect();
+        config["gateway"] = json!({"tenants": tenants});
+    }
+    let targets = [
+        ("ttft_target_ms", plan.ttft_target_ms),
+        ("itl_target_ms", plan.itl_target_ms),
+    ];
+    for (name, target) in targets {
+        if let Some(target) = target {
+            config["admission"][name] = json!(target);
+        }
     }
     config
 }

@@ -5,6 +5,7 @@ use super::data_dir::DataDir;
 use super::memory::{self, ModelNeeds};
 use super::progress::Progress;
 use crate::cli::UpArgs;
+use crate::cli::tenant::Tenant;
 use crate::{demo, model_dir};
 use anyhow::{Context, bail};
 use baton_model::gguf::gguf_file;
@@ -73,6 +74,11 @@ pub struct Plan {
     pub kv_bytes: u64,
     /// Key that clients must send.
     pub api_key: Option<String>,
+    /// Further keys, of tenants.
+    pub tenants: Vec<Tenant>,
+    /// Targets of requests without their own, in milliseconds.
+    pub ttft_target_ms: Option<u64>,
+    pub itl_target_ms: Option<u64>,
     /// Uncached tokens above which a prefill worker computes the prompt; the coordinator's default if not given.
     pub prefill_threshold: Option<u32>,
 }
@@ -86,7 +92,7 @@ impl Plan {
                 args.coordinators
             );
         }
-        if !args.host.is_loopback() && args.api_key.is_none() {
+        if !args.host.is_loopback() && args.api_key.is_none() && args.tenants.is_empty() {
             bail!(
                 "{} can be reached from other machines, so clients must have a key; give one with --api-key",
                 args.host
@@ -183,6 +189,9 @@ impl Plan {
             step_target_ms: args.step_target_ms,
             kv_bytes,
             api_key: args.api_key.clone(),
+            tenants: args.tenants.clone(),
+            ttft_target_ms: args.ttft_target_ms,
+            itl_target_ms: args.itl_target_ms,
             prefill_threshold: args
                 .prefill_threshold
                 .or(args.model.is_none().then_some(demo::PREFILL_THRESHOLD_TOKENS)),

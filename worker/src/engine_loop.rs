@@ -85,6 +85,7 @@ struct FillSpec {
     traceparent: String,
     sampling: Option<Sampling>,
     cache_salt: Vec<u8>,
+    priority: i32,
 }
 
 pub(crate) struct EngineLoop {
@@ -209,7 +210,7 @@ impl EngineLoop {
             stop_token_ids,
             cache_salt,
             prefill_peer,
-            priority: _,
+            priority,
         } = request;
         if self.shared.is_draining() {
             return self.refuse(ticket, caller, id, DRAINING.into(), true);
@@ -225,6 +226,7 @@ impl EngineLoop {
             stop_token_ids,
             cache_salt: cache_salt.to_vec(),
             remote_prefill: prefill_peer.is_some(),
+            priority,
         });
         let span = tracing::info_span!("decode", %request_id, %traceparent);
         let fill = prefill_peer.map(|peer| FillSpec {
@@ -232,6 +234,7 @@ impl EngineLoop {
             traceparent,
             sampling,
             cache_salt: cache_salt.to_vec(),
+            priority,
         });
         let kind = Kind::Generate {
             fill,
@@ -273,6 +276,7 @@ impl EngineLoop {
             cache_salt: request.cache_salt.to_vec(),
             // In blocks of this worker's size; what lies between is computed with them and not sent.
             skip_tokens: request.cached_tokens as usize / block_size * block_size,
+            priority: request.priority,
         });
         let kind = Kind::Prefill {
             layers,
@@ -370,6 +374,7 @@ impl EngineLoop {
                 prompt: wanted.prompt.to_vec(),
                 sampling: spec.sampling,
                 cache_salt: spec.cache_salt,
+                priority: spec.priority,
                 cached_tokens: wanted.cached_tokens,
                 blocks: wanted.blocks.clone(),
             };

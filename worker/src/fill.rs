@@ -44,6 +44,7 @@ pub(crate) struct FillJob {
     pub(crate) prompt: Vec<u32>,
     pub(crate) sampling: Option<Sampling>,
     pub(crate) cache_salt: Vec<u8>,
+    pub(crate) priority: i32,
     /// Leading tokens whose blocks are here already; a multiple of the block size.
     pub(crate) cached_tokens: usize,
     /// This worker's blocks for the positions after them.
@@ -131,6 +132,7 @@ async fn attempt(
                 KvCompression::Int8 => worker::KvCompression::Int8,
             }
             .into(),
+            priority: job.priority,
         })
         .map_err(|error| error.to_string())?;
     let payload = loop {

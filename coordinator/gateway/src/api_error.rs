@@ -6,7 +6,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use crate::backend::BackendError;
+use crate::backend::{BackendError, whole_seconds};
 
 /// Seconds to wait before a retry, where the cluster has no better guess.
 const RETRY_AFTER_S: u64 = 1;
@@ -23,7 +23,12 @@ pub(crate) struct ApiError {
     pub param: Option<String>,
     pub message: String,
     pub retry_after_s: Option<u64>,
+    /// Why it was refused for load, as a word for programs.
+    pub reject_reason: Option<&'static str>,
 }
+
+/// Header with the word that says why a request was refused for load.
+pub const REJECT_REASON_HEADER: &str = "x-baton-reject-reason";
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: impl Into<String>) -> Self {
@@ -34,6 +39,7 @@ impl ApiError {
             param: None,
             message: message.into(),
             retry_after_s: None,
+            reject_reason: None,
         }
     }
 
@@ -144,12 +150,13 @@ impl ApiError {
         )
     }
 
-    /// 429: too much at once.
-    pub fn overloaded(message: impl Into<String>, retry_after_s: u64) -> Self {
+    /// 429: too much at once. `word` says why to programs.
+    pub fn overloaded(word: &'static str, message: impl Into<String>, retry_after_s: u64) -> Self {
         let code = Some("rate_limit_exceeded");
         let error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", code, message);
         Self {
             retry_after_s: Some(retry_after_s.max(1)),
+            reject_reason: Some(word),
             ..error
         }
     }
@@ -188,10 +195,16 @@ impl ApiError {
 impl From<BackendError> for ApiError {
     fn from(error: BackendError) -> Self {
         match &error {
-            BackendError::Overloaded { retry_after, .. } => Self::overloaded(error.to_string(), retry_after.as_secs()),
+            BackendError::Overloaded { word, retry_after, .. } => {
+                Self::overloaded(word, error.to_string(), whole_seconds(*retry_after))
+            }
             BackendError::UnknownModel { model } => Self::model_not_found(model),
             BackendError::UnknownWorker { worker_id } => Self::worker_not_found(worker_id),
-            BackendError::NoWorker { .. } | BackendError::Unavailable { .. } => Self::unavailable(error.to_string()),
+            BackendError::NoWorker { .. } => Self {
+                reject_reason: Some("no_worker"),
+                ..Self::unavailable(error.to_string())
+            },
+            BackendError::Unavailable { .. } => Self::unavailable(error.to_string()),
         }
     }
 }
@@ -202,6 +215,9 @@ impl IntoResponse for ApiError {
         let headers = response.headers_mut();
         if let Some(seconds) = self.retry_after_s {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if let Some(word) = self.reject_reason {
+            headers.insert(REJECT_REASON_HEADER, HeaderValue::from_static(word));
         }
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));

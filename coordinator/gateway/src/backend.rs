@@ -23,8 +23,9 @@ pub trait Backend: Send + Sync + 'static {
     /// Every model the cluster knows of, whether a live worker serves it now or not.
     fn models(&self) -> Vec<ModelInfo>;
 
-    /// Places a job. Returns at once: a job that cannot be taken now is an error, not a wait.
-    fn generate(&self, job: Job) -> Result<Generation, BackendError>;
+    /// Places a job. May wait for its turn, within bounds that the implementer sets; a job that is not to be taken is an
+    /// error, as soon as that is known. Dropping the future gives the place in the queue up.
+    fn generate(&self, job: Job) -> impl Future<Output = Result<Generation, BackendError>> + Send;
 
     /// Makes a usage record durable; durable on `Ok`. Called exactly once per request id for which
     /// [`generate`](Self::generate) returned `Ok`, and idempotent by request id. The implementer bounds the time.
@@ -83,15 +84,32 @@ pub struct Job {
     pub stop_token_ids: Vec<u32>,
     /// Salts the prefix cache (tenant isolation).
     pub cache_salt: Vec<u8>,
+    /// Whose share it counts against.
+    pub tenant: Arc<str>,
+    /// Higher goes first; 0 is the usual. The API's `priority` is the other way round, as vLLM's.
+    pub priority: i32,
+    /// The latencies that the client wants.
+    pub targets: LatencyTargets,
+}
+
+/// Latencies that a client wants; `None` is no wish.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LatencyTargets {
+    /// From the request's arrival to its first token.
+    pub ttft: Option<Duration>,
+    /// Between two tokens.
+    pub itl: Option<Duration>,
 }
 
 /// Why the backend refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BackendError {
-    /// All workers' queues are full. Becomes 429.
-    #[error("the cluster is at capacity ({reason}); retry after {} s", retry_after.as_secs().max(1))]
+    /// It is not taken now. Becomes 429.
+    #[error("the request was refused for load: {reason}; retry after {} s", whole_seconds(*retry_after))]
     Overloaded {
-        /// What is full.
+        /// The word for programs, in the header `x-baton-reject-reason`.
+        word: &'static str,
+        /// Why, for people.
         reason: String,
         /// When a retry is likely to be taken.
         retry_after: Duration,
@@ -121,6 +139,11 @@ pub enum BackendError {
         /// What is missing.
         reason: String,
     },
+}
+
+/// A time for `Retry-After`: rounded up, at least 1.
+pub(crate) fn whole_seconds(time: Duration) -> u64 {
+    time.as_secs().saturating_add(u64::from(time.subsec_nanos() > 0)).max(1)
 }
 
 /// What happened in a generation since the last event.

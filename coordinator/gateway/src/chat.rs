@@ -14,11 +14,13 @@ use http_body_util::BodyExt;
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::api_error::ApiError;
+use crate::auth::Caller;
 use crate::backend::Backend;
-use crate::gateway::{Gateway, Prepared};
+use crate::gateway::{Gateway, Origin, Prepared};
 use crate::response::{self, ChunkWriter, Heading};
 use crate::run::{Opened, Run, Step, unix_ms};
 use crate::sse;
+use crate::targets::targets;
 use crate::trace::RequestNames;
 
 /// Bodies up to this many bytes are parsed and tokenised on the connection's own task (well under a millisecond); larger
@@ -35,20 +37,26 @@ type Permits = (OwnedSemaphorePermit, OwnedSemaphorePermit);
 pub(crate) async fn completions<B: Backend>(
     State(gateway): State<Arc<Gateway<B>>>,
     Extension(names): Extension<RequestNames>,
+    Extension(caller): Extension<Caller>,
     request: Request,
 ) -> Result<Response, ApiError> {
     let arrived = Instant::now();
     let arrived_unix_ms = unix_ms();
     require_json(request.headers())?;
+    let origin = Origin {
+        names,
+        caller,
+        targets: targets(request.headers())?,
+    };
     let permit = gateway.in_flight.clone().try_acquire_owned().map_err(|_| {
         let message = format!(
             "This gateway already has {} requests in work; retry.",
             gateway.config.in_flight_max
         );
-        ApiError::overloaded(message, 1)
+        ApiError::overloaded("queue_full", message, 1)
     })?;
     let (body, memory) = read_body(&gateway, request).await?;
-    let (prepared, (permit, _)) = prepare(&gateway, &names, body, (permit, memory)).await?;
+    let (prepared, (permit, _)) = prepare(&gateway, &origin, body, (permit, memory)).await?;
     let Prepared {
         job,
         reader,
@@ -67,7 +75,8 @@ pub(crate) async fn completions<B: Backend>(
         created: arrived_unix_ms / 1000,
         model: job.model.clone(),
     };
-    let generation = gateway.ledger.backend.generate(job)?;
+    // A client that hangs up while it waits here drops this future, and with it its place in the queue.
+    let generation = gateway.ledger.backend.generate(job).await?;
     let run = Run::new(gateway.ledger.clone(), opened, generation, reader, permit);
     if stream {
         streamed(&gateway, run, ChunkWriter { heading, include_usage }).await
@@ -117,12 +126,12 @@ async fn streamed<B: Backend>(
 /// The permits go along: a client that hangs up does not make room while its prompt is still being worked on.
 async fn prepare<B: Backend>(
     gateway: &Arc<Gateway<B>>,
-    names: &RequestNames,
+    origin: &Origin,
     body: Bytes,
     permits: Permits,
 ) -> Result<(Prepared, Permits), ApiError> {
     if body.len() <= INLINE_BYTES_MAX {
-        return Ok((gateway.prepare(&body, names)?, permits));
+        return Ok((gateway.prepare(&body, origin)?, permits));
     }
     let turn = gateway
         .preparing
@@ -130,9 +139,9 @@ async fn prepare<B: Backend>(
         .acquire_owned()
         .await
         .map_err(|_| ApiError::internal())?;
-    let (gateway, names) = (gateway.clone(), names.clone());
+    let (gateway, origin) = (gateway.clone(), origin.clone());
     let task = tokio::task::spawn_blocking(move || {
-        let prepared = gateway.prepare(&body, &names);
+        let prepared = gateway.prepare(&body, &origin);
         drop(turn);
         (prepared, permits)
     });
@@ -171,8 +180,13 @@ async fn read_body<B>(gateway: &Gateway<B>, request: Request) -> Result<(Bytes, 
         .body_kib
         .clone()
         .try_acquire_many_owned(u32::try_from(kib).unwrap_or(u32::MAX));
-    let memory =
-        memory.map_err(|_| ApiError::overloaded("This gateway already reads as many bodies as it may; retry.", 1))?;
+    let memory = memory.map_err(|_| {
+        ApiError::overloaded(
+            "queue_full",
+            "This gateway already reads as many bodies as it may; retry.",
+            1,
+        )
+    })?;
     let read = collect(request.into_body(), if too_large { 0 } else { bytes_max });
     match tokio::time::timeout(gateway.config.body_timeout(), read).await {
         Ok(Ok(Some(bytes))) if !too_large => Ok((bytes, memory)),

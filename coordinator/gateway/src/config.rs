@@ -1,16 +1,45 @@
 //! The gateway's settings, with the limits that keep every queue, body and wait bounded (promise P5), and the check
 //! that nothing is served to a network without a key (promise P6). Paths and models are the coordinator's business.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::auth::DEFAULT_TENANT;
 use crate::error::GatewayError;
 
 /// Shortest API key taken: 16 characters, so that nobody guards a cluster with a word.
 pub const API_KEY_CHARS_MIN: usize = 16;
+
+/// Tenants in one configuration: each request is compared with the key of every one.
+const TENANTS_MAX: usize = 1024;
+/// Bytes of a tenant's name, which labels metrics.
+const TENANT_NAME_BYTES_MAX: usize = 64;
+/// Largest weight of a tenant against another's 1.
+const WEIGHT_MAX: u32 = 1000;
+
+/// A tenant: who shares the cluster with others, and salts a prefix cache of its own.
+#[derive(Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TenantConfig {
+    /// Its name, in metrics and logs.
+    pub name: String,
+    /// The key its clients send as `Authorization: Bearer …`.
+    pub api_key: String,
+    /// Its share of the workers against that of others, where both want more than there is.
+    #[serde(default = "one")]
+    pub weight: u32,
+    /// The most urgent (lowest) `priority` with which its requests compete with those of others; among its own, any counts.
+    #[serde(default)]
+    pub priority_min: i32,
+}
+
+fn one() -> u32 {
+    1
+}
 
 /// Settings of the HTTP front end. Every field has a default.
 #[derive(Clone, Deserialize)]
@@ -18,6 +47,8 @@ pub const API_KEY_CHARS_MIN: usize = 16;
 pub struct GatewayConfig {
     /// The key clients send as `Authorization: Bearer …`. Needed to bind beyond loopback.
     pub api_key: Option<String>,
+    /// Further keys, each of a tenant with a share and a prefix cache of its own.
+    pub tenants: Vec<TenantConfig>,
     /// Largest request body in bytes. 4 MiB is a prompt of about a million tokens.
     pub body_bytes_max: usize,
     /// Bytes of request bodies in memory at once, at least one largest body. One more is answered 429.
@@ -48,6 +79,7 @@ impl Default for GatewayConfig {
     fn default() -> Self {
         Self {
             api_key: None,
+            tenants: Vec::new(),
             body_bytes_max: 4 << 20,
             bodies_bytes_max: 256 << 20,
             connections_max: 4096,
@@ -66,16 +98,20 @@ impl Default for GatewayConfig {
 impl GatewayConfig {
     /// Checks the settings against each other and against the address they are to serve on.
     pub fn validate(&self, addr: SocketAddr) -> Result<(), GatewayError> {
-        match &self.api_key {
-            None if !addr.ip().to_canonical().is_loopback() => return Err(GatewayError::OpenToAll { addr }),
-            Some(key) if key.len() < API_KEY_CHARS_MIN || !key.bytes().all(|byte| byte.is_ascii_graphic()) => {
+        let open = self.api_key.is_none() && self.tenants.is_empty();
+        if open && !addr.ip().to_canonical().is_loopback() {
+            return Err(GatewayError::OpenToAll { addr });
+        }
+        let keys = self.tenants.iter().map(|tenant| &tenant.api_key);
+        for key in self.api_key.iter().chain(keys) {
+            if key.len() < API_KEY_CHARS_MIN || !key.bytes().all(|byte| byte.is_ascii_graphic()) {
                 return Err(GatewayError::Setting {
                     name: "api_key",
                     problem: format!("must be at least {API_KEY_CHARS_MIN} visible ASCII characters"),
                 });
             }
-            _ => {}
         }
+        self.validate_tenants()?;
         let positive: [(&'static str, u64); 11] = [
             ("body_bytes_max", self.body_bytes_max as u64),
             ("bodies_bytes_max", self.bodies_bytes_max as u64),
@@ -104,6 +140,43 @@ impl GatewayConfig {
                 name: "bodies_bytes_max",
                 problem,
             });
+        }
+        Ok(())
+    }
+
+    fn validate_tenants(&self) -> Result<(), GatewayError> {
+        let wrong = |problem: String| {
+            Err(GatewayError::Setting {
+                name: "tenants",
+                problem,
+            })
+        };
+        if self.tenants.len() > TENANTS_MAX {
+            return wrong(format!("must be at most {TENANTS_MAX}"));
+        }
+        let (mut names, mut keys) = (HashSet::from([DEFAULT_TENANT]), HashSet::new());
+        keys.extend(self.api_key.as_deref());
+        for tenant in &self.tenants {
+            let name = &tenant.name;
+            if name.is_empty() || name.len() > TENANT_NAME_BYTES_MAX || !name.bytes().all(|b| b.is_ascii_graphic()) {
+                return wrong(format!(
+                    "has the name {name:?}; a name is 1 to {TENANT_NAME_BYTES_MAX} visible ASCII characters"
+                ));
+            }
+            if !names.insert(name) {
+                return wrong(format!(
+                    "has the name {name} twice, or it is the one of requests without a tenant"
+                ));
+            }
+            if !keys.insert(&tenant.api_key) {
+                return wrong(format!("has a key twice, the second time for {name}"));
+            }
+            if !(1..=WEIGHT_MAX).contains(&tenant.weight) {
+                return wrong(format!(
+                    "gives {name} a weight of {}; it must be from 1 to {WEIGHT_MAX}",
+                    tenant.weight
+                ));
+            }
         }
         Ok(())
     }
@@ -161,6 +234,38 @@ mod tests {
             ..GatewayConfig::default()
         };
         assert!(weak.validate("127.0.0.1:80".parse().unwrap()).is_err());
+    }
+
+    #[test]
+    fn tenants_are_told_apart() {
+        let addr = "0.0.0.0:80".parse().unwrap();
+        let tenant = |name: &str, key: &str, weight| TenantConfig {
+            name: name.into(),
+            api_key: key.into(),
+            weight,
+            priority_min: 0,
+        };
+        let check = |tenants: Vec<TenantConfig>| {
+            let config = GatewayConfig {
+                tenants,
+                ..GatewayConfig::default()
+            };
+            config.validate(addr)
+        };
+        let (a, b) = ("sk-aaaaaaaaaaaaaaaa", "sk-bbbbbbbbbbbbbbbb");
+        check(vec![tenant("a", a, 1), tenant("b", b, 1000)]).unwrap();
+        for wrong in [
+            vec![tenant("a", a, 1), tenant("a", b, 1)],
+            vec![tenant("a", a, 1), tenant("b", a, 1)],
+            vec![tenant("default", a, 1)],
+            vec![tenant("", a, 1)],
+            vec![tenant("a b", a, 1)],
+            vec![tenant("a", "short", 1)],
+            vec![tenant("a", a, 0)],
+            vec![tenant("a", a, 1001)],
+        ] {
+            assert!(matches!(check(wrong), Err(GatewayError::Setting { .. })));
+        }
     }
 
     #[test]

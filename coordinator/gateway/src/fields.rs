@@ -6,7 +6,7 @@ use serde_json::Value as Json;
 /// What happens to a field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FieldSupport {
-    /// Does what OpenAI's (or, for `top_k` and `ignore_eos`, vLLM's) description says.
+    /// Does what OpenAI's (or, for `top_k`, `ignore_eos` and `priority`, vLLM's) description says.
     Works,
     /// Taken and without effect on the result: labels and hints to OpenAI's own service.
     Harmless,
@@ -66,6 +66,7 @@ pub const FIELDS: &[Field] = &[
     works("ignore_eos"),
     works("stream"),
     works("stream_options"),
+    works("priority"),
     harmless("user"),
     harmless("safety_identifier"),
     harmless("metadata"),
@@ -110,7 +111,6 @@ pub const FIELDS: &[Field] = &[
     refused("chat_template", "null", |_| false),
     refused("chat_template_kwargs", "{}", is_empty),
     refused("cache_salt", "null", |_| false),
-    refused("priority", "0", is_zero),
 ];
 
 impl Field {

@@ -10,8 +10,8 @@ use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 use crate::api_error::ApiError;
-use crate::auth::KeyCheck;
-use crate::backend::{Backend, Job, ModelInfo};
+use crate::auth::{Caller, Keys};
+use crate::backend::{Backend, Job, LatencyTargets, ModelInfo};
 use crate::config::GatewayConfig;
 use crate::error::GatewayError;
 use crate::metrics::Metrics;
@@ -27,7 +27,7 @@ use crate::trace::{RequestNames, random_seed};
 /// The state behind every route.
 pub(crate) struct Gateway<B> {
     pub config: GatewayConfig,
-    pub key: Option<KeyCheck>,
+    pub keys: Option<Keys>,
     pub ledger: Arc<Ledger<B>>,
     /// One permit per chat request in work.
     pub in_flight: Arc<Semaphore>,
@@ -37,6 +37,14 @@ pub(crate) struct Gateway<B> {
     pub body_kib: Arc<Semaphore>,
     models: BTreeMap<String, ServedModel>,
     started_unix_s: u64,
+}
+
+/// What a request's head says of it.
+#[derive(Clone)]
+pub(crate) struct Origin {
+    pub names: RequestNames,
+    pub caller: Caller,
+    pub targets: LatencyTargets,
 }
 
 /// A request that fits its model.
@@ -79,7 +87,7 @@ impl<B: Backend> Gateway<B> {
         };
         let cores = std::thread::available_parallelism().map_or(2, usize::from);
         Ok(Self {
-            key: config.api_key.as_deref().map(KeyCheck::new),
+            keys: Keys::new(&config),
             ledger: Arc::new(ledger),
             in_flight: Arc::new(Semaphore::new(config.in_flight_max)),
             preparing: Arc::new(Semaphore::new(cores)),
@@ -91,7 +99,8 @@ impl<B: Backend> Gateway<B> {
     }
 
     /// Parses, checks, renders and tokenises. Time in proportion to the body.
-    pub fn prepare(&self, body: &[u8], names: &RequestNames) -> Result<Prepared, ApiError> {
+    pub fn prepare(&self, body: &[u8], origin: &Origin) -> Result<Prepared, ApiError> {
+        let names = &origin.names;
         let request = ChatRequest::parse(body, self.config.messages_max)?;
         let model = self
             .models
@@ -99,8 +108,7 @@ impl<B: Backend> Gateway<B> {
             .ok_or_else(|| ApiError::model_not_found(&request.model))?;
         check_tools(model, &request.messages)?;
         let context = self.context_length(model);
-        // One key, one tenant.
-        let cache_salt = Vec::new();
+        let cache_salt = origin.caller.cache_salt();
         let prompt = model
             .prompt(request.messages, &cache_salt)
             .map_err(|error| conversation_error(error, names))?;
@@ -153,6 +161,9 @@ impl<B: Backend> Gateway<B> {
                 model.eos_ids().to_vec()
             },
             cache_salt,
+            tenant: origin.caller.tenant.clone(),
+            priority: -request.priority,
+            targets: origin.targets,
         };
         let reader = TokenReader::new(model.detokenizer(), request.stop);
         Ok(Prepared {

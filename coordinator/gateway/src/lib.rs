@@ -26,17 +26,21 @@ mod server;
 mod sse;
 mod stall;
 mod stop;
+mod targets;
 mod template;
 #[cfg(test)]
 mod test_support;
 mod trace;
 
+pub use api_error::REJECT_REASON_HEADER;
+pub use auth::DEFAULT_TENANT;
 pub use backend::{
-    Backend, BackendError, ClusterSnapshot, Generation, GenerationEvent, GenerationSender, Job, ModelInfo, Placement,
-    WorkerRole, WorkerState, WorkerStatus,
+    Backend, BackendError, ClusterSnapshot, Generation, GenerationEvent, GenerationSender, Job, LatencyTargets,
+    ModelInfo, Placement, WorkerRole, WorkerState, WorkerStatus,
 };
-pub use config::{API_KEY_CHARS_MIN, GatewayConfig};
+pub use config::{API_KEY_CHARS_MIN, GatewayConfig, TenantConfig};
 pub use error::GatewayError;
 pub use fields::{FIELDS, Field, FieldSupport};
 pub use model::ServedModel;
 pub use server::serve;
+pub use targets::{ITL_TARGET_HEADER, TTFT_TARGET_HEADER};

@@ -31,6 +31,8 @@ pub(crate) struct ChatRequest {
     pub ignore_eos: bool,
     pub stream: bool,
     pub include_usage: bool,
+    /// vLLM's: lower goes first.
+    pub priority: i32,
 }
 
 impl ChatRequest {
@@ -76,6 +78,7 @@ impl ChatRequest {
             ignore_eos: boolean(&fields, "ignore_eos")?,
             stream,
             include_usage: include_usage(&fields, stream)?,
+            priority: priority(&fields)?,
         })
     }
 }
@@ -171,6 +174,16 @@ fn seed(fields: &Map<String, Json>) -> Result<Option<u64>, ApiError> {
     let seed = value.as_u64().or_else(|| value.as_i64().map(i64::cast_unsigned));
     seed.map(Some)
         .ok_or_else(|| ApiError::field("seed", "`seed` must be a 64-bit integer."))
+}
+
+/// vLLM's: any integer, lower goes first. Far ones are taken as the end of the 32-bit range.
+fn priority(fields: &Map<String, Json>) -> Result<i32, ApiError> {
+    let Some(value) = fields.get("priority") else {
+        return Ok(0);
+    };
+    let end = |number: i64| number.clamp(-i64::from(i32::MAX), i64::from(i32::MAX)) as i32;
+    let priority = value.as_i64().map(end).or_else(|| value.as_u64().map(|_| i32::MAX));
+    priority.ok_or_else(|| ApiError::field("priority", "`priority` must be an integer; lower goes first."))
 }
 
 fn stop(value: Option<Json>) -> Result<Vec<String>, ApiError> {
@@ -269,8 +282,9 @@ mod tests {
         let request = parse(json!({"max_tokens": 7, "max_completion_tokens": 7, "temperature": 0, "top_p": 0.5, "top_k": -1,
             "seed": -1, "stop": "x", "ignore_eos": true, "stream": true, "stream_options": {"include_usage": true},
             "user": "u", "metadata": {"a": "b"}, "store": false, "n": 1, "tools": [], "logit_bias": {}, "logprobs": false,
-            "response_format": {"type": "text"}, "presence_penalty": 0.0, "tool_choice": null}))
+            "response_format": {"type": "text"}, "presence_penalty": 0.0, "tool_choice": null, "priority": -7}))
         .unwrap();
+        assert_eq!(request.priority, -7);
         assert_eq!(request.max_tokens, Some(("max_completion_tokens", 7)));
         assert_eq!(
             (request.temperature, request.top_p, request.top_k, request.seed),
@@ -315,6 +329,12 @@ mod tests {
             json!("x".repeat(1025)),
         ] {
             refused(json!({"stop": bad}), "stop");
+        }
+        for bad in [json!(1.5), json!("1"), json!(true), json!(1e30)] {
+            refused(json!({"priority": bad}), "priority");
+        }
+        for (far, taken) in [(json!(i64::MIN), -i32::MAX), (json!(u64::MAX), i32::MAX)] {
+            assert_eq!(parse(json!({"priority": far})).unwrap().priority, taken);
         }
         refused(json!({"stream": "yes"}), "stream");
         refused(json!({"stream_options": {"include_usage": true}}), "stream_options");

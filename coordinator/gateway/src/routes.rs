@@ -11,6 +11,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 
 use crate::api_error::ApiError;
+use crate::auth::Caller;
 use crate::backend::{Backend, WorkerStatus};
 use crate::chat;
 use crate::drain;
@@ -56,15 +57,17 @@ async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut reques
         .get::<MatchedPath>()
         .map_or("other", MatchedPath::as_str)
         .to_owned();
-    let allowed = match &gateway.key {
-        Some(key) => OPEN_ROUTES.contains(&route.as_str()) || key.allows(request.headers()),
-        None => true,
+    let caller = match &gateway.keys {
+        Some(keys) if !OPEN_ROUTES.contains(&route.as_str()) => keys.caller(request.headers()),
+        _ => Some(Caller::anonymous()),
     };
     request.extensions_mut().insert(names.clone());
-    let mut response = if allowed {
-        next.run(request).await
-    } else {
-        ApiError::unauthorized().into_response()
+    let mut response = match caller {
+        Some(caller) => {
+            request.extensions_mut().insert(caller);
+            next.run(request).await
+        }
+        None => ApiError::unauthorized().into_response(),
     };
     gateway.ledger.metrics.responded(&route, response.status().as_u16());
     let headers = response.headers_mut();

@@ -237,6 +237,7 @@ async fn control_tokens_in_user_text_stay_text() {
 async fn failures_are_errors_and_recorded_once() {
     let gateway = TestGateway::start().await;
     let overloaded = BackendError::Overloaded {
+        word: "queue_full",
         reason: "queues full".into(),
         retry_after: Duration::from_secs(3),
     };

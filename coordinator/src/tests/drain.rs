@@ -25,7 +25,7 @@ async fn requests_move_off_a_drained_worker_without_a_trace() {
     coordinator.wait_ready("a").await;
     let second = coordinator.worker("b", Role::Decode);
     coordinator.wait_ready("b").await;
-    let mut generation = backend.generate(job(&PROMPT, 50)).unwrap();
+    let mut generation = backend.generate(job(&PROMPT, 50)).await.unwrap();
     let (mut tokens, _) = read(&mut generation, 7).await;
 
     let status = backend.drain("a", DEADLINE).unwrap();
@@ -55,7 +55,7 @@ async fn requests_move_off_a_drained_worker_without_a_trace() {
         assert!(text.contains(line), "{line} is not in {text}");
     }
     for _ in 0..5 {
-        let generation = backend.generate(job(&PROMPT, 5)).unwrap();
+        let generation = backend.generate(job(&PROMPT, 5)).await.unwrap();
         assert_eq!(generation.placement().decode_worker_id, "b");
     }
     assert_eq!(backend.drain("a", DEADLINE).unwrap().state, WorkerState::Draining);
@@ -66,11 +66,11 @@ async fn with_nobody_else_requests_end_where_they_are_or_move_when_somebody_come
     let coordinator = Coordinator::start().await;
     let worker = coordinator.stalling("a", Role::Decode, 4);
     coordinator.wait_ready("a").await;
-    let mut stays = coordinator.backend.generate(job(&PROMPT, 20)).unwrap();
+    let mut stays = coordinator.backend.generate(job(&PROMPT, 20)).await.unwrap();
     read(&mut stays, 4).await;
     coordinator.backend.drain("a", DEADLINE).unwrap();
     assert!(matches!(
-        coordinator.backend.generate(job(&PROMPT, 5)),
+        coordinator.backend.generate(job(&PROMPT, 5)).await,
         Err(BackendError::NoWorker { .. })
     ));
     // Past several looks for another worker.
@@ -96,7 +96,7 @@ async fn a_worker_that_says_itself_that_it_drains_is_believed() {
     coordinator.wait_ready("a").await;
     let _second = coordinator.worker("b", Role::Decode);
     coordinator.wait_ready("b").await;
-    let mut generation = coordinator.backend.generate(job(&PROMPT, 20)).unwrap();
+    let mut generation = coordinator.backend.generate(job(&PROMPT, 20)).await.unwrap();
     read(&mut generation, 7).await;
     first.controls.draining.store(true, Ordering::SeqCst);
     let (rest, _) = read(&mut generation, usize::MAX).await;

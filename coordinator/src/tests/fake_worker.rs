@@ -75,6 +75,9 @@ pub(super) struct Controls {
     pub(super) draining: AtomicBool,
     /// Deadline of the order to drain, in milliseconds.
     pub(super) ordered_to_drain: Mutex<Option<u32>>,
+    /// Speeds to report: prompt tokens per second, and a decode step in microseconds.
+    pub(super) prefill_tokens_per_s: AtomicU64,
+    pub(super) decode_step_us: AtomicU64,
     /// Leave heartbeats out.
     pub(super) mute: AtomicBool,
     /// Epoch to claim in greetings instead of the true one; 0 is the true one.
@@ -240,8 +243,14 @@ async fn member(channel: Channel, register: Register, controls: &Controls) -> Re
             _ = beat.tick() => {
                 let silent = controls.mute.load(Ordering::SeqCst) || controls.frozen.load(Ordering::SeqCst);
                 if controls.epoch.load(Ordering::SeqCst) != 0 && !silent {
-                    let draining = controls.draining.load(Ordering::SeqCst);
-                    let heartbeat = Heartbeat { free_blocks: 90, cached_blocks: 10, draining, ..Heartbeat::default() };
+                    let heartbeat = Heartbeat {
+                        free_blocks: 90,
+                        cached_blocks: 10,
+                        prefill_tokens_per_s: controls.prefill_tokens_per_s.load(Ordering::SeqCst) as f32,
+                        decode_step_us: controls.decode_step_us.load(Ordering::SeqCst) as u32,
+                        draining: controls.draining.load(Ordering::SeqCst),
+                        ..Heartbeat::default()
+                    };
                     let _ = reports.try_send(report(worker_report::Kind::Heartbeat(heartbeat)));
                     let events = controls.events.lock().unwrap().pop_front();
                     if let Some(events) = events {

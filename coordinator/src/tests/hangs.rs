@@ -27,7 +27,7 @@ async fn a_worker_that_stands_still_is_a_pause_and_is_used_again_when_it_wakes()
     first.controls.allow(7);
     let second = pulsing(&coordinator, "b", 4);
     coordinator.wait_ready("b").await;
-    let mut generation = coordinator.backend.generate(job(&PROMPT, 50)).unwrap();
+    let mut generation = coordinator.backend.generate(job(&PROMPT, 50)).await.unwrap();
     let (mut tokens, _) = read(&mut generation, 7).await;
     assert_eq!(generation.placement().decode_worker_id, "a");
     first.controls.frozen.store(true, Ordering::SeqCst);
@@ -50,14 +50,15 @@ async fn a_worker_that_stands_still_is_a_pause_and_is_used_again_when_it_wakes()
     first.controls.allow(-1);
     second.kill();
     coordinator.wait_lost("b").await;
-    until("it is heard again", || {
-        match coordinator.backend.generate(job(&PROMPT, 5)) {
-            Ok(generation) => generation.placement().decode_worker_id == "a",
-            Err(_) => false,
+    let begin = std::time::Instant::now();
+    loop {
+        match coordinator.backend.generate(job(&PROMPT, 5)).await {
+            Ok(generation) if generation.placement().decode_worker_id == "a" => break,
+            _ => assert!(begin.elapsed() < Duration::from_secs(20), "it is not heard again"),
         }
-    })
-    .await;
-    let mut generation = coordinator.backend.generate(job(&PROMPT, 5)).unwrap();
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let mut generation = coordinator.backend.generate(job(&PROMPT, 5)).await.unwrap();
     assert_eq!(read(&mut generation, usize::MAX).await.0, expected(&PROMPT, 5));
     assert_eq!(first.controls.attaches.load(Ordering::SeqCst), 1);
 }
@@ -72,7 +73,7 @@ async fn a_lone_worker_that_stands_still_is_waited_for() {
     let worker = pulsing(&coordinator, "a", 2);
     coordinator.wait_ready("a").await;
     worker.controls.allow(3);
-    let mut generation = coordinator.backend.generate(job(&PROMPT, 20)).unwrap();
+    let mut generation = coordinator.backend.generate(job(&PROMPT, 20)).await.unwrap();
     let (mut tokens, _) = read(&mut generation, 3).await;
     worker.controls.frozen.store(true, Ordering::SeqCst);
     until("it is given up", || worker.controls.cancels.load(Ordering::SeqCst) == 1).await;
@@ -95,7 +96,7 @@ async fn a_slow_worker_that_lives_is_not_abandoned() {
     worker.controls.allow(3);
     let _other = pulsing(&coordinator, "b", 2);
     coordinator.wait_ready("b").await;
-    let mut generation = coordinator.backend.generate(job(&PROMPT, 6)).unwrap();
+    let mut generation = coordinator.backend.generate(job(&PROMPT, 6)).await.unwrap();
     read(&mut generation, 3).await;
     // Twice what a silent one is given.
     tokio::time::sleep(Duration::from_millis(2200)).await;

@@ -37,7 +37,7 @@ impl Coordinator {
 
     /// Runs a request to its end; answers with the worker that streamed it.
     async fn ask(&self, prompt: &[u32]) -> String {
-        let mut generation = self.backend.generate(job(prompt, 2)).unwrap();
+        let mut generation = self.backend.generate(job(prompt, 2)).await.unwrap();
         read(&mut generation, usize::MAX).await;
         generation.placement().decode_worker_id.clone()
     }
@@ -52,9 +52,9 @@ async fn a_conversation_stays_where_it_began_before_any_event() {
     let coordinator = Coordinator::start().await;
     let _workers = [coordinator.combined("a").await, coordinator.combined("b").await];
     // Ties go to "a"; keep it busy so that the first turn goes to "b".
-    let busy = coordinator.backend.generate(job(&prompt(9, 20), 400)).unwrap();
+    let busy = coordinator.backend.generate(job(&prompt(9, 20), 400)).await.unwrap();
     assert_eq!(busy.placement().decode_worker_id, "a");
-    let first = coordinator.backend.generate(job(&prompt(1, 8), 400)).unwrap();
+    let first = coordinator.backend.generate(job(&prompt(1, 8), 400)).await.unwrap();
     assert_eq!(first.placement().decode_worker_id, "b");
     drop((busy, first));
     until("both are idle", || {
@@ -84,7 +84,7 @@ async fn requests_go_where_their_blocks_are_until_events_are_lost() {
     // Another tenant's cache is another's.
     let mut other = job(&prompt(2, 8), 1);
     other.cache_salt = b"other".to_vec();
-    let generation = coordinator.backend.generate(other).unwrap();
+    let generation = coordinator.backend.generate(other).await.unwrap();
     assert_eq!(generation.placement().decode_worker_id, "a");
 
     // Message 2 is lost: nothing of b is believed until it has told everything.

@@ -4,7 +4,7 @@ use baton_loadtest::SseParser;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use hyper::{Method, Request, StatusCode};
+use hyper::{HeaderMap, Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -16,16 +16,31 @@ pub const LIMIT: Duration = Duration::from_secs(120);
 #[derive(Debug)]
 pub struct Answer {
     pub status: StatusCode,
+    pub headers: HeaderMap,
     pub body: Bytes,
 }
 
 impl Answer {
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.get(name).and_then(|value| value.to_str().ok())
+    }
+
     pub fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&self.body)))
     }
 }
 
 async fn send(method: Method, url: &str, path: &str, body: Bytes) -> hyper::Response<Incoming> {
+    send_with(method, url, path, &[], body).await
+}
+
+async fn send_with(
+    method: Method,
+    url: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: Bytes,
+) -> hyper::Response<Incoming> {
     let address = url.strip_prefix("http://").expect("an http URL");
     let stream = tokio::net::TcpStream::connect(address)
         .await
@@ -34,13 +49,15 @@ async fn send(method: Method, url: &str, path: &str, body: Bytes) -> hyper::Resp
         .await
         .expect("HTTP");
     tokio::spawn(connection);
-    let request = Request::builder()
+    let mut request = Request::builder()
         .method(method)
         .uri(path)
         .header("host", address)
-        .header("content-type", "application/json")
-        .body(Full::new(body))
-        .expect("a request");
+        .header("content-type", "application/json");
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    let request = request.body(Full::new(body)).expect("a request");
     tokio::time::timeout(LIMIT, sender.send_request(request))
         .await
         .expect("an answer in time")
@@ -48,12 +65,24 @@ async fn send(method: Method, url: &str, path: &str, body: Bytes) -> hyper::Resp
 }
 
 async fn whole(response: hyper::Response<Incoming>) -> Answer {
-    let status = response.status();
+    let (status, headers) = (response.status(), response.headers().clone());
     let body = tokio::time::timeout(LIMIT, response.into_body().collect()).await;
     Answer {
         status,
+        headers,
         body: body.expect("a body in time").expect("a whole body").to_bytes(),
     }
+}
+
+/// Any request, with more headers.
+pub async fn request_with(
+    method: Method,
+    url: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: impl Into<Bytes>,
+) -> Answer {
+    whole(send_with(method, url, path, headers, body.into()).await).await
 }
 
 /// GET.

@@ -222,6 +222,7 @@ impl Soak {
             stop_token_ids: vec![2],
             cache_salt: vec![rng.random_range(0..3)],
             remote_prefill: rng.random_bool(0.1),
+            priority: rng.random_range(-2..=2),
         }
     }
 
@@ -254,6 +255,7 @@ impl Soak {
                 sampling,
                 cache_salt,
                 skip_tokens: 0,
+                priority: 0,
             };
             self.refused += u64::from(self.scheduler.submit_prefill(request).is_err());
         }

@@ -23,6 +23,9 @@ pub struct Request {
     pub cache_salt: Vec<u8>,
     /// A prefill worker is at hand: if enough of the prompt is uncached, ask for it with a [`FillRequest`].
     pub remote_prefill: bool,
+    /// Higher goes first where sequences wait, within a bound (see [`PASSES_PER_PRIORITY`](crate::PASSES_PER_PRIORITY));
+    /// 0 is the usual. Never changes a token.
+    pub priority: i32,
 }
 
 /// Compute a prompt for somebody else: prefill, sample one token, hold the blocks until `release`.
@@ -37,6 +40,8 @@ pub struct PrefillRequest {
     /// Leading tokens the caller holds already: a multiple of the block size, less than the prompt. They are computed
     /// (or found in the cache) all the same, because later positions attend to them; they need not be pushed.
     pub skip_tokens: usize,
+    /// As of [`Request`].
+    pub priority: i32,
 }
 
 /// Asks the shell to have blocks of a sequence filled by a prefill worker. Emitted once per sequence. It is answered

@@ -27,7 +27,9 @@
 //!   by the times seen so far (`pace`), but never to nothing. Half goes to the oldest prompt, so that every one
 //!   ends in bounded time; the other half to the shortest, one after another, so that a short prompt never waits
 //!   behind the whole of a long one, and prompts that arrive together end one by one instead of all at the last one's time.
-//! - **Admission** is by age. A sequence gets the blocks of all its tokens at once, so a prefill never stalls half-way,
+//! - **Order** is by priority and age (`rank`): "older" and "younger" below mean earlier and later in it. A step of
+//!   priority passes so many later arrivals and no more, so a low priority waits longer, not for ever.
+//! - **Admission** is in that order. A sequence gets the blocks of all its tokens at once, so a prefill never stalls half-way,
 //!   and one spare block per running sequence must remain, so that admitting does not lead straight to preempting.
 //! - **Passing.** While the oldest waiting one does not fit, younger ones that do may pass it, together with no more blocks
 //!   than it needs itself: so a long prompt does not close the door for short ones, and waits for at most its own
@@ -58,6 +60,7 @@ use crate::block_events::BlockEvents;
 use crate::blocks::BlockManager;
 use crate::config::SchedulerConfig;
 use crate::error::{AdmitError, ConfigError};
+use crate::rank::Rank;
 use crate::request::{Cancelled, Finish, FinishReason, Output, PrefillRequest, Request};
 use crate::sampling::SamplingParams;
 use crate::sequence::{Sequence, State, Task};
@@ -76,9 +79,9 @@ pub struct Scheduler {
     config: SchedulerConfig,
     blocks: BlockManager,
     seqs: HashMap<SeqId, Sequence>,
-    /// By age: ids grow with time, and a preempted sequence keeps its own.
-    waiting: BTreeSet<SeqId>,
-    running: BTreeSet<SeqId>,
+    /// A preempted sequence keeps its rank.
+    waiting: BTreeSet<Rank>,
+    running: BTreeSet<Rank>,
     /// Filling, Pushing and Draining.
     transport: BTreeSet<SeqId>,
     next_id: u64,
@@ -130,7 +133,13 @@ impl Scheduler {
             stop_token_ids: request.stop_token_ids,
             remote_prefill: request.remote_prefill,
         };
-        self.enqueue(task, request.prompt, request.sampling, &request.cache_salt)
+        self.enqueue(
+            task,
+            request.prompt,
+            request.sampling,
+            &request.cache_salt,
+            request.priority,
+        )
     }
 
     /// Queues a prefill for another worker. Its blocks are held from its first step until [`release`](Self::release).
@@ -143,7 +152,13 @@ impl Scheduler {
                 prompt_tokens,
             });
         }
-        self.enqueue(Task::Prefill, request.prompt, request.sampling, &request.cache_salt)
+        self.enqueue(
+            Task::Prefill,
+            request.prompt,
+            request.sampling,
+            &request.cache_salt,
+            request.priority,
+        )
     }
 
     fn enqueue(
@@ -152,6 +167,7 @@ impl Scheduler {
         prompt: Arc<[u32]>,
         sampling: SamplingParams,
         salt: &[u8],
+        priority: i32,
     ) -> Result<SeqId, AdmitError> {
         let config = &self.config;
         if prompt.is_empty() {
@@ -183,13 +199,14 @@ impl Scheduler {
         }
         let id = SeqId(self.next_id);
         self.next_id += 1;
+        let rank = Rank::new(id, priority);
         let root = block_hash::root(&block_hash::cache_root(&config.model_digest, salt));
-        let mut seq = Sequence::new(id, task, prompt, sampling, root, config.block_size);
+        let mut seq = Sequence::new(rank, task, prompt, sampling, root, config.block_size);
         if config.prefix_cache {
             seq.expected_cached = expected_cached(&mut seq, &self.blocks);
         }
         self.seqs.insert(id, seq);
-        self.waiting.insert(id);
+        self.waiting.insert(rank);
         Ok(id)
     }
 
@@ -277,8 +294,8 @@ impl Scheduler {
         match self.seqs.get(&id)?.state {
             State::Filling => {
                 self.transport.remove(&id);
-                self.running.insert(id);
                 let seq = self.seqs.get_mut(&id)?;
+                self.running.insert(seq.rank);
                 seq.state = State::Running;
                 Some(seq)
             }
@@ -401,16 +418,16 @@ impl Scheduler {
     fn hold(&mut self, id: SeqId, state: State) {
         if let Some(seq) = self.seqs.get_mut(&id) {
             seq.state = state;
-            self.running.remove(&id);
+            self.running.remove(&seq.rank);
             self.transport.insert(id);
         }
     }
 
     fn remove(&mut self, id: SeqId) {
-        self.waiting.remove(&id);
-        self.running.remove(&id);
         self.transport.remove(&id);
         if let Some(mut seq) = self.seqs.remove(&id) {
+            self.waiting.remove(&seq.rank);
+            self.running.remove(&seq.rank);
             self.release_blocks(&mut seq);
         }
     }

@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use baton_proto::block_hash::{self, BlockHash};
 
+use crate::rank::Rank;
 use crate::sampling::SamplingParams;
 use crate::step::SeqId;
 
@@ -47,6 +48,7 @@ pub(crate) enum Task {
 #[derive(Debug)]
 pub(crate) struct Sequence {
     pub id: SeqId,
+    pub rank: Rank,
     pub task: Task,
     pub state: State,
     pub prompt: Arc<[u32]>,
@@ -71,7 +73,7 @@ pub(crate) struct Sequence {
 
 impl Sequence {
     pub fn new(
-        id: SeqId,
+        rank: Rank,
         task: Task,
         prompt: Arc<[u32]>,
         sampling: SamplingParams,
@@ -79,7 +81,8 @@ impl Sequence {
         block_size: usize,
     ) -> Self {
         Sequence {
-            id,
+            id: rank.id,
+            rank,
             task,
             state: State::Waiting,
             prompt,
@@ -197,7 +200,14 @@ mod tests {
 
     fn sequence(prompt: Vec<u32>) -> Sequence {
         let root = block_hash::root(b"r");
-        Sequence::new(SeqId(1), Task::Prefill, prompt.into(), SamplingParams::GREEDY, root, 4)
+        Sequence::new(
+            Rank::new(SeqId(1), 0),
+            Task::Prefill,
+            prompt.into(),
+            SamplingParams::GREEDY,
+            root,
+            4,
+        )
     }
 
     #[test]

@@ -105,6 +105,7 @@ fn run(make: Make, prefill_config: &SchedulerConfig, decode_config: &SchedulerCo
                 sampling: fill.sampling,
                 cache_salt: jobs[answers[&fill.seq].0].salt.clone(),
                 skip_tokens: fill.cached_tokens / prefill_config.block_size * prefill_config.block_size,
+                priority: jobs[answers[&fill.seq].0].priority,
             };
             let id = prefill.scheduler.submit_prefill(request).expect("room");
             fills.insert(id, fill);

@@ -72,6 +72,7 @@ impl World {
             stop_token_ids: Vec::new(),
             cache_salt: Vec::new(),
             remote_prefill: false,
+            priority: 0,
         };
         let id = self.scheduler.submit(request).expect("room in the queue");
         let timing = Timing {

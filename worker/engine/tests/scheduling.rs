@@ -3,8 +3,8 @@
 mod common;
 
 use baton_engine::{
-    AdmitError, ConfigError, Engine, FinishReason, PrefillRequest, SamplingParams, Scheduler, SchedulerConfig, SeqId,
-    StepBatch,
+    AdmitError, ConfigError, Engine, FinishReason, PASSES_PER_PRIORITY, PrefillRequest, SamplingParams, Scheduler,
+    SchedulerConfig, SeqId, StepBatch,
 };
 use common::{Job, alone, engine_for, finish, sampled, turn};
 
@@ -215,6 +215,7 @@ fn what_can_never_run_is_refused_with_a_sentence() {
         sampling: SamplingParams::GREEDY,
         cache_salt: Vec::new(),
         skip_tokens,
+        priority: 0,
     };
     for bad in [5, 32, 48] {
         assert!(
@@ -305,6 +306,7 @@ fn a_failed_step_ends_its_sequences_and_leaks_nothing() {
             sampling: SamplingParams::GREEDY,
             cache_salt: Vec::new(),
             skip_tokens: 0,
+            priority: 0,
         })
         .expect("room");
     let plan = scheduler.plan();
@@ -388,6 +390,7 @@ fn prefill_only_sequences_are_never_preempted() {
             sampling: SamplingParams::GREEDY,
             cache_salt: Vec::new(),
             skip_tokens: 0,
+            priority: 0,
         })
         .expect("room");
     // Two blocks and seven are held; the decode gets the tenth, and then stalls while the push goes on.
@@ -409,4 +412,93 @@ fn prefill_only_sequences_are_never_preempted() {
         take(turn(&mut scheduler, &mut engine).1);
     }
     assert_eq!(tokens, alone(&config, &job).0);
+}
+
+/// At the door by priority, then age; on the way out by the same, the other way round.
+#[test]
+fn priority_decides_at_the_door_and_who_is_preempted() {
+    let config = SchedulerConfig {
+        seqs_max: 1,
+        ..config(16, 100)
+    };
+    let (mut scheduler, mut engine) = (Scheduler::new(config.clone()).expect("valid"), engine_for(&config));
+    let mut submit = |priority| {
+        let job = Job {
+            priority,
+            ..Job::new(prompt(20, 1), 1)
+        };
+        scheduler.submit(job.request(false)).expect("room").0
+    };
+    let ids: Vec<u64> = [0, -1, 0, 7, 7, -1].map(&mut submit).to_vec();
+    let mut order = Vec::new();
+    while !scheduler.is_idle() {
+        order.extend(turn(&mut scheduler, &mut engine).1.iter().map(|output| output.seq.0));
+    }
+    assert_eq!(order, [3, 4, 0, 2, 1, 5].map(|at| ids[at]));
+
+    // Seven blocks for each in the end, eleven in all: the one of low priority gives way, although it is older.
+    let tight = SchedulerConfig {
+        prefix_cache: false,
+        ..self::config(16, 11)
+    };
+    let (mut scheduler, mut engine) = (Scheduler::new(tight.clone()).expect("valid"), engine_for(&tight));
+    let low = Job {
+        priority: -1,
+        ..Job::new(prompt(64, 2), 40)
+    };
+    let older = scheduler.submit(low.request(false)).expect("room");
+    let younger = scheduler
+        .submit(Job::new(prompt(64, 3), 40).request(false))
+        .expect("room");
+    let (mut tokens, mut ended) = (Vec::new(), Vec::new());
+    while !scheduler.is_idle() {
+        for output in turn(&mut scheduler, &mut engine).1 {
+            if output.seq == older {
+                tokens.extend(output.tokens);
+            }
+            ended.extend(output.finish.map(|_| output.seq));
+        }
+    }
+    assert_eq!(ended, [younger, older]);
+    assert!(scheduler.stats().preemptions > 0);
+    assert_eq!(tokens, alone(&tight, &low).0, "priority changes no token");
+}
+
+/// Under a flood of the usual priority a low one is passed by as many later arrivals as its priority says, and no more.
+#[test]
+fn a_low_priority_does_not_starve() {
+    let config = SchedulerConfig {
+        seqs_max: 2,
+        ..config(16, 100)
+    };
+    let (mut scheduler, mut engine) = (Scheduler::new(config.clone()).expect("valid"), engine_for(&config));
+    for _ in 0..3 {
+        scheduler
+            .submit(Job::new(prompt(5, 1), 1).request(false))
+            .expect("room");
+    }
+    let low = Job {
+        priority: -2,
+        ..Job::new(prompt(5, 1), 1)
+    };
+    let low = scheduler.submit(low.request(false)).expect("room");
+    let mut passed = 0;
+    'flood: loop {
+        for _ in 0..3 {
+            scheduler
+                .submit(Job::new(prompt(5, 1), 1).request(false))
+                .expect("room");
+        }
+        for output in turn(&mut scheduler, &mut engine).1 {
+            if output.seq == low {
+                break 'flood;
+            }
+            passed += i64::from(output.seq > low);
+        }
+    }
+    let bound = 2 * PASSES_PER_PRIORITY;
+    assert!(
+        passed <= bound && passed > bound / 2,
+        "{passed} later ones went before, the bound is {bound}"
+    );
 }

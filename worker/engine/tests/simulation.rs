@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use baton_engine::spans::{Table, pieces};
 use baton_engine::{
-    Engine, FillRequest, FinishReason, MockEngine, Output, Plan, PrefillRequest, SamplingParams, Scheduler,
-    SchedulerConfig, SeqId, Stats,
+    Engine, FillRequest, FinishReason, MockEngine, Output, PASSES_PER_PRIORITY, Plan, PrefillRequest, SamplingParams,
+    Scheduler, SchedulerConfig, SeqId, Stats,
 };
 use common::{Job, Truth, alone, bytes, copy, engine_for};
 use proptest::prelude::*;
@@ -55,7 +55,9 @@ struct Simulation {
     ended: Vec<(Live, FinishReason)>,
     emitted: u64,
     /// Who has not been admitted yet: blocks it needs, and blocks of those who passed it at the head of the queue.
-    queued: BTreeMap<SeqId, (usize, usize)>,
+    /// Sorted as the queue shall be: by age, where a step of priority is worth some arrivals.
+    queued: BTreeMap<(i64, SeqId), (usize, usize)>,
+    keys: BTreeMap<SeqId, i64>,
     passed: usize,
 }
 
@@ -79,6 +81,7 @@ impl Simulation {
             ended: Vec::new(),
             emitted: 0,
             queued: BTreeMap::new(),
+            keys: BTreeMap::new(),
             passed: 0,
         }
     }
@@ -111,6 +114,7 @@ impl Simulation {
             max_tokens: rng.random_range(1..30),
             sampling,
             stop_token_ids: (0..rng.random_range(0..3)).map(|_| rng.random_range(0..64)).collect(),
+            priority: [0, 0, 0, -1, 1][rng.random_range(0..5)],
             salt: if rng.random_bool(0.3) {
                 b"other tenant".to_vec()
             } else {
@@ -138,6 +142,7 @@ impl Simulation {
                     sampling: job.sampling,
                     cache_salt: job.salt.clone(),
                     skip_tokens: 0,
+                    priority: job.priority,
                 };
                 if let Ok(id) = self.scheduler.submit_prefill(request) {
                     let push = Push {
@@ -159,7 +164,9 @@ impl Simulation {
 
     fn enqueued(&mut self, id: SeqId, job: Job, prefill_only: bool) {
         let blocks = job.prompt.len().div_ceil(self.config.block_size);
-        self.queued.insert(id, (blocks, 0));
+        let key = id.0 as i64 - i64::from(job.priority) * PASSES_PER_PRIORITY;
+        self.queued.insert((key, id), (blocks, 0));
+        self.keys.insert(id, key);
         let tokens = Vec::new();
         let live = Live {
             job,
@@ -174,7 +181,7 @@ impl Simulation {
         let id = *self.live.keys().nth(nth).expect("in range");
         let live = self.live.remove(&id).expect("known");
         let cancelled = self.scheduler.cancel(id).expect("alive");
-        self.queued.remove(&id);
+        self.queued.remove(&(self.keys[&id], id));
         assert_eq!(cancelled.finish.completion_tokens, live.tokens.len());
         let due = self.clock + self.rng.random_range(0..20);
         match (self.fills.get_mut(&id), self.pushes.get_mut(&id)) {
@@ -330,11 +337,12 @@ impl Simulation {
     fn note(&mut self, plan: &Plan) {
         assert!(plan.batch.tokens() <= self.config.batch_tokens_max);
         for id in &plan.admitted {
-            let (blocks, _) = self.queued.remove(id).expect("admitted once, after it was queued");
-            if let Some(mut head) = self.queued.first_entry().filter(|head| head.key() < id) {
+            let key = (self.keys[id], *id);
+            let (blocks, _) = self.queued.remove(&key).expect("admitted once, after it was queued");
+            if let Some(mut head) = self.queued.first_entry().filter(|head| *head.key() < key) {
                 let (needed, passed) = head.get_mut();
                 *passed += blocks;
-                assert!(passed <= needed, "{} was passed by too many", head.key());
+                assert!(passed <= needed, "{:?} was passed by too many", head.key());
                 self.passed += 1;
             }
         }

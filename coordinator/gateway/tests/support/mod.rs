@@ -35,6 +35,8 @@ pub enum Script {
     SayThenVanish(Vec<u32>),
     /// Refused at once.
     Refuse(BackendError),
+    /// Never placed: waits in the queue until the client hangs up.
+    Queue,
 }
 
 /// Byte-level token ids of a text; 257 ends the turn.
@@ -56,6 +58,8 @@ pub struct MockBackend {
     pub cancelled: AtomicUsize,
     pub changed: Notify,
     pub refuse_settle: AtomicBool,
+    /// Places in the queue given up.
+    pub left: AtomicUsize,
     pub no_worker: AtomicBool,
 }
 
@@ -91,6 +95,16 @@ impl MockBackend {
     }
 }
 
+/// A place in the queue.
+struct Place(Arc<MockBackend>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.left.fetch_add(1, Ordering::SeqCst);
+        self.0.changed.notify_waiters();
+    }
+}
+
 /// Lets the scripted generation know its `Arc`.
 pub struct Mock(pub Arc<MockBackend>);
 
@@ -105,7 +119,7 @@ impl Backend for Mock {
         }]
     }
 
-    fn generate(&self, job: Job) -> Result<Generation, BackendError> {
+    async fn generate(&self, job: Job) -> Result<Generation, BackendError> {
         let script = self
             .0
             .scripts
@@ -128,6 +142,11 @@ impl Backend for Mock {
         if let Script::Refuse(error) = script {
             std::mem::forget(generation);
             return Err(error);
+        }
+        if let Script::Queue = script {
+            std::mem::forget(generation);
+            let _place = Place(self.0.clone());
+            return std::future::pending().await;
         }
         sender.placed(Placement {
             decode_worker_id: "decode-0".into(),
@@ -154,7 +173,7 @@ impl Backend for Mock {
                     return;
                 }
                 Script::SayThenVanish(tokens) => (tokens, None),
-                Script::Refuse(_) => return,
+                Script::Refuse(_) | Script::Queue => return,
             };
             let count = tokens.len();
             for (at, token) in tokens.into_iter().enumerate() {

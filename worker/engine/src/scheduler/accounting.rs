@@ -25,8 +25,8 @@ impl Scheduler {
     /// Prompt tokens that are queued or being computed here and are not in the cache; those that wait are estimated by
     /// what was cached when they were submitted. O(sequences).
     pub fn pending_prompt_tokens(&self) -> u64 {
-        let of = |id| self.seqs.get(id).map_or(0, Sequence::pending_tokens) as u64;
-        self.waiting.iter().chain(&self.running).map(of).sum()
+        let of = |id: &crate::step::SeqId| self.seqs.get(id).map_or(0, Sequence::pending_tokens) as u64;
+        self.waiting.iter().chain(&self.running).map(|rank| of(&rank.id)).sum()
     }
 
     /// Verifies every invariant of the scheduler, its sequences and its blocks. O(pool + sequences): for tests, and for
@@ -49,13 +49,13 @@ impl Scheduler {
 
     fn check_sequence(&self, seq: &Sequence) -> Result<(), String> {
         let size = self.config.block_size;
-        let set = match seq.state {
-            State::Waiting => &self.waiting,
-            State::Running => &self.running,
-            State::Filling | State::Pushing | State::Draining => &self.transport,
+        let in_its_set = match seq.state {
+            State::Waiting => self.waiting.contains(&seq.rank),
+            State::Running => self.running.contains(&seq.rank),
+            State::Filling | State::Pushing | State::Draining => self.transport.contains(&seq.id),
         };
         let rules = [
-            (set.contains(&seq.id), "is not in the set of its state"),
+            (in_its_set, "is not in the set of its state"),
             (
                 seq.state != State::Waiting || (seq.blocks.is_empty() && seq.computed == 0),
                 "waits and holds blocks",

@@ -8,6 +8,7 @@ use baton_proto::block_hash::BlockHash;
 
 use super::Scheduler;
 use crate::chunks::{self, Want};
+use crate::rank::Rank;
 use crate::request::{FillRequest, Plan, Reuse};
 use crate::sequence::{State, Task};
 use crate::step::{SeqId, StepSeq};
@@ -34,7 +35,7 @@ impl Scheduler {
 
     /// One token for every sequence that lacks only the KV of its last one, oldest first.
     fn plan_decodes(&mut self, plan: &mut Plan) {
-        let ids: Vec<SeqId> = self.running.iter().copied().collect();
+        let ids: Vec<SeqId> = self.running.iter().map(|rank| rank.id).collect();
         for id in ids {
             // A younger one may have been preempted by an older one meanwhile.
             let Some(seq) = self
@@ -59,9 +60,12 @@ impl Scheduler {
                 }
                 return true;
             }
-            let mut youngest_first = self.running.iter().rev().take_while(|s| **s > id);
-            let younger = youngest_first.find(|s| self.seqs[s].is_preemptable());
-            let Some(&victim) = younger else {
+            let Some(rank) = self.seqs.get(&id).map(|seq| seq.rank) else {
+                return false;
+            };
+            let mut youngest_first = self.running.iter().rev().take_while(|other| **other > rank);
+            let younger = youngest_first.find(|other| self.seqs[&other.id].is_preemptable());
+            let Some(&Rank { id: victim, .. }) = younger else {
                 return false;
             };
             self.preempt(victim);
@@ -70,20 +74,20 @@ impl Scheduler {
     }
 
     fn preempt(&mut self, id: SeqId) {
-        self.running.remove(&id);
         if let Some(mut seq) = self.seqs.remove(&id) {
+            self.running.remove(&seq.rank);
             self.release_blocks(&mut seq);
             seq.state = State::Waiting;
             seq.resumed = true;
+            self.waiting.insert(seq.rank);
             self.seqs.insert(id, seq);
-            self.waiting.insert(id);
             self.totals.preemptions += 1;
         }
     }
 
-    /// Lets sequences in, by age, while a place and all their blocks are to be had; see the rule of passing.
+    /// Lets sequences in, in their order, while a place and all their blocks are to be had; see the rule of passing.
     fn admit(&mut self, plan: &mut Plan) {
-        while let Some(&head) = self.waiting.first() {
+        while let Some(head) = self.waiting.first().map(|rank| rank.id) {
             if self.running.len() + self.transport.len() >= self.config.seqs_max {
                 return;
             }
@@ -97,7 +101,9 @@ impl Scheduler {
                     _ => return,
                 }
             };
-            self.waiting.remove(&admitted);
+            if let Some(seq) = self.seqs.get(&admitted) {
+                self.waiting.remove(&seq.rank);
+            }
             self.start(admitted, plan);
         }
     }
@@ -110,7 +116,7 @@ impl Scheduler {
         let room = self.blocks.available().saturating_sub(self.running.len()).min(allowed);
         let needs = |id: &SeqId| self.seqs[id].blocks_needed();
         let behind = self.waiting.iter().skip(1).take(PASSERS_LOOKED_AT);
-        let passer = behind.copied().find(|id| needs(id) <= room)?;
+        let passer = behind.map(|rank| rank.id).find(|id| needs(id) <= room)?;
         let blocks = needs(&passer);
         self.seqs.get_mut(&head)?.passed_blocks += blocks;
         Some(passer)
@@ -186,7 +192,7 @@ impl Scheduler {
             });
         } else {
             seq.state = State::Running;
-            self.running.insert(id);
+            self.running.insert(seq.rank);
         }
     }
 
@@ -198,7 +204,7 @@ impl Scheduler {
         let ids: Vec<SeqId> = self
             .running
             .iter()
-            .copied()
+            .map(|rank| rank.id)
             // A decode that found no block waits for one, not for a chunk.
             .filter(|id| self.seqs.get(id).is_some_and(|s| !s.in_step && s.has_room()))
             .collect();
@@ -208,8 +214,9 @@ impl Scheduler {
         let leaders = self.one_per_block(&ids);
         let wants: Vec<Want> = leaders
             .iter()
-            .map(|id| Want {
-                age: id.0,
+            .enumerate()
+            .map(|(at, id)| Want {
+                age: at as u64,
                 remaining: self.seqs[id].remaining(),
             })
             .collect();

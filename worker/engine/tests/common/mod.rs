@@ -17,6 +17,7 @@ pub struct Job {
     pub sampling: SamplingParams,
     pub stop_token_ids: Vec<u32>,
     pub salt: Vec<u8>,
+    pub priority: i32,
 }
 
 impl Job {
@@ -27,6 +28,7 @@ impl Job {
             sampling: SamplingParams::GREEDY,
             stop_token_ids: Vec::new(),
             salt: Vec::new(),
+            priority: 0,
         }
     }
 
@@ -38,6 +40,7 @@ impl Job {
             stop_token_ids: self.stop_token_ids.clone(),
             cache_salt: self.salt.clone(),
             remote_prefill,
+            priority: self.priority,
         }
     }
 }
