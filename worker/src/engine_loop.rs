@@ -7,6 +7,7 @@ use crate::caller::{CallerId, Flushed, Outbox};
 use crate::engine_thread::{Command, EngineHandle, PrefillCommand, Shared, Ticket};
 use crate::fill::{FillContext, FillEnd, FillJob, fill};
 use crate::push::LayerPush;
+use crate::tiers::WorkerTiers;
 use baton_engine::{
     Engine, EngineError, Finish, FinishReason, Output, Plan, PrefillRequest, Request, SamplingParams, Scheduler, SeqId,
 };
@@ -88,6 +89,7 @@ pub(crate) struct EngineLoop {
     handle: EngineHandle,
     shared: Arc<Shared>,
     fills: Arc<FillContext>,
+    tiers: Option<WorkerTiers>,
     runtime: Handle,
     callers: HashMap<CallerId, Outbox>,
     jobs: HashMap<SeqId, Job>,
@@ -102,6 +104,7 @@ impl EngineLoop {
         handle: EngineHandle,
         shared: Arc<Shared>,
         fills: Arc<FillContext>,
+        tiers: Option<WorkerTiers>,
     ) -> Self {
         Self {
             engine,
@@ -110,6 +113,7 @@ impl EngineLoop {
             handle,
             shared,
             fills,
+            tiers,
             runtime: Handle::current(),
             callers: HashMap::new(),
             jobs: HashMap::new(),
@@ -139,19 +143,29 @@ impl EngineLoop {
                     Err(_) => break,
                 }
             }
-            let plan = self.scheduler.plan();
+            let plan = self.plan();
             for seq in &plan.preempted {
                 tracing::debug!(%seq, "preempted: blocks ran out");
             }
             self.start_fills(&plan);
             self.push_reused(&plan);
-            idle = plan.batch.is_empty();
-            if !idle {
+            idle = plan.batch.is_empty() && !self.tiers.as_ref().is_some_and(WorkerTiers::has_work);
+            if !plan.batch.is_empty() {
                 self.step(&plan)?;
             }
             self.shared.publish(self.load());
             slow_caller = self.flush();
         }
+    }
+
+    fn plan(&mut self) -> Plan {
+        let Some(tiers) = &mut self.tiers else {
+            return self.scheduler.plan();
+        };
+        tiers.turn(&mut self.scheduler);
+        let plan = self.scheduler.plan_with(tiers);
+        tiers.pump();
+        plan
     }
 
     fn take(&mut self, command: Command) {
@@ -180,6 +194,13 @@ impl EngineLoop {
             Command::Cancel { ticket } => self.cancel(ticket),
             Command::FillEnded { ticket, end } => self.fill_ended(ticket, end),
             Command::PushEnded { ticket, finish } => self.push_ended(ticket, finish),
+            Command::Tier(done) => {
+                if let Some(tiers) = &mut self.tiers {
+                    tiers.done(*done);
+                }
+            }
+            // The turn that comes now looks at all deadlines.
+            Command::TierDeadline => {}
             // Handled where commands are received.
             Command::Stop => {}
         }
@@ -301,6 +322,9 @@ impl EngineLoop {
         let Some(cancelled) = self.scheduler.cancel(seq) else {
             return;
         };
+        if let Some(tiers) = &mut self.tiers {
+            tiers.cancel(seq);
+        }
         if let Some(job) = self.jobs.get_mut(&seq) {
             tracing::debug!(parent: &job.span, "cancelled");
             match &mut job.kind {
@@ -579,6 +603,7 @@ impl EngineLoop {
             preemptions_total: stats.preemptions,
             transferred_bytes_total: 0,
             push_overlap: 0.0,
+            kv_tiers: self.tiers.as_ref().map(WorkerTiers::stats),
             ..Default::default()
         }
     }

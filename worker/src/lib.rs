@@ -35,8 +35,9 @@ mod peers;
 mod push;
 mod server;
 mod service;
+mod tiers;
 
-pub use config::{WorkerConfig, WorkerRole};
+pub use config::{TierConfig, WorkerConfig, WorkerRole};
 pub use error::WorkerError;
 pub use load::run;
 pub use server::{Startup, serve};

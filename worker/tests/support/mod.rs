@@ -1,6 +1,7 @@
 //! A little cluster in one process for the worker's tests: real sockets, real mutual TLS, real transfers; the
 //! coordinator is a listener that notes heartbeats, and the model a `MockEngine`, whose tokens are wrong as soon as one
 //! byte of KV is.
+#![allow(dead_code)] // each test uses its part
 
 use baton_engine::MockEngine;
 use baton_identity::{Authority, Identity, Role};
@@ -160,6 +161,7 @@ impl Cell {
             seqs_max: 32,
             waiting_max: 1024,
             fill_timeout_ms: 20_000,
+            tiers: Default::default(),
         }
     }
 
@@ -169,6 +171,12 @@ impl Cell {
     }
 
     pub async fn worker_of_model(&self, id: &str, role: WorkerRole, engine: MockEngine, model: [u8; 32]) -> Node {
+        self.worker_with(self.config(id, role), engine, model).await
+    }
+
+    pub async fn worker_with(&self, config: WorkerConfig, engine: MockEngine, model: [u8; 32]) -> Node {
+        let id = config.worker_id.clone();
+        let id = id.as_str();
         Authority::load_or_create(self.dir.path())
             .unwrap()
             .issue(Role::Worker, id)
@@ -195,7 +203,7 @@ impl Cell {
                 Startup::Loading { .. } => {}
             }
         });
-        let (config, stop) = (self.config(id, role), shutdown.clone());
+        let stop = shutdown.clone();
         let (ended_sender, ended) = watch::channel(false);
         runtime.spawn(async move {
             let result = baton_worker::serve(config, Box::new(engine), model, startup, stop).await;

@@ -20,6 +20,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use baton_proto::block_hash::BlockHash;
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
@@ -29,6 +30,8 @@ use crate::error::TierError;
 use crate::memory::{Block, Pool};
 use crate::record::{Entry, HEADER_BYTES, Shape};
 
+/// How long a predecessor that is about to end is waited for.
+const LOCK_WAIT: Duration = Duration::from_secs(2);
 /// Slots begin at multiples of this, so that two never share what a disk writes at once.
 const SECTOR: u64 = 512;
 /// Size of a segment file, at least: large enough that there are few, small enough that a little use takes a little disk.
@@ -81,8 +84,13 @@ impl DiskTier {
             .write(true)
             .open(&lock_path);
         let lock = lock.map_err(failed(&lock_path))?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|_| TierError::InUse { path: dir.to_owned() })?;
+        let begun = Instant::now();
+        while flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            if begun.elapsed() >= LOCK_WAIT {
+                return Err(TierError::InUse { path: dir.to_owned() });
+            }
+            std::thread::sleep(LOCK_WAIT / 40);
+        }
         let mut this = DiskTier {
             dir: dir.to_owned(),
             shape,

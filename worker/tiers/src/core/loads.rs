@@ -202,8 +202,11 @@ impl<B: Clone> Tiers<B> {
             self.stats.loads += 1;
             self.stats.load_time += took;
         }
-        if let Some(tier) = load.slowest {
-            self.rates.observe(tier, load.taken, took);
+        match load.slowest {
+            Some(tier) => self.rates.observe(tier, load.taken, took),
+            // A look into the store for nothing: that is what such a look costs.
+            None if load.unsure_from == 0 => self.rates.observe(Tier::Object, 1, took),
+            None => {}
         }
         self.ask_ahead();
         load.taken
