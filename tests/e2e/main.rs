@@ -10,3 +10,4 @@ mod gguf;
 mod serving;
 mod support;
 mod survival;
+mod tiers;

@@ -187,3 +187,26 @@ fn default_waiting_max() -> usize {
 fn default_fill_timeout_ms() -> u64 {
     60_000
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiers_are_read_and_nonsense_is_refused() {
+        let read = |json: &str| serde_json::from_str::<TierConfig>(json).map_err(|error| error.to_string());
+        assert_eq!(read("{}"), Ok(TierConfig::default()));
+        let tiers =
+            read(r#"{"host": "2GiB", "disk_dir": "/kv", "disk": 4096, "object_url": "s3://b/p"}"#).expect("usable");
+        assert_eq!((tiers.host, tiers.disk), (2 << 30, 4096));
+        for bad in [
+            r#"{"host": "much"}"#,
+            r#"{"host": "-1"}"#,
+            r#"{"disk": "99999999999TiB"}"#,
+            r#"{"dsik": 1}"#,
+        ] {
+            assert!(read(bad).is_err(), "{bad}");
+        }
+        assert!(read(r#"{"host": "2 GB"}"#).expect_err("no such unit").contains("2GiB"));
+    }
+}

@@ -7,7 +7,7 @@ use crate::caller::{CallerId, Flushed, Outbox};
 use crate::engine_thread::{Command, EngineHandle, PrefillCommand, Shared, Ticket};
 use crate::fill::{FillContext, FillEnd, FillJob, fill};
 use crate::push::LayerPush;
-use crate::tiers::WorkerTiers;
+use crate::tiers::{self, WorkerTiers};
 use baton_engine::{
     Engine, EngineError, Finish, FinishReason, Output, Plan, PrefillRequest, Request, SamplingParams, Scheduler, SeqId,
 };
@@ -143,7 +143,7 @@ impl EngineLoop {
                     Err(_) => break,
                 }
             }
-            let plan = self.plan();
+            let plan = tiers::plan(self.tiers.as_mut(), &mut self.scheduler);
             for seq in &plan.preempted {
                 tracing::debug!(%seq, "preempted: blocks ran out");
             }
@@ -156,16 +156,6 @@ impl EngineLoop {
             self.shared.publish(self.load());
             slow_caller = self.flush();
         }
-    }
-
-    fn plan(&mut self) -> Plan {
-        let Some(tiers) = &mut self.tiers else {
-            return self.scheduler.plan();
-        };
-        tiers.turn(&mut self.scheduler);
-        let plan = self.scheduler.plan_with(tiers);
-        tiers.pump();
-        plan
     }
 
     fn take(&mut self, command: Command) {
@@ -199,10 +189,8 @@ impl EngineLoop {
                     tiers.done(*done);
                 }
             }
-            // The turn that comes now looks at all deadlines.
-            Command::TierDeadline => {}
-            // Handled where commands are received.
-            Command::Stop => {}
+            // The plan that comes now looks at all deadlines; a stop is handled where commands are received.
+            Command::TierDeadline | Command::Stop => {}
         }
     }
 

@@ -11,7 +11,7 @@
 use crate::config::TierConfig;
 use crate::engine_thread::{Command, EngineHandle};
 use crate::{WorkerConfig, WorkerError};
-use baton_engine::{BlockEvent, KvTiers, LoadRequest, LoadStart, Scheduler, SeqId};
+use baton_engine::{BlockEvent, KvTiers, LoadRequest, LoadStart, Plan, Scheduler, SeqId};
 use baton_kvtransfer::Region;
 use baton_model::KvGeometry;
 use baton_proto::cluster;
@@ -26,17 +26,28 @@ use tokio::runtime::Handle;
 const COPY_BUDGET: Duration = Duration::from_millis(15);
 /// Memory for blocks that wait to be written, for each of disk and store, and blocks in any case: a second or so of a
 /// quick machine's prefill at the speed of a slow disk.
-const WRITES_QUEUED_BYTES: usize = 64 << 20;
+const WRITES_QUEUED_BYTES: usize = 32 << 20;
 const WRITES_QUEUED_MIN: usize = 8;
 const WRITES_QUEUED_MAX: usize = 1024;
 /// Writes at once: the disk is busy, and compute keeps its cores.
 const WRITES_IN_FLIGHT_MAX: usize = 2;
 /// Memory for blocks that are read ahead, and blocks in any case.
-const READS_BYTES: usize = 64 << 20;
+const READS_BYTES: usize = 32 << 20;
 const READS_MIN: usize = 8;
 const READS_MAX: usize = 256;
 /// Sequences that wait for loads at once.
 const LOADS_MAX: usize = 64;
+
+/// The next plan of a worker with or without lower tiers.
+pub(crate) fn plan(tiers: Option<&mut WorkerTiers>, scheduler: &mut Scheduler) -> Plan {
+    let Some(tiers) = tiers else {
+        return scheduler.plan();
+    };
+    tiers.turn(scheduler);
+    let plan = scheduler.plan_with(tiers);
+    tiers.pump();
+    plan
+}
 
 /// What was opened before the engine thread starts.
 pub(crate) struct OpenTiers {
@@ -44,6 +55,15 @@ pub(crate) struct OpenTiers {
     pool: Pool,
     disk: Option<DiskTier>,
     object: Option<ObjectTier>,
+}
+
+/// Memory that the tiers take at most.
+pub(crate) fn memory_bytes_max(config: &TierConfig) -> u64 {
+    let writers = u64::from(config.disk > 0) + u64::from(config.object_url.is_some());
+    let reading = if writers > 0 { READS_BYTES } else { 0 };
+    config
+        .host
+        .saturating_add(writers * WRITES_QUEUED_BYTES as u64 + reading as u64)
 }
 
 /// Opens the configured tiers; `None` without any. Blocking: it looks through the disk.
@@ -151,7 +171,7 @@ impl WorkerTiers {
     }
 
     /// Before a plan: loads go on, and those that are over or too late end.
-    pub(crate) fn turn(&mut self, scheduler: &mut Scheduler) {
+    fn turn(&mut self, scheduler: &mut Scheduler) {
         self.copied_for = Duration::ZERO;
         self.unfinished = false;
         let now = self.now();
@@ -174,7 +194,7 @@ impl WorkerTiers {
     }
 
     /// After a plan: begins what reads and writes there are.
-    pub(crate) fn pump(&mut self) {
+    fn pump(&mut self) {
         let now = self.now();
         while let Some(action) = self.core.poll(now) {
             let handle = self.handle.clone();

@@ -27,6 +27,7 @@ mod stop;
 mod template;
 #[cfg(test)]
 mod test_support;
+mod tier_metrics;
 mod trace;
 
 pub use backend::{
@@ -38,3 +39,4 @@ pub use error::GatewayError;
 pub use fields::{FIELDS, Field, FieldSupport};
 pub use model::ServedModel;
 pub use server::serve;
+pub use tier_metrics::{KvTierStatus, KvTiersStatus};

@@ -14,9 +14,9 @@
 //!
 //! Blocking; not here: which slot to use (the core), and whose threads do it ([`crate::io`]).
 
-use std::fs::{File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -76,7 +76,9 @@ impl DiskTier {
             let path = path.to_owned();
             move |source| TierError::Directory { path, source }
         };
-        std::fs::create_dir_all(dir).map_err(failed(dir))?;
+        // What is in the blocks was in prompts: nobody else's business.
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(dir);
+        made.map_err(failed(dir))?;
         let lock_path = dir.join("lock");
         let lock = OpenOptions::new()
             .create(true)
@@ -173,7 +175,8 @@ impl DiskTier {
     fn create(&self, number: usize) -> io::Result<File> {
         let path = self.dir.join(format!("seg-{number:05}.kv"));
         let mut options = OpenOptions::new();
-        let file = options.read(true).write(true).create(true).truncate(true).open(&path)?;
+        options.read(true).write(true).create(true).truncate(true).mode(0o600);
+        let file = options.open(&path)?;
         let len = self.segment_len(number);
         match fallocate(&file, FallocateFlags::empty(), 0, len) {
             Ok(()) => Ok(file),
@@ -294,7 +297,8 @@ mod tests {
 
     #[test]
     fn what_is_torn_flipped_cut_or_foreign_is_a_miss_and_is_removed() {
-        let damages: [(&str, fn(&File)); 5] = [
+        type Damage = fn(&File);
+        let damages: [(&str, Damage); 5] = [
             ("a flipped bit", |f| f.write_all_at(&[77], 1536 + 600).expect("writes")),
             ("a block that never came", |f| {
                 f.write_all_at(&[0; 500], 1536 + 628).expect("writes")

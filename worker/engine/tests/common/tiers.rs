@@ -73,8 +73,8 @@ impl SimTiers {
             .filter(|l| l.1.due <= self.clock)
             .map(|l| *l.0)
             .collect();
-        for (_, load) in &self.loads {
-            let garbage = vec![self.rng.clone().random(); self.geometry.block_bytes()];
+        let garbage = vec![self.rng.random(); self.geometry.block_bytes()];
+        for load in self.loads.values() {
             load.blocks.iter().for_each(|block| self.write(*block, &garbage));
         }
         for id in due {
