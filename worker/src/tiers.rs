@@ -22,8 +22,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
-/// Time that copies may take in one turn of the engine: a tenth of the step target of a slow machine. Some thousand blocks.
-const COPY_BUDGET: Duration = Duration::from_millis(15);
+/// Time that copies may take in one turn of the engine: half of the default step target. Only an admission that evicts hundreds
+/// of blocks gets near it, and its prompt then computes for seconds. With a fifth of this, a 2,000-token prompt
+/// lost the beginnings of what it evicted, without which the rest is of no use (`docs/kv-tiers.md`).
+const COPY_BUDGET: Duration = Duration::from_millis(75);
 /// Memory for blocks that wait to be written, for each of disk and store, and blocks in any case: a second or so of a
 /// quick machine's prefill at the speed of a slow disk.
 const WRITES_QUEUED_BYTES: usize = 32 << 20;

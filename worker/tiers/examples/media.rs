@@ -50,8 +50,7 @@ fn main() {
     let mut ring: VecDeque<_> = kept.into();
     let (started, mut good) = (Instant::now(), 0);
     for _ in 0..blocks {
-        ring.pop_back();
-        ring.rotate_left(1);
+        ring.pop_front();
         ring.extend(pool.fill(fill));
         good += 1;
     }

@@ -11,7 +11,7 @@
 //! # Whom it forgets
 //!
 //! A segmented LRU. New blocks come to the *probation* list; one that is asked for moves to the *protected* list, which
-//! may take [`PROTECTED_SHARE`] of the tier; its oldest goes back to probation. The slot given away is the oldest of
+//! may take `PROTECTED_SHARE` of the tier; its oldest goes back to probation. The slot given away is the oldest of
 //! probation. So prompts that never come back, however many, push out only each other, while system prompts and
 //! running conversations stay; plain LRU loses those to one burst of long documents. Counting more uses than "more than
 //! one" (LFU) would keep yesterday's prompts. Within a prompt the pool evicts the deepest blocks first, so
