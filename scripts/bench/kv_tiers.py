@@ -67,6 +67,7 @@ def measure(args, tier):
                     times["after kill -9"].append(took)
                     cached.setdefault("after kill -9", []).append(usage["prompt_tokens_details"]["cached_tokens"])
                     assert answer == answers[n], "the answer changed"
+            time.sleep(1)  # a heartbeat later
             stats = workers(url)[0]["kv_tiers"]
         finally:
             up.terminate()

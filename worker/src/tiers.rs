@@ -29,13 +29,11 @@ const COPY_BUDGET: Duration = Duration::from_millis(75);
 /// Memory for blocks that wait to be written, for each of disk and store, and blocks in any case: a second or so of a
 /// quick machine's prefill at the speed of a slow disk.
 const WRITES_QUEUED_BYTES: usize = 32 << 20;
-const WRITES_QUEUED_MIN: usize = 8;
+const WRITES_QUEUED_MIN: usize = 64;
 const WRITES_QUEUED_MAX: usize = 1024;
-/// Writes at once: the disk is busy, and compute keeps its cores.
-const WRITES_IN_FLIGHT_MAX: usize = 2;
 /// Memory for blocks that are read ahead, and blocks in any case.
 const READS_BYTES: usize = 32 << 20;
-const READS_MIN: usize = 8;
+const READS_MIN: usize = 32;
 const READS_MAX: usize = 256;
 /// Sequences that wait for loads at once.
 const LOADS_MAX: usize = 64;
@@ -101,12 +99,14 @@ pub(crate) fn open(
     if host_blocks == 0 && disk.is_none() && object.is_none() {
         return Ok(None);
     }
+    let writes = (WRITES_QUEUED_BYTES / block_bytes).clamp(WRITES_QUEUED_MIN, WRITES_QUEUED_MAX);
     let limits = Limits {
         host_blocks,
         disk_blocks: disk.as_ref().map_or(0, |(disk, _)| disk.slots()),
         object: object.is_some(),
-        writes_queued_max: (WRITES_QUEUED_BYTES / block_bytes).clamp(WRITES_QUEUED_MIN, WRITES_QUEUED_MAX),
-        writes_in_flight_max: WRITES_IN_FLIGHT_MAX,
+        writes_queued_max: writes / 2,
+        // Half of them are handed over before a step, so that writing goes on while it runs.
+        writes_in_flight_max: writes / 2,
         reads_max: (READS_BYTES / block_bytes).clamp(READS_MIN, READS_MAX),
         loads_max: LOADS_MAX,
     };

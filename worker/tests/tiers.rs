@@ -105,9 +105,11 @@ async fn evicted_prefixes_come_back_from_host_memory() {
     }
     // Without tiers the arena has long forgotten.
     assert_eq!(alone.generate(long(0)).await.finish.cached_tokens, 0);
-    let tiers = eventually(&cell, "host", |_| true).await;
+    // A heartbeat may be older than the last answer.
+    let enough = |t: &KvTiers| t.host.is_some_and(|host| host.hits_total >= 6 * 12);
+    let tiers = eventually(&cell, "host", enough).await;
     let host = tiers.host.expect("host memory");
-    assert!(host.hits_total >= 6 * 12 && tiers.disk.is_none(), "{tiers:?}");
+    assert!(tiers.disk.is_none(), "{tiers:?}");
     assert!(
         host.blocks > 50 && host.blocks <= host.blocks_max && host.blocks_max == 1024,
         "{host:?}"
@@ -131,7 +133,7 @@ async fn a_restarted_worker_finds_its_prefixes_on_disk_and_damaged_ones_are_miss
         again.iter().all(|answer| answer.finish.cached_tokens == 192),
         "{again:?}"
     );
-    let seen = eventually(&cell, "disk", |_| true).await;
+    let seen = eventually(&cell, "disk", |t| t.loads_total >= 6).await;
     assert!(seen.loads_total == 6 && seen.load_us_total > 0, "{seen:?}");
     assert_eq!(seen.disk.unwrap().broken_total, 0);
     node.stop().await;
@@ -148,8 +150,7 @@ async fn a_restarted_worker_finds_its_prefixes_on_disk_and_damaged_ones_are_miss
     assert_same_tokens(&first, &damaged);
     let cached: u32 = damaged.iter().map(|answer| answer.finish.cached_tokens).sum();
     assert!(cached < 6 * 192, "{cached}");
-    let seen = eventually(&cell, "disk", |_| true).await;
-    assert!(seen.disk.unwrap().broken_total > 0, "{seen:?}");
+    eventually(&cell, "disk", |t| t.disk.is_some_and(|disk| disk.broken_total > 0)).await;
     node.stop().await;
 }
 
@@ -211,11 +212,8 @@ async fn a_crowd_over_all_tiers_leaves_nothing_behind() {
     }
     let load = cell.at_rest("all").await;
     assert_eq!(load.free_blocks + load.cached_blocks, 24);
-    let seen = load.kv_tiers.unwrap();
-    assert!(
-        seen.host.unwrap().hits_total > 0 && seen.disk.unwrap().hits_total > 0,
-        "{seen:?}"
-    );
+    let hit = |t: &KvTiers| t.host.is_some_and(|h| h.hits_total > 0) && t.disk.is_some_and(|d| d.hits_total > 0);
+    let seen = eventually(&cell, "all", hit).await;
     assert_eq!(
         (seen.disk.unwrap().broken_total, seen.object.unwrap().broken_total),
         (0, 0)

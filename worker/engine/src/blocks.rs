@@ -77,7 +77,7 @@ impl BlockManager {
         }
     }
 
-    /// Records what happens to named blocks from now on; see [`crate::block_events`]. Twice the pool's size is more
+    /// Records what happens to named blocks from now on; see [`BlockEvents`]. Twice the pool's size is more
     /// than a few steps can bring about.
     pub fn enable_events(&mut self) {
         self.log.enable(2 * self.total());

@@ -1,15 +1,31 @@
-//! Carries out the core's actions on a tokio runtime: the disk's on its blocking threads, the store's as tasks. How many are
-//! under way at once is the core's bound; nothing here queues.
+//! Carries out the core's actions on a tokio runtime: the disk's on its blocking threads, the store's as tasks. The core hands
+//! over as many as its bounds allow, because it is asked only between two engine steps, which may be half a second
+//! apart; here they wait for their turn, so that few run at once.
 
 use std::future::Future;
 use std::sync::Arc;
 
 use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
 
 use crate::core::{Action, Done, Read};
 use crate::disk::DiskTier;
 use crate::memory::{Block, Pool};
 use crate::object::ObjectTier;
+
+/// At once: reads of the disk keep it busy, and writes leave compute its cores; the store's wait for the network.
+const DISK_READS: usize = 4;
+const DISK_WRITES: usize = 2;
+const OBJECT_GETS: usize = 16;
+const OBJECT_PUTS: usize = 4;
+
+#[derive(Debug)]
+struct Turns {
+    disk_reads: Semaphore,
+    disk_writes: Semaphore,
+    gets: Semaphore,
+    puts: Semaphore,
+}
 
 /// See the module.
 #[derive(Debug)]
@@ -18,6 +34,7 @@ pub struct TierIo {
     disk: Option<Arc<DiskTier>>,
     object: Option<Arc<ObjectTier>>,
     runtime: Handle,
+    turns: Arc<Turns>,
 }
 
 impl TierIo {
@@ -28,6 +45,12 @@ impl TierIo {
             disk: disk.map(Arc::new),
             object: object.map(Arc::new),
             runtime,
+            turns: Arc::new(Turns {
+                disk_reads: Semaphore::new(DISK_READS),
+                disk_writes: Semaphore::new(DISK_WRITES),
+                gets: Semaphore::new(OBJECT_GETS),
+                puts: Semaphore::new(OBJECT_PUTS),
+            }),
         }
     }
 
@@ -37,7 +60,16 @@ impl TierIo {
         F: Future<Output = ()> + Send,
     {
         let (disk, object, pool) = (self.disk.clone(), self.object.clone(), self.pool.clone());
+        let turns = self.turns.clone();
         self.runtime.spawn(async move {
+            let turn = match &action {
+                Action::WriteDisk { .. } => &turns.disk_writes,
+                Action::ReadDisk { .. } => &turns.disk_reads,
+                Action::PutObject { .. } => &turns.puts,
+                Action::GetObject { .. } => &turns.gets,
+            };
+            // Never closed, so always a permit.
+            let turn = turn.acquire().await;
             let done = match action {
                 Action::WriteDisk {
                     slot,
@@ -76,6 +108,7 @@ impl TierIo {
                     },
                 },
             };
+            drop(turn);
             deliver(done).await;
         });
     }

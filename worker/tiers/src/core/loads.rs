@@ -7,9 +7,9 @@ use baton_proto::block_hash::BlockHash;
 use super::{Action, Read, Tier, Tiers};
 
 /// Blocks of a load that are read ahead at first, and at most. Doubles with every block that comes: enough to keep a disk
-/// or a store busy, few enough that a load which is cut short wasted little.
-const WINDOW_START: usize = 8;
-const WINDOW_MAX: usize = 32;
+/// or a store busy for as long as an engine step may take, few enough that a load which is cut short wasted little.
+const WINDOW_START: usize = 32;
+const WINDOW_MAX: usize = 128;
 /// A load waits at least this long, and at most as long as computing would take or the second bound: a store that hangs
 /// costs no more than that.
 const DEADLINE_MIN: Duration = Duration::from_millis(50);
