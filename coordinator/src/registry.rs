@@ -14,8 +14,8 @@
 //! ones only if no other worker can take them. Every registration has a new epoch; what is told under an older one is
 //! without effect.
 
-use baton_gateway::{WorkerRole, WorkerState, WorkerStatus};
-use baton_proto::cluster::{Heartbeat, Register, Role};
+use baton_gateway::{KvTierStatus, KvTiersStatus, WorkerRole, WorkerState, WorkerStatus};
+use baton_proto::cluster::{Heartbeat, KvTiers, Register, Role, TierUsage};
 use std::collections::BTreeMap;
 
 /// Workers in one cluster. Far above what one coordinator can route to; a bound all the same.
@@ -431,6 +431,30 @@ fn status(worker: &Worker, state: State, now_ms: u64) -> WorkerStatus {
         transferred_bytes_total: heartbeat.transferred_bytes_total,
         push_overlap: heartbeat.push_overlap,
         heartbeat_age_ms: worker.silence_ms(now_ms),
+        kv_tiers: heartbeat.kv_tiers.as_ref().map(tier_status).unwrap_or_default(),
+    }
+}
+
+fn tier_status(tiers: &KvTiers) -> KvTiersStatus {
+    let status = |usage: &Option<TierUsage>| {
+        usage.map(|usage| KvTierStatus {
+            blocks: usage.blocks,
+            blocks_max: usage.blocks_max,
+            hits_total: usage.hits_total,
+            writes_total: usage.writes_total,
+            dropped_total: usage.dropped_total,
+            broken_total: usage.broken_total,
+        })
+    };
+    KvTiersStatus {
+        host: status(&tiers.host),
+        disk: status(&tiers.disk),
+        object: status(&tiers.object),
+        misses_total: tiers.misses_total,
+        declined_total: tiers.declined_total,
+        loads_total: tiers.loads_total,
+        expired_total: tiers.expired_total,
+        load_us_total: tiers.load_us_total,
     }
 }
 

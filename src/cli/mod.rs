@@ -97,6 +97,17 @@ pub struct UpArgs {
     /// of the available memory over all workers]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     pub kv_mem: Option<u64>,
+    /// Memory per worker for KV blocks that no longer fit --kv-mem [default: none; on a CPU a larger --kv-mem serves better]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    pub kv_host_mem: Option<u64>,
+    /// Disk space per worker for KV blocks, below --data-dir: known prompts are loaded instead of computed, also after a
+    /// restart [default: none]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    pub kv_disk: Option<u64>,
+    /// Object store for KV blocks, shared by all workers: s3://bucket/prefix with AWS_* variables for endpoint, region and
+    /// credentials, or file:///directory. baton sets no limit there: give the bucket a lifecycle rule [default: none]
+    #[arg(long, value_name = "URL")]
+    pub kv_object: Option<String>,
     /// Compute threads per worker [default: the cores of this machine divided by the number of workers]. With more,
     /// workers share cores: one that is alone in being busy gets more of the machine, and several slow each other down
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]

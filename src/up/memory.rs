@@ -24,6 +24,8 @@ pub struct ModelNeeds {
     pub kv_token_bytes: u64,
     /// Longest context in tokens.
     pub context_tokens: u64,
+    /// Memory of each worker for KV blocks that left its pool.
+    pub host_tier_bytes: u64,
 }
 
 /// Chooses the KV memory per worker, or says why the model does not fit. `available` is `None` where the system does
@@ -51,17 +53,18 @@ pub fn kv_bytes(
         (None, None) => wanted.min(1 << 30).max(smallest),
     };
     let each = kv
+        .saturating_add(needs.host_tier_bytes)
         .saturating_add(needs.scratch_bytes)
         .saturating_add(needs.weight_bytes);
     let needed = workers.saturating_mul(each);
     match available {
         Some(available) if needed > available => bail!(
-            "{model} does not fit the memory of this machine: it needs about {} ({} of weights, {} of KV blocks and {} of \
+            "{model} does not fit the memory of this machine: it needs about {} ({} of weights, {} of KV blocks (--kv-mem and --kv-host-mem) and {} of \
              working memory for each of {workers} workers) and {} are available; take a smaller model, fewer workers \
              (--prefill, --decode), smaller weights (--quantize) or a smaller --kv-mem",
             size::format(needed),
             size::format(needs.weight_bytes),
-            size::format(kv),
+            size::format(kv.saturating_add(needs.host_tier_bytes)),
             size::format(needs.scratch_bytes),
             size::format(available),
         ),
@@ -78,6 +81,7 @@ mod tests {
         scratch_bytes: 1 << 20,
         kv_token_bytes: 1 << 10,
         context_tokens: 4096,
+        host_tier_bytes: 0,
     };
     const GIB: u64 = 1 << 30;
 
@@ -105,6 +109,11 @@ mod tests {
             Ok(kv) => panic!("{kv} bytes were granted"),
         };
         assert!(message(None, GIB).contains("does not fit"));
+        let with_host_tier = ModelNeeds {
+            host_tier_bytes: 4 * GIB,
+            ..MODEL
+        };
+        assert!(kv_bytes("m", with_host_tier, 2, None, Some(8 * GIB)).is_err());
         assert!(message(Some(60 * GIB), 100 * GIB).contains("--kv-mem"));
         assert!(message(Some(1024), 100 * GIB).contains("too little"));
         assert!(

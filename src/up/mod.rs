@@ -382,6 +382,14 @@ fn coordinator_config(plan: &Plan, data: &DataDir, http: SocketAddr, cluster: So
 
 /// A worker's settings, likewise.
 fn worker_config(plan: &Plan, data: &DataDir, name: &str, role: &str, coordinator: SocketAddr) -> Value {
+    let mut tiers = json!({"host": plan.kv_host_bytes});
+    if plan.kv_disk_bytes > 0 {
+        tiers["disk_dir"] = json!(utf8(&data.state(name).join("kv")));
+        tiers["disk"] = json!(plan.kv_disk_bytes);
+    }
+    if let Some(url) = &plan.kv_object_url {
+        tiers["object_url"] = json!(url);
+    }
     let mut config = json!({
         "worker_id": name,
         "role": role,
@@ -398,6 +406,7 @@ fn worker_config(plan: &Plan, data: &DataDir, name: &str, role: &str, coordinato
         "block_size": BLOCK_TOKENS,
         "batch_tokens_max": BATCH_TOKENS_MAX,
         "seqs_max": SEQUENCES_MAX,
+        "tiers": tiers,
     });
     if let Some(step_target_ms) = plan.step_target_ms {
         config["step_target_ms"] = step_target_ms.into();

@@ -72,6 +72,12 @@ pub struct Plan {
     pub cores_shared: bool,
     /// KV memory of each worker.
     pub kv_bytes: u64,
+    /// Host memory of each worker for KV blocks beyond that; 0 for none.
+    pub kv_host_bytes: u64,
+    /// Disk space of each worker for KV blocks; 0 for none.
+    pub kv_disk_bytes: u64,
+    /// Object store for KV blocks.
+    pub kv_object_url: Option<String>,
     /// Key that clients must send.
     pub api_key: Option<String>,
     /// Further keys, of tenants.
@@ -162,6 +168,7 @@ impl Plan {
             scratch_bytes: need.scratch,
             kv_token_bytes: (config.kv_geometry(BLOCK_TOKENS).block_bytes() / BLOCK_TOKENS) as u64,
             context_tokens: config.context_length as u64,
+            host_tier_bytes: args.kv_host_mem.unwrap_or(0),
         };
         let workers = workers(args.prefill, args.decode);
         let kv_bytes = memory::kv_bytes(
@@ -188,6 +195,9 @@ impl Plan {
             kv_compression: args.kv_compression,
             step_target_ms: args.step_target_ms,
             kv_bytes,
+            kv_host_bytes: needs.host_tier_bytes,
+            kv_disk_bytes: args.kv_disk.unwrap_or(0),
+            kv_object_url: args.kv_object.clone(),
             api_key: args.api_key.clone(),
             tenants: args.tenants.clone(),
             ttft_target_ms: args.ttft_target_ms,

@@ -13,3 +13,4 @@ mod proof;
 mod serving;
 mod support;
 mod survival;
+mod tiers;

@@ -100,7 +100,7 @@ impl BlockFeed {
                     parent: short(parent),
                     name: short(hash),
                 },
-                BlockEvent::Evicted { hash } => Event::Evicted { name: short(hash) },
+                BlockEvent::Evicted { hash, .. } => Event::Evicted { name: short(hash) },
             }));
         }
         drop(inner);
@@ -207,9 +207,15 @@ mod tests {
         feed.publish(events(
             false,
             vec![
-                BlockEvent::Evicted { hash: hash(3) },
+                BlockEvent::Evicted {
+                    hash: hash(3),
+                    block: 0,
+                },
                 stored(3, 4),
-                BlockEvent::Evicted { hash: hash(10) },
+                BlockEvent::Evicted {
+                    hash: hash(10),
+                    block: 0,
+                },
                 stored(9, 10),
                 stored(10, 11),
             ],

@@ -101,6 +101,53 @@ pub struct WorkerConfig {
     /// the same to the bit as those of a worker that computes its prompts itself.
     #[serde(default)]
     pub kv_compression: KvCompression,
+    /// Where KV blocks go that leave `kv_bytes`.
+    #[serde(default)]
+    pub tiers: TierConfig,
+}
+
+/// `[tiers]`: KV blocks below the pool, so that a prefix is loaded instead of computed again. All off unless set.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TierConfig {
+    /// Host memory for blocks that were evicted, in bytes or as `"2GiB"`; 0 for none. Lost with the process.
+    #[serde(deserialize_with = "size")]
+    pub host: u64,
+    /// Directory for blocks on disk. Each worker needs one of its own; it survives restarts.
+    pub disk_dir: Option<PathBuf>,
+    /// Disk space for blocks, in bytes or as `"20GiB"`; 0 for none.
+    #[serde(deserialize_with = "size")]
+    pub disk: u64,
+    /// Object store for blocks, shared by as many workers as like: `s3://bucket/prefix`, with endpoint and credentials from
+    /// the environment (`AWS_ENDPOINT`, `AWS_REGION`, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`), or
+    /// `file:///directory`. Nothing is ever deleted there but what is broken.
+    pub object_url: Option<String>,
+}
+
+/// Bytes, as a number or as text with a binary unit.
+fn size<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Size {
+        Bytes(u64),
+        Text(String),
+    }
+    let text = match Size::deserialize(deserializer)? {
+        Size::Bytes(bytes) => return Ok(bytes),
+        Size::Text(text) => text,
+    };
+    let wrong = || {
+        serde::de::Error::custom(format!(
+            "{text:?} is not a size; write bytes or something like \"2GiB\""
+        ))
+    };
+    let units = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40), ("", 0)];
+    let (number, shift) = units
+        .iter()
+        .find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, *shift)))
+        .ok_or_else(wrong)?;
+    let number: u64 = number.trim().parse().map_err(|_| wrong())?;
+    number.checked_mul(1 << shift).ok_or_else(wrong)
 }
 
 impl WorkerConfig {
@@ -145,4 +192,27 @@ fn default_waiting_max() -> usize {
 }
 fn default_fill_timeout_ms() -> u64 {
     60_000
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiers_are_read_and_nonsense_is_refused() {
+        let read = |json: &str| serde_json::from_str::<TierConfig>(json).map_err(|error| error.to_string());
+        assert_eq!(read("{}"), Ok(TierConfig::default()));
+        let tiers =
+            read(r#"{"host": "2GiB", "disk_dir": "/kv", "disk": 4096, "object_url": "s3://b/p"}"#).expect("usable");
+        assert_eq!((tiers.host, tiers.disk), (2 << 30, 4096));
+        for bad in [
+            r#"{"host": "much"}"#,
+            r#"{"host": "-1"}"#,
+            r#"{"disk": "99999999999TiB"}"#,
+            r#"{"dsik": 1}"#,
+        ] {
+            assert!(read(bad).is_err(), "{bad}");
+        }
+        assert!(read(r#"{"host": "2 GB"}"#).expect_err("no such unit").contains("2GiB"));
+    }
 }

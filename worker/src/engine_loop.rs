@@ -8,6 +8,7 @@ use crate::engine_thread::{Command, EngineHandle, PrefillCommand, Shared, Ticket
 use crate::fill::{FillContext, FillEnd, FillJob, fill};
 use crate::push::LayerPush;
 use crate::rates::StepRates;
+use crate::tiers::{self, WorkerTiers};
 use baton_engine::{
     Engine, EngineError, Finish, FinishReason, Output, Plan, PrefillRequest, Request, SamplingParams, Scheduler, SeqId,
 };
@@ -95,6 +96,7 @@ pub(crate) struct EngineLoop {
     handle: EngineHandle,
     shared: Arc<Shared>,
     fills: Arc<FillContext>,
+    tiers: Option<WorkerTiers>,
     runtime: Handle,
     callers: HashMap<CallerId, Outbox>,
     jobs: HashMap<SeqId, Job>,
@@ -110,6 +112,7 @@ impl EngineLoop {
         handle: EngineHandle,
         shared: Arc<Shared>,
         fills: Arc<FillContext>,
+        tiers: Option<WorkerTiers>,
     ) -> Self {
         Self {
             engine,
@@ -118,6 +121,7 @@ impl EngineLoop {
             handle,
             shared,
             fills,
+            tiers,
             runtime: Handle::current(),
             callers: HashMap::new(),
             jobs: HashMap::new(),
@@ -149,15 +153,15 @@ impl EngineLoop {
                     Err(_) => break,
                 }
             }
-            let plan = self.scheduler.plan();
+            let plan = tiers::plan(self.tiers.as_mut(), &mut self.scheduler);
             for seq in &plan.preempted {
                 tracing::debug!(%seq, "preempted: blocks ran out");
             }
             self.start_fills(&plan);
             self.tell_cached(&plan);
             self.push_reused(&plan);
-            idle = plan.batch.is_empty();
-            if !idle {
+            idle = plan.batch.is_empty() && !self.tiers.as_ref().is_some_and(WorkerTiers::has_work);
+            if !plan.batch.is_empty() {
                 self.step(&plan)?;
             }
             self.shared.publish(self.load());
@@ -194,8 +198,13 @@ impl EngineLoop {
             Command::FillEnded { ticket, end } => self.fill_ended(ticket, end),
             Command::PushEnded { ticket, finish } => self.push_ended(ticket, finish),
             Command::TellBlocks => self.scheduler.void_block_events(),
-            // Handled where commands are received.
-            Command::Stop => {}
+            Command::Tier(done) => {
+                if let Some(tiers) = &mut self.tiers {
+                    tiers.done(*done);
+                }
+            }
+            // The plan that comes now looks at all deadlines; a stop is handled where commands are received.
+            Command::TierDeadline | Command::Stop => {}
         }
     }
 
@@ -327,6 +336,9 @@ impl EngineLoop {
         let Some(cancelled) = self.scheduler.cancel(seq) else {
             return;
         };
+        if let Some(tiers) = &mut self.tiers {
+            tiers.cancel(seq);
+        }
         if let Some(job) = self.jobs.get_mut(&seq) {
             tracing::debug!(parent: &job.span, "cancelled");
             match &mut job.kind {
@@ -664,6 +676,7 @@ impl EngineLoop {
             pending_prompt_tokens: self.scheduler.pending_prompt_tokens(),
             prefill_tokens_per_s: self.rates.prefill_tokens_per_s(),
             decode_step_us: self.rates.decode_step_us(),
+            kv_tiers: self.tiers.as_ref().map(WorkerTiers::stats),
             ..Default::default()
         }
     }

@@ -10,6 +10,7 @@ use crate::engine_loop::EngineLoop;
 use crate::fill::{FillContext, FillEnd};
 use crate::push::LayerPush;
 use crate::rates::TransferRate;
+use crate::tiers::{OpenTiers, WorkerTiers};
 use baton_engine::{Engine, Scheduler, SchedulerConfig};
 use baton_kvtransfer::PushReport;
 use baton_proto::cluster::Heartbeat;
@@ -59,6 +60,10 @@ pub(crate) enum Command {
         ticket: Ticket,
         end: FillEnd,
     },
+    /// A tier has read or written something.
+    Tier(Box<baton_tiers::Done<baton_tiers::Block>>),
+    /// A load may have to end.
+    TierDeadline,
     /// The push is gone; nothing reads the sequence's blocks any more.
     PushEnded {
         ticket: Ticket,
@@ -264,8 +269,9 @@ pub(crate) fn spawn(
     engine: Box<dyn Engine>,
     config: SchedulerConfig,
     fills: FillContext,
+    tiers: Option<OpenTiers>,
 ) -> Result<(EngineHandle, EngineThread), WorkerError> {
-    let scheduler = Scheduler::new(config).map_err(|error| WorkerError::Engine(error.to_string()))?;
+    let mut scheduler = Scheduler::new(config).map_err(|error| WorkerError::Engine(error.to_string()))?;
     let (commands, queued) = mpsc::channel(COMMANDS_MAX);
     let shared = Arc::new(Shared {
         next: AtomicU64::new(1),
@@ -277,7 +283,19 @@ pub(crate) fn spawn(
         shared: shared.clone(),
     };
     let (ended_sender, ended) = oneshot::channel();
-    let engine_loop = EngineLoop::new(engine, scheduler, queued, handle.clone(), shared, Arc::new(fills));
+    let tiers = tiers.map(|open| {
+        scheduler.enable_tiers();
+        WorkerTiers::new(open, fills.region.clone(), fills.geometry, handle.clone())
+    });
+    let engine_loop = EngineLoop::new(
+        engine,
+        scheduler,
+        queued,
+        handle.clone(),
+        shared,
+        Arc::new(fills),
+        tiers,
+    );
     std::thread::Builder::new()
         .name("engine".into())
         .spawn(move || {

@@ -28,6 +28,9 @@ pub enum WorkerError {
     /// The KV transfer agent could not start.
     #[error("KV transfer: {0}")]
     Transfer(String),
+    /// A tier for KV blocks could not be opened.
+    #[error(transparent)]
+    Tier(#[from] baton_tiers::TierError),
     /// The gRPC server failed.
     #[error("worker server: {0}")]
     Server(String),

@@ -39,9 +39,10 @@ mod push;
 mod rates;
 mod server;
 mod service;
+mod tiers;
 
 pub use compression::KvCompression;
-pub use config::{WorkerConfig, WorkerRole};
+pub use config::{TierConfig, WorkerConfig, WorkerRole};
 pub use error::WorkerError;
 pub use load::run;
 pub use server::{Startup, serve};

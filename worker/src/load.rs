@@ -1,7 +1,7 @@
 //! From a model directory to a worker that serves it.
 
 use crate::server::{Startup, serve};
-use crate::{WorkerConfig, WorkerError};
+use crate::{WorkerConfig, WorkerError, tiers};
 use baton_engine::{ModelEngine, blocks_for_bytes};
 use baton_model::{LoadOptions, MemoryNeed, ModelConfig, ModelFiles, Stage, available_memory};
 use std::sync::Arc;
@@ -39,7 +39,8 @@ fn load(
     if let Some(available) = available_memory() {
         let (tokens, rows) = (config.batch_tokens_max, config.seqs_max);
         let weights = files.packed_bytes(&model, config.quantization);
-        MemoryNeed::estimate(&model, weights, config.kv_bytes, tokens, rows)
+        let kv_bytes = config.kv_bytes.saturating_add(tiers::memory_bytes_max(&config.tiers));
+        MemoryNeed::estimate(&model, weights, kv_bytes, tokens, rows)
             .on_ranks(&model, config.tensor_parallel, tokens, rows)
             .check(available)?;
     }

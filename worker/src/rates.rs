@@ -158,6 +158,7 @@ mod tests {
             finished: at(90),
             last_ack: at(100),
             overlap: 0.5,
+            transport: baton_kvtransfer::TransportKind::Quic,
         };
         rate.observe(&report);
         // 20 ms of the 100 were spent sending.

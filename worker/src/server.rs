@@ -4,7 +4,7 @@ use crate::engine_thread::{self, EngineHandle};
 use crate::fill::FillContext;
 use crate::peers::Peers;
 use crate::service::{AttachService, Service};
-use crate::{WorkerConfig, WorkerError, drain, membership};
+use crate::{WorkerConfig, WorkerError, drain, membership, tiers};
 use baton_engine::{Engine, SchedulerConfig};
 use baton_identity::Identity;
 use baton_kvtransfer::{Agent, AgentConfig, TransferLimits, TransportOptions};
@@ -133,7 +133,10 @@ pub async fn serve(
             engine.vocab_size(),
         )
     };
-    let (handle, engine_thread): (EngineHandle, _) = engine_thread::spawn(engine, scheduler, fills)?;
+    let opening = config.clone();
+    let tiers = tokio::task::spawn_blocking(move || tiers::open(&opening, geometry, kv_digest)).await;
+    let tiers = tiers.map_err(|error| WorkerError::Engine(error.to_string()))??;
+    let (handle, engine_thread): (EngineHandle, _) = engine_thread::spawn(engine, scheduler, fills, tiers)?;
     tracing::info!(
         worker_id = %config.worker_id,
         role = ?config.role,

@@ -13,6 +13,8 @@ use baton_proto::worker;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
+use crate::tier_metrics::KvTiersStatus;
+
 /// Events buffered between the cluster and one response. An event carries the tokens of one engine step, so this is a
 /// few seconds of a fast model; a client that reads slower than that is held back by the response, and one that does
 /// not read at all is cut by the gateway's write-stall limit.
@@ -376,4 +378,6 @@ pub struct WorkerStatus {
     pub push_overlap: f32,
     /// Milliseconds since the last heartbeat.
     pub heartbeat_age_ms: u64,
+    /// KV blocks below the pool.
+    pub kv_tiers: KvTiersStatus,
 }

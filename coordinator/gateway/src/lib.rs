@@ -30,6 +30,7 @@ mod targets;
 mod template;
 #[cfg(test)]
 mod test_support;
+mod tier_metrics;
 mod trace;
 
 pub use api_error::REJECT_REASON_HEADER;
@@ -44,3 +45,4 @@ pub use fields::{FIELDS, Field, FieldSupport};
 pub use model::ServedModel;
 pub use server::serve;
 pub use targets::{ITL_TARGET_HEADER, TTFT_TARGET_HEADER};
+pub use tier_metrics::{KvTierStatus, KvTiersStatus};

@@ -13,6 +13,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
 use crate::backend::{ClusterSnapshot, WorkerState};
+use crate::tier_metrics::TierMetrics;
 
 /// `model_name`, as vLLM labels.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -70,6 +71,7 @@ pub(crate) struct Metrics {
     kv_usage: Family<ModelLabel, Gauge<f64, AtomicU64>>,
     workers: Family<WorkerLabel, Gauge>,
     preemptions: ByModel<Gauge>,
+    tiers: TierMetrics,
     ttft: HistogramByModel,
     itl: HistogramByModel,
     e2e: HistogramByModel,
@@ -89,8 +91,9 @@ pub(crate) struct Metrics {
 
 impl Metrics {
     /// `registry` may hold others' metrics already.
-    pub fn new(registry: Registry) -> Self {
+    pub fn new(mut registry: Registry) -> Self {
         let mut this = Self {
+            tiers: TierMetrics::new(&mut registry),
             registry,
             running: Family::default(),
             waiting: Family::default(),
@@ -244,6 +247,7 @@ impl Metrics {
             held: u64,
             total: u64,
         }
+        self.tiers.update(snapshot);
         self.workers.clear();
         let mut sums: BTreeMap<&str, Sums> = BTreeMap::new();
         for worker in &snapshot.workers {

@@ -23,6 +23,8 @@ pub enum BlockEvent {
     Evicted {
         /// Its name.
         hash: BlockHash,
+        /// Where its KV was, and is until the next step.
+        block: u32,
     },
 }
 

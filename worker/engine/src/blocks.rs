@@ -49,6 +49,8 @@ pub struct BlockManager {
     cached: usize,
     version: u64,
     log: BlockEventLog,
+    /// The same for a reader of its own: the tiers.
+    tier_log: BlockEventLog,
 }
 
 impl BlockManager {
@@ -71,6 +73,7 @@ impl BlockManager {
             cached: 0,
             version: 0,
             log: BlockEventLog::default(),
+            tier_log: BlockEventLog::default(),
         }
     }
 
@@ -82,17 +85,17 @@ impl BlockManager {
 
     /// Events since the last call; empty if they were not enabled.
     pub fn take_events(&mut self) -> BlockEvents {
-        let meta = &self.meta;
-        self.log.take(|| {
-            let named = |(block, meta): (usize, &Meta)| {
-                meta.hash.map(|hash| BlockEvent::Stored {
-                    parent: meta.parent,
-                    hash,
-                    block: block as u32,
-                })
-            };
-            meta.iter().enumerate().filter_map(named).collect()
-        })
+        self.log.take(|| named_blocks(&self.meta))
+    }
+
+    /// Likewise, for a second reader.
+    pub fn enable_tier_events(&mut self) {
+        self.tier_log.enable(2 * self.total());
+    }
+
+    /// The second reader's [`take_events`](Self::take_events).
+    pub fn take_tier_events(&mut self) -> BlockEvents {
+        self.tier_log.take(|| named_blocks(&self.meta))
     }
 
     /// Makes the next [`take_events`](Self::take_events) tell everything anew.
@@ -159,7 +162,7 @@ impl BlockManager {
                 self.unlink(block);
                 if let Some(hash) = self.meta[block as usize].hash.take() {
                     self.index.remove(&hash);
-                    self.log.push(BlockEvent::Evicted { hash });
+                    self.note(BlockEvent::Evicted { hash, block });
                 }
                 block
             }
@@ -179,7 +182,7 @@ impl BlockManager {
             self.meta[block as usize].hash = Some(hash);
             self.meta[block as usize].parent = parent;
             self.version += 1;
-            self.log.push(BlockEvent::Stored { parent, hash, block });
+            self.note(BlockEvent::Stored { parent, hash, block });
         }
     }
 
@@ -197,6 +200,11 @@ impl BlockManager {
         } else {
             self.free.push(block);
         }
+    }
+
+    fn note(&mut self, event: BlockEvent) {
+        self.log.push(event);
+        self.tier_log.push(event);
     }
 
     fn link_newest(&mut self, block: u32) {
@@ -291,6 +299,18 @@ impl BlockManager {
     }
 }
 
+/// A `Stored` for every block that is named now.
+fn named_blocks(meta: &[Meta]) -> Vec<BlockEvent> {
+    let named = |(block, meta): (usize, &Meta)| {
+        meta.hash.map(|hash| BlockEvent::Stored {
+            parent: meta.parent,
+            hash,
+            block: block as u32,
+        })
+    };
+    meta.iter().enumerate().filter_map(named).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -373,7 +393,7 @@ mod tests {
                     for event in events {
                         match event {
                             BlockEvent::Stored { hash, block, .. } => prop_assert_eq!(mirror.insert(hash, block), None),
-                            BlockEvent::Evicted { hash } => prop_assert!(mirror.remove(&hash).is_some()),
+                            BlockEvent::Evicted { hash, .. } => prop_assert!(mirror.remove(&hash).is_some()),
                         }
                     }
                     let known: std::collections::BTreeMap<_, _> = blocks.index.iter().map(|(h, b)| (*h, *b)).collect();

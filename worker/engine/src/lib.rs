@@ -6,6 +6,7 @@
 //! - [`sampling`] over [`rng`]: from logits to a token, a pure function.
 //! - [`model_engine`]: the engine with a real model.
 //! - [`mock`]: an engine without a model, honest about KV bytes.
+//! - [`tiers`]: the seam to KV blocks outside the pool.
 //! - [`spans`]: which bytes a transfer moves for a run of positions.
 //! - [`mod@bench`]: how fast an engine is.
 //! - [`request`], [`config`], [`stats`], [`error`]: the plain data at the edges.
@@ -30,6 +31,7 @@ mod sequence;
 pub mod spans;
 pub mod stats;
 pub mod step;
+pub mod tiers;
 
 pub use block_events::{BlockEvent, BlockEvents};
 pub use config::{STEP_TARGET_DEFAULT, SchedulerConfig, blocks_for_bytes};
@@ -42,3 +44,4 @@ pub use sampling::{Sampler, SamplingParams};
 pub use scheduler::Scheduler;
 pub use stats::Stats;
 pub use step::{Engine, SeqId, StepBatch, StepSeq};
+pub use tiers::{KvTiers, LoadRequest, LoadStart, NoTiers};

@@ -60,8 +60,8 @@ pub struct FillRequest {
     pub blocks: Vec<u32>,
 }
 
-/// KV that a sequence found in the prefix cache instead of computing it: at admission, or later when another sequence
-/// computed the same prefix first. The pusher of a prefill-only sequence sends these positions now, all layers; they
+/// KV that a sequence found in the prefix cache instead of computing it: at admission, when a load from a lower tier
+/// has ended, or later when another sequence computed the same prefix first. The pusher of a prefill-only sequence sends these positions now, all layers; they
 /// appear in no step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reuse {
@@ -125,7 +125,7 @@ pub struct Finish {
     pub reason: FinishReason,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Prompt tokens whose KV this worker took from its prefix cache instead of computing or receiving it. At most all
+    /// Prompt tokens whose KV this worker took from its prefix cache, lower tiers included, instead of computing or receiving it. At most all
     /// but the last one, and always 0 with the cache off. Counted over the first pass: a recomputation after
     /// preemption changes nothing. After a remote fill the shell reports `max(this, the prefill worker's own count)`:
     /// both count a prefix of the same prompt.

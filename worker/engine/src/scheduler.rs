@@ -6,11 +6,12 @@
 //! ```text
 //! submit ──▶ Waiting ──admit──▶ Running ──stop / length──▶ (gone)
 //!               ▲  │               │ ▲
+//!               │  ├─blocks below──┼─┼─▶ Loading ──load_ended──▶ Loaded ──▶ Running or Filling
 //!               │  └─admit, remote─┼─┼─▶ Filling ──fill_done───▶ Running, first token emitted
 //!               └────preempted─────┘ └───fill_failed──┘
 //! submit_prefill ──▶ Waiting ──▶ Running ──first token──▶ Pushing ──release──▶ (gone)
-//! cancel:  Waiting, or Running to generate ──▶ (gone)
-//!          Filling, Pushing, or Running prefill-only ──▶ Draining ──release (or fill_*)──▶ (gone)
+//! cancel:  Waiting, Loading, Loaded, or Running to generate ──▶ (gone)
+//!          Filling, Pushing, or prefill-only and not Waiting ──▶ Draining ──release (or fill_*)──▶ (gone)
 //! ```
 //!
 //! # The loop
@@ -40,6 +41,9 @@
 //!   block and end by themselves.
 //! - **Length.** A sequence ends at `max_tokens` or at [`SchedulerConfig::length_max`], which is fixed: the context, or the whole
 //!   pool if that is smaller. So a sequence alone always fits, and where it is cut does not depend on its mates.
+//! - **Lower tiers** ([`crate::tiers`]). What follows the cached prefix may be in host memory, on disk or in an object
+//!   store. Asked at admission, when the sequence owns the blocks; it waits for what is read in the background, and
+//!   computes what does not come. Asked before a remote prefill, which then sends only what is left.
 //! - **Prefix cache.** Full computed blocks, generated ones included, are named at `commit` and `fill_done`. A sequence takes
 //!   the longest run of named blocks at admission, and again before each chunk; when several are about to compute the
 //!   same block, one does and the others wait for it that step. At least the last token is always computed.
@@ -68,6 +72,7 @@ use crate::stats::Stats;
 use crate::step::{SeqId, StepBatch};
 
 mod accounting;
+mod loading;
 mod pace;
 mod planning;
 
@@ -82,13 +87,15 @@ pub struct Scheduler {
     /// A preempted sequence keeps its rank.
     waiting: BTreeSet<Rank>,
     running: BTreeSet<Rank>,
-    /// Filling, Pushing and Draining.
+    /// Loading, Loaded, Filling, Pushing and Draining.
     transport: BTreeSet<SeqId>,
     next_id: u64,
     step_open: bool,
     /// The head of the queue and the situation in which it did not fit: not tried again before that changes.
     blocked: Option<(SeqId, u64, usize)>,
     pace: Pace,
+    /// Somebody below keeps blocks.
+    has_tiers: bool,
     /// Totals; gauges are filled in by `stats`.
     totals: Stats,
 }
@@ -108,6 +115,7 @@ impl Scheduler {
             next_id: 0,
             step_open: false,
             blocked: None,
+            has_tiers: false,
             totals: Stats::default(),
         })
     }
@@ -303,7 +311,7 @@ impl Scheduler {
                 self.release(id);
                 None
             }
-            State::Waiting | State::Running | State::Pushing => None,
+            State::Waiting | State::Running | State::Loading | State::Loaded | State::Pushing => None,
         }
     }
 
@@ -354,7 +362,8 @@ impl Scheduler {
 
     /// Whether a plan may have something to compute or to ask for.
     pub fn has_work(&self) -> bool {
-        !self.running.is_empty() || !self.waiting.is_empty()
+        let loaded = |id| self.seqs[id].state == State::Loaded;
+        !self.running.is_empty() || !self.waiting.is_empty() || self.transport.iter().any(loaded)
     }
 
     /// Whether no sequence is left in any state.
@@ -403,7 +412,8 @@ impl Scheduler {
     fn retire(&mut self, id: SeqId) -> bool {
         let drains = self.seqs.get(&id).is_some_and(|s| match s.state {
             State::Waiting => false,
-            State::Running => s.is_prefill_only(),
+            // What is loaded only this thread writes; but a pusher may be reading what was in the cache.
+            State::Running | State::Loading | State::Loaded => s.is_prefill_only(),
             State::Filling | State::Pushing | State::Draining => true,
         });
         if drains {

@@ -22,6 +22,10 @@ use crate::step::SeqId;
 pub(crate) enum State {
     /// In the queue; holds no block.
     Waiting,
+    /// Blocks of its prefix are being read from a lower tier; only this thread writes them.
+    Loading,
+    /// They are in place; the next plan lets it go on.
+    Loaded,
     /// A transport writes its prompt's blocks.
     Filling,
     /// Computes here.
@@ -58,6 +62,8 @@ pub(crate) struct Sequence {
     pub computed: usize,
     pub registered: usize,
     pub cached_tokens: usize,
+    /// Where the last load from a lower tier began, in tokens; meaningful while `Loaded`.
+    pub loaded_from: usize,
     /// Was admitted before: what it does now repeats work, and counts for no statistic.
     pub resumed: bool,
     /// Has a span in the step that is being computed.
@@ -92,6 +98,7 @@ impl Sequence {
             computed: 0,
             registered: 0,
             cached_tokens: 0,
+            loaded_from: 0,
             resumed: false,
             in_step: false,
             passed_blocks: 0,

@@ -9,6 +9,8 @@ pub struct Stats {
     pub waiting: usize,
     /// Sequences whose prompt a prefill worker is filling.
     pub filling: usize,
+    /// Sequences whose blocks are being loaded from a lower tier.
+    pub loading: usize,
     /// Prefill-only sequences that are computed and held until the push is acknowledged.
     pub pushing: usize,
     /// Cancelled sequences whose blocks a transport may still touch.
@@ -25,8 +27,10 @@ pub struct Stats {
     pub preemptions: u64,
     /// Prompt tokens of admitted sequences, each counted once.
     pub prompt_tokens: u64,
-    /// Of these, tokens taken from the prefix cache.
+    /// Of these, tokens taken from the prefix cache, lower tiers included.
     pub cached_tokens: u64,
+    /// Of these, tokens whose KV came from a lower tier.
+    pub loaded_tokens: u64,
     /// Tokens emitted to callers.
     pub generation_tokens: u64,
     /// Tokens computed in steps, recomputation included.
@@ -36,9 +40,9 @@ pub struct Stats {
 }
 
 impl Stats {
-    /// Sequences whose blocks a transport may touch.
+    /// Sequences whose blocks a transport may touch, or that wait for blocks from a lower tier.
     pub fn transferring(&self) -> usize {
-        self.filling + self.pushing + self.draining
+        self.filling + self.loading + self.pushing + self.draining
     }
 
     /// Share of the pool that sequences hold, from 0 to 1.

@@ -1,6 +1,7 @@
 //! Random workloads against the scheduler and the mock engine: submits, cancels, remote fills that succeed or fail at random
 //! times while a hostile transport scribbles over the blocks it was lent, prefill-only sequences whose blocks must keep
-//! still until released, shared prefixes, salts, and pools small enough to preempt. After every step the invariants;
+//! still until released, a lower tier that loads blocks at once, later, in part or never, shared prefixes, salts, and pools
+//! small enough to preempt. After every step the invariants;
 //! at the end, every answer equals the answer of the same request run alone (P1), and no block is held (P4).
 
 mod common;
@@ -13,6 +14,7 @@ use baton_engine::{
     Engine, FillRequest, FinishReason, MockEngine, Output, PASSES_PER_PRIORITY, Plan, PrefillRequest, SamplingParams,
     Scheduler, SchedulerConfig, SeqId, Stats,
 };
+use common::tiers::SimTiers;
 use common::{Job, Truth, alone, bytes, copy, engine_for};
 use proptest::prelude::*;
 use rand::rngs::SmallRng;
@@ -46,6 +48,7 @@ struct Simulation {
     config: SchedulerConfig,
     scheduler: Scheduler,
     engine: MockEngine,
+    tiers: Option<SimTiers>,
     rng: SmallRng,
     clock: u64,
     stems: Vec<Vec<u32>>,
@@ -68,9 +71,16 @@ impl Simulation {
         let stems = (0..3)
             .map(|_| (0..config.context_length).map(|_| rng.random_range(0..vocab)).collect())
             .collect();
+        let engine = engine_for(&config);
+        let mut scheduler = Scheduler::new(config.clone()).expect("valid");
+        let tiers = rng.random_bool(0.7).then(|| {
+            scheduler.enable_tiers();
+            SimTiers::new(engine.region(), engine.geometry(), seed)
+        });
         Simulation {
-            scheduler: Scheduler::new(config.clone()).expect("valid"),
-            engine: engine_for(&config),
+            scheduler,
+            engine,
+            tiers,
             config,
             rng,
             clock: 0,
@@ -182,6 +192,9 @@ impl Simulation {
         let live = self.live.remove(&id).expect("known");
         let cancelled = self.scheduler.cancel(id).expect("alive");
         self.queued.remove(&(self.keys[&id], id));
+        if let Some(tiers) = &mut self.tiers {
+            tiers.cancel(id);
+        }
         assert_eq!(cancelled.finish.completion_tokens, live.tokens.len());
         let due = self.clock + self.rng.random_range(0..20);
         match (self.fills.get_mut(&id), self.pushes.get_mut(&id)) {
@@ -306,7 +319,15 @@ impl Simulation {
     /// Plan, events in between, compute, events in between, commit.
     fn step(&mut self, events: bool) {
         self.clock += 1;
-        let plan = self.scheduler.plan();
+        let plan = match &mut self.tiers {
+            Some(tiers) => {
+                tiers.clock = self.clock;
+                tiers.turn(&mut self.scheduler);
+                self.scheduler.check().expect("invariants after loads");
+                self.scheduler.plan_with(tiers)
+            }
+            None => self.scheduler.plan(),
+        };
         self.scheduler.check().expect("invariants after plan");
         self.note(&plan);
         if !plan.batch.is_empty() {
@@ -379,7 +400,7 @@ impl Simulation {
     }
 
     /// Answers the totals, how each request ended, and how often one passed another in the queue.
-    fn run(mut self, steps: usize) -> (Stats, Vec<FinishReason>, usize) {
+    fn run(mut self, steps: usize) -> (Stats, Vec<FinishReason>, usize, Option<SimTiers>) {
         for _ in 0..steps {
             for _ in 0..self.rng.random_range(0..3) {
                 self.event();
@@ -390,6 +411,8 @@ impl Simulation {
         // looks for the time of decodes alone), so all that is left ends within the sum of its tokens and a bit.
         let work: usize = self.live.values().map(|l| l.job.prompt.len() + l.job.max_tokens).sum();
         let mut left = work + work / 16 + 30 * (self.live.len() + self.fills.len() + self.pushes.len() + 1);
+        // A preempted sequence may wait for a load again.
+        left *= if self.tiers.is_some() { 2 } else { 1 };
         while !self.scheduler.is_idle() {
             assert!(left > 0, "{} sequences starve: {:?}", self.live.len(), self.scheduler);
             left -= 1;
@@ -397,6 +420,7 @@ impl Simulation {
             self.transport();
         }
         assert!(self.live.is_empty());
+        assert!(self.tiers.as_ref().is_none_or(SimTiers::is_idle));
         assert_eq!(self.scheduler.stats().held_blocks, 0);
         assert!(!self.scheduler.has_work());
         for (live, reason) in &self.ended {
@@ -415,8 +439,15 @@ impl Simulation {
             self.scheduler.stats(),
             self.ended.into_iter().map(|(_, reason)| reason).collect(),
             self.passed,
+            self.tiers,
         )
     }
+}
+
+/// Workloads in a normal run; BATON_SIMULATIONS asks for another number.
+fn cases() -> u32 {
+    let asked = std::env::var("BATON_SIMULATIONS").ok();
+    asked.and_then(|n| n.parse().ok()).unwrap_or(64)
 }
 
 prop_compose! {
@@ -437,7 +468,7 @@ prop_compose! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn random_workloads_keep_every_promise(config in configs(), seed: u64) {
@@ -455,10 +486,12 @@ fn a_long_life_under_pressure() {
         waiting_max: 16,
         ..SchedulerConfig::new(4, 24, 90, 64)
     };
-    let (stats, reasons, passed) = Simulation::new(config, 7).run(3000);
+    let (stats, reasons, passed, tiers) = Simulation::new(config, 7).run(3000);
     // The workload did reach what it is meant to reach.
     assert!(passed > 30, "{passed}");
     assert!(stats.preemptions > 30 && stats.cached_tokens > 500, "{stats:?}");
+    let tiers = tiers.expect("this seed has tiers");
+    assert!(tiers.loaded > 200 && tiers.broken > 30 && stats.loaded_tokens == 4 * tiers.loaded as u64);
     for reason in [
         FinishReason::Stop,
         FinishReason::Length,

@@ -224,6 +224,7 @@ impl Cell {
             waiting_max: 1024,
             fill_timeout_ms: 20_000,
             kv_compression: Default::default(),
+            tiers: Default::default(),
         }
     }
 
@@ -233,6 +234,12 @@ impl Cell {
     }
 
     pub async fn worker_of_model(&self, id: &str, role: WorkerRole, engine: MockEngine, model: [u8; 32]) -> Node {
+        self.worker_with(self.config(id, role), engine, model).await
+    }
+
+    pub async fn worker_with(&self, config: WorkerConfig, engine: MockEngine, model: [u8; 32]) -> Node {
+        let id = config.worker_id.clone();
+        let id = id.as_str();
         Authority::load_or_create(self.dir.path())
             .unwrap()
             .issue(Role::Worker, id)
@@ -259,7 +266,7 @@ impl Cell {
                 Startup::Loading { .. } => {}
             }
         });
-        let (config, stop) = (self.config(id, role), shutdown.clone());
+        let stop = shutdown.clone();
         let (ended_sender, ended) = watch::channel(false);
         runtime.spawn(async move {
             let result = baton_worker::serve(config, Box::new(engine), model, startup, stop).await;

@@ -261,6 +261,7 @@ fn worker(id: &str, role: WorkerRole) -> WorkerStatus {
         transferred_bytes_total: 0,
         push_overlap: 0.0,
         heartbeat_age_ms: 12,
+        kv_tiers: Default::default(),
     }
 }
 

@@ -12,6 +12,7 @@ impl Scheduler {
             running: self.running.len(),
             waiting: self.waiting.len(),
             filling: in_state(State::Filling),
+            loading: in_state(State::Loading) + in_state(State::Loaded),
             pushing: in_state(State::Pushing),
             draining: in_state(State::Draining),
             free_blocks: self.blocks.free(),
@@ -52,7 +53,9 @@ impl Scheduler {
         let in_its_set = match seq.state {
             State::Waiting => self.waiting.contains(&seq.rank),
             State::Running => self.running.contains(&seq.rank),
-            State::Filling | State::Pushing | State::Draining => self.transport.contains(&seq.id),
+            State::Loading | State::Loaded | State::Filling | State::Pushing | State::Draining => {
+                self.transport.contains(&seq.id)
+            }
         };
         let rules = [
             (in_its_set, "is not in the set of its state"),
@@ -61,6 +64,11 @@ impl Scheduler {
                 "waits and holds blocks",
             ),
             (seq.computed < seq.len(), "has nothing left to compute"),
+            (
+                !matches!(seq.state, State::Loading | State::Loaded)
+                    || (seq.blocks.len() == seq.blocks_needed() && seq.computed == seq.registered * size),
+                "loads, but not whole blocks into a whole table",
+            ),
             (
                 seq.blocks.len() * size >= seq.computed,
                 "has computed beyond its blocks",

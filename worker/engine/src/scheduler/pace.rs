@@ -94,6 +94,12 @@ impl Pace {
         let tokens = (allowed_s / token_s) as usize;
         (tokens / GROUP_TOKENS * GROUP_TOKENS).max(GROUP_TOKENS)
     }
+
+    /// How long so many prefill tokens take, roughly; `None` while nothing was seen.
+    pub(super) fn prefill_time(&self, tokens: usize) -> Option<Duration> {
+        let seconds = self.token_s? * tokens as f64 + self.base_s.unwrap_or(0.0);
+        Duration::try_from_secs_f64(seconds).ok()
+    }
 }
 
 fn blend(average: &mut Option<f64>, sample: f64, weight: f64) {

@@ -12,6 +12,7 @@ use crate::rank::Rank;
 use crate::request::{FillRequest, Plan, Reuse};
 use crate::sequence::{State, Task};
 use crate::step::{SeqId, StepSeq};
+use crate::tiers::{KvTiers, NoTiers};
 
 /// How far behind a head that does not fit one is looked for that does: keeps a plan cheap under a long queue.
 const PASSERS_LOOKED_AT: usize = 64;
@@ -19,16 +20,24 @@ const PASSERS_LOOKED_AT: usize = 64;
 impl Scheduler {
     /// What to do next. While a step is open (planned, neither committed nor failed) there is nothing to do.
     pub fn plan(&mut self) -> Plan {
+        self.plan_with(&mut NoTiers)
+    }
+
+    /// The same with lower tiers, which are told what happened to named blocks and asked for those that an admitted
+    /// sequence lacks. Everything in the plan comes after that: nothing of it may be started earlier.
+    pub fn plan_with(&mut self, tiers: &mut dyn KvTiers) -> Plan {
         let mut plan = Plan::default();
         if self.step_open {
             return plan;
         }
+        self.resume_loaded(&mut plan);
         self.plan_decodes(&mut plan);
         // Who was just sent back shall not come in again by the same door.
         if plan.preempted.is_empty() {
-            self.admit(&mut plan);
+            self.admit(&mut plan, tiers);
         }
         self.plan_prefills(&mut plan);
+        self.tell(tiers);
         self.step_open = !plan.batch.is_empty();
         plan
     }
@@ -86,7 +95,7 @@ impl Scheduler {
     }
 
     /// Lets sequences in, in their order, while a place and all their blocks are to be had; see the rule of passing.
-    fn admit(&mut self, plan: &mut Plan) {
+    fn admit(&mut self, plan: &mut Plan, tiers: &mut dyn KvTiers) {
         while let Some(head) = self.waiting.first().map(|rank| rank.id) {
             if self.running.len() + self.transport.len() >= self.config.seqs_max {
                 return;
@@ -104,7 +113,10 @@ impl Scheduler {
             if let Some(seq) = self.seqs.get(&admitted) {
                 self.waiting.remove(&seq.rank);
             }
-            self.start(admitted, plan);
+            self.count_admission(admitted, plan);
+            if !self.begin_load(admitted, plan, tiers) {
+                self.start(admitted, plan);
+            }
         }
     }
 
@@ -163,8 +175,15 @@ impl Scheduler {
         true
     }
 
+    fn count_admission(&mut self, id: SeqId, plan: &mut Plan) {
+        if let Some(seq) = self.seqs.get(&id).filter(|seq| !seq.resumed) {
+            plan.admitted.push(id);
+            self.totals.prompt_tokens += seq.prompt.len() as u64;
+        }
+    }
+
     /// Running, or Filling if a remote prefill is allowed and worth it.
-    fn start(&mut self, id: SeqId, plan: &mut Plan) {
+    pub(super) fn start(&mut self, id: SeqId, plan: &mut Plan) {
         let Some(seq) = self.seqs.get_mut(&id) else {
             return;
         };
@@ -176,10 +195,6 @@ impl Scheduler {
             }
         ) && !seq.resumed
             && seq.prompt.len() - seq.computed >= self.config.remote_prefill_min_tokens;
-        if !seq.resumed {
-            plan.admitted.push(id);
-            self.totals.prompt_tokens += seq.prompt.len() as u64;
-        }
         if remote {
             seq.state = State::Filling;
             self.transport.insert(id);

@@ -1,6 +1,7 @@
 //! What the integration tests share: jobs, and the truth about what a job answers when it has a worker to itself.
 #![allow(dead_code)]
 
+pub mod tiers;
 pub mod tiny_model;
 
 use baton_engine::{
