@@ -1,6 +1,7 @@
 //! The worker's configuration file, one documented field per setting.
 
 use crate::WorkerError;
+use crate::mock::{EngineKind, MockSettings};
 use baton_model::Quantization;
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
@@ -37,6 +38,12 @@ pub struct WorkerConfig {
     /// `prefill`, `decode` or `combined`.
     #[serde(default = "default_role")]
     pub role: WorkerRole,
+    /// `model`, or `mock` for a load test: a worker without a model, which answers nonsense as fast as its profile says.
+    #[serde(default)]
+    pub engine: EngineKind,
+    /// Settings of the mock.
+    #[serde(default)]
+    pub mock: MockSettings,
     /// Directory with `config.json`, `*.safetensors` and `tokenizer.json`.
     pub model_path: PathBuf,
     /// The name clients use for the model.

@@ -6,6 +6,7 @@
 //! - [`sampling`] over [`rng`]: from logits to a token, a pure function.
 //! - [`model_engine`]: the engine with a real model.
 //! - [`mock`]: an engine without a model, honest about KV bytes.
+//! - [`profile`]: how long the steps of such an engine take.
 //! - [`spans`]: which bytes a transfer moves for a run of positions.
 //! - [`mod@bench`]: how fast an engine is.
 //! - [`request`], [`config`], [`stats`], [`error`]: the plain data at the edges.
@@ -21,6 +22,7 @@ pub mod config;
 pub mod error;
 pub mod mock;
 pub mod model_engine;
+pub mod profile;
 pub mod request;
 pub mod rng;
 pub mod sampling;
@@ -33,8 +35,9 @@ pub mod step;
 pub use block_events::{BlockEvent, BlockEvents};
 pub use config::{STEP_TARGET_DEFAULT, SchedulerConfig, blocks_for_bytes};
 pub use error::{AdmitError, ConfigError, EngineError, SamplingError};
-pub use mock::{MockConfig, MockEngine, MockTiming};
+pub use mock::{MockAnswer, MockConfig, MockEngine};
 pub use model_engine::ModelEngine;
+pub use profile::{MockProfile, MockTiming};
 pub use request::{Cancelled, FillRequest, Finish, FinishReason, Output, Plan, PrefillRequest, Request, Reuse};
 pub use sampling::{Sampler, SamplingParams};
 pub use scheduler::{Scheduler, cache_root};
