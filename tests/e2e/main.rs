@@ -7,6 +7,7 @@ mod clients;
 mod disaggregated;
 mod failures;
 mod gguf;
+mod mock;
 mod serving;
 mod support;
 mod survival;

@@ -105,6 +105,40 @@ pub struct WorkerConfig {
 }
 
 impl WorkerConfig {
+    /// A configuration with every default.
+    pub fn new(
+        worker_id: String,
+        model_path: PathBuf,
+        model_name: String,
+        coordinator_addrs: Vec<SocketAddr>,
+        identity_dir: PathBuf,
+    ) -> Self {
+        Self {
+            worker_id,
+            role: default_role(),
+            engine: EngineKind::default(),
+            mock: MockSettings::default(),
+            model_path,
+            model_name,
+            coordinator_addrs,
+            listen_addr: loopback(),
+            transfer_addr: loopback(),
+            advertise_ip: None,
+            identity_dir,
+            threads: 0,
+            tensor_parallel: default_tensor_parallel(),
+            quantization: Quantization::default(),
+            cores_shared: false,
+            kv_bytes: default_kv_bytes(),
+            block_size: default_block_size(),
+            batch_tokens_max: default_batch_tokens_max(),
+            step_target_ms: default_step_target_ms(),
+            seqs_max: default_seqs_max(),
+            waiting_max: default_waiting_max(),
+            fill_timeout_ms: default_fill_timeout_ms(),
+        }
+    }
+
     /// How others reach a socket bound to `bound`.
     pub(crate) fn advertise(&self, bound: SocketAddr) -> Result<SocketAddr, WorkerError> {
         match self.advertise_ip {
