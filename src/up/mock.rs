@@ -37,6 +37,14 @@ const REGISTER_POLL: Duration = Duration::from_millis(100);
 
 /// Runs the cluster until it is told to stop.
 pub fn run(args: MockArgs) -> anyhow::Result<ExitCode> {
+    if args.workers().is_empty() {
+        bail!("there would be no worker; give --workers, or --prefill and --decode");
+    }
+    let root = match &args.data_dir {
+        Some(root) => root.clone(),
+        None => DataDir::default_place()?.join("mock"),
+    };
+    let data = DataDir::open(Some(root))?;
     // The supervisor's thread must be this one (see the parent module), the workers want several.
     let workers = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
     let supervisor = tokio::runtime::Builder::new_current_thread()
@@ -48,9 +56,10 @@ pub fn run(args: MockArgs) -> anyhow::Result<ExitCode> {
         let mut processes = Supervisor::new();
         let mut hosted = Hosted::new(workers.handle().clone());
         let outcome = tokio::select! {
-            outcome = serve(&args, &mut processes, &mut hosted) => outcome,
+            outcome = serve(&args, &data, &mut processes, &mut hosted) => outcome,
             () = signals.recv() => Ok(()),
         };
+        let _ = std::fs::remove_file(data.ready_file());
         if outcome.is_ok() {
             say("stopping; once more forces");
         }
@@ -112,16 +121,8 @@ impl Hosted {
     }
 }
 
-async fn serve(args: &MockArgs, processes: &mut Supervisor, hosted: &mut Hosted) -> anyhow::Result<()> {
+async fn serve(args: &MockArgs, data: &DataDir, processes: &mut Supervisor, hosted: &mut Hosted) -> anyhow::Result<()> {
     let workers = args.workers();
-    if workers.is_empty() {
-        bail!("there would be no worker; give --workers, or --prefill and --decode");
-    }
-    let root = match &args.data_dir {
-        Some(root) => root.clone(),
-        None => DataDir::default_place()?.join("mock"),
-    };
-    let data = DataDir::open(Some(root))?;
     let (model_path, default_name) = match &args.model {
         None => (demo::extract(&data.models())?, demo::NAME.to_owned()),
         Some(path) => (path.clone(), super::plan::model_name(&path.to_string_lossy(), path)),
@@ -152,7 +153,7 @@ async fn serve(args: &MockArgs, processes: &mut Supervisor, hosted: &mut Hosted)
     if let Some(tokens) = args.prefill_threshold {
         config["prefill_threshold_tokens"] = json!(tokens);
     }
-    let coordinator = processes.start(child(&data, COORDINATOR, "coordinator", &config)?)?;
+    let coordinator = processes.start(child(data, COORDINATOR, "coordinator", &config)?)?;
     let (http_addr, cluster_addr) = timeout(COORDINATOR_START_MAX, coordinator_serves(processes, &mut display))
         .await
         .map_err(|_| anyhow!("the coordinator did not start in time; see its log"))??;
@@ -191,12 +192,10 @@ async fn serve(args: &MockArgs, processes: &mut Supervisor, hosted: &mut Hosted)
     };
     ready.write(&data.ready_file())?;
     progress::print(&ready.welcome(&data.logs(), false));
-    let result = tokio::select! {
+    tokio::select! {
         error = hosted.failed() => Err(error),
         error = coordinator_died(processes) => Err(error),
-    };
-    let _ = std::fs::remove_file(data.ready_file());
-    result
+    }
 }
 
 async fn coordinator_died(processes: &mut Supervisor) -> anyhow::Error {
