@@ -3,6 +3,7 @@
 
 pub mod bench;
 pub mod bench_engine;
+pub mod bench_simulate;
 #[cfg(test)]
 mod docs;
 pub mod mock;

@@ -163,7 +163,7 @@ async fn serve(args: &MockArgs, data: &DataDir, processes: &mut Supervisor, host
     for (name, role) in &workers {
         hosted.start(worker_config(
             args,
-            &data,
+            data,
             name,
             *role,
             &model_path,
