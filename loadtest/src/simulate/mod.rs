@@ -11,12 +11,13 @@
 //!                        └───────────── News (after a delay) ◀── block events
 //! ```
 
+mod cache_aware;
 mod policy;
 mod prompts;
 mod report;
 mod worker;
 
-pub use policy::{Ask, Policy, PolicyKind, WorkerView};
+pub use policy::{Ask, Placement, Policy, PolicyKind, WorkerLoad, WorkerView};
 pub use prompts::CacheBound;
 pub use report::{SimulationReport, table};
 
@@ -36,6 +37,9 @@ use worker::SimWorker;
 
 /// Workers of a simulation at most: far past what one router is asked to serve.
 const WORKERS_MAX: usize = 4096;
+
+/// Interval of the workers' reports, as a coordinator asks for by default.
+const HEARTBEAT: Duration = Duration::from_millis(500);
 
 /// A cluster and how to load it.
 #[derive(Debug, Clone)]
@@ -128,6 +132,8 @@ struct Event {
 enum Kind {
     Arrival(usize),
     StepEnd(usize),
+    /// All workers report.
+    Heartbeats,
     /// Index into the list of events under way.
     News(usize, usize),
 }
@@ -156,6 +162,8 @@ struct Simulation<'a> {
     news: Vec<Option<BlockEvents>>,
     number: u64,
     now: Duration,
+    /// Of the last step.
+    end: Duration,
     tally: Tally,
 }
 
@@ -183,17 +191,13 @@ pub fn simulate(
         .map(|_| SimWorker::new(config.clone(), timing))
         .collect();
     let workers = workers.map_err(|error| BenchError::Simulation(error.to_string()))?;
-    let view = WorkerView {
-        total_blocks: total_blocks as usize,
-        ..WorkerView::default()
-    };
     let requests = trace.requests.len().min(options.requests_max);
     let mut simulation = Simulation {
         options,
         trace,
         policy,
         workers,
-        views: vec![view; options.workers],
+        views: vec![WorkerView::default(); options.workers],
         flights: vec![None; requests],
         prompts: Prompts::default(),
         root,
@@ -201,6 +205,7 @@ pub fn simulate(
         news: Vec::new(),
         number: 0,
         now: Duration::ZERO,
+        end: Duration::ZERO,
         tally: Tally::default(),
     };
     simulation.run(requests, progress);
@@ -216,12 +221,13 @@ pub fn simulate(
     }
     let bound = CacheBound::of(trace, requests, options.block_size);
     let busy: Vec<f64> = simulation.workers.iter().map(|w| w.busy.as_secs_f64()).collect();
+    let end = simulation.end;
     Ok(SimulationReport::new(
         policy_name,
         options,
         bound,
         &simulation.tally,
-        simulation.now,
+        end,
         &busy,
     ))
 }
@@ -230,6 +236,7 @@ impl Simulation<'_> {
     fn run(&mut self, requests: usize, progress: &mut dyn FnMut(usize, usize)) {
         if requests > 0 {
             self.arrive_at(0);
+            self.schedule(Duration::ZERO, Kind::Heartbeats);
         }
         while let Some(Reverse(event)) = self.events.pop() {
             self.now = event.at;
@@ -244,9 +251,10 @@ impl Simulation<'_> {
                     self.arrive(request);
                 }
                 Kind::StepEnd(worker) => self.step_ended(worker),
+                Kind::Heartbeats => self.heartbeats(),
                 Kind::News(worker, index) => {
                     if let Some(events) = self.news[index].take() {
-                        self.policy.block_events(worker, &events);
+                        self.policy.block_events(worker, &events, self.now);
                     }
                 }
             }
@@ -271,13 +279,17 @@ impl Simulation<'_> {
         let hashes = block_hash::chain(&self.root, &prompt, self.options.block_size);
         let (prompt_tokens, output_tokens) = (prompt.len(), request.output_tokens.max(1) as usize);
         let ask = Ask {
+            request: index,
             now: self.now,
             prompt_tokens,
             output_tokens,
             hashes: &hashes,
         };
-        let worker = self.policy.choose(&ask, &self.views).min(self.workers.len() - 1);
-        if !self.workers[worker].submit(index, prompt.into(), output_tokens) {
+        let Placement {
+            worker,
+            uncached_tokens,
+        } = self.policy.choose(&ask, &self.views);
+        if !self.workers[worker].submit(index, prompt.into(), uncached_tokens, output_tokens) {
             self.tally.refused += 1;
             return;
         }
@@ -290,8 +302,17 @@ impl Simulation<'_> {
             tokens: 0,
         });
         self.views[worker].requests += 1;
-        self.views[worker].prompt_tokens_pending += prompt_tokens;
         self.start(worker);
+    }
+
+    fn heartbeats(&mut self) {
+        for (index, worker) in self.workers.iter().enumerate() {
+            self.policy.load(index, worker.load());
+        }
+        // The last one comes when nothing else will.
+        if !self.events.is_empty() {
+            self.schedule(self.now + HEARTBEAT, Kind::Heartbeats);
+        }
     }
 
     fn start(&mut self, worker: usize) {
@@ -301,6 +322,7 @@ impl Simulation<'_> {
     }
 
     fn step_ended(&mut self, worker: usize) {
+        self.end = self.now;
         let (now, options) = (self.now, self.options);
         let (flights, views, tally, policy) = (&mut self.flights, &mut self.views, &mut self.tally, &mut self.policy);
         let events = self.workers[worker].finish(|token| {
@@ -311,8 +333,7 @@ impl Simulation<'_> {
                 None => {
                     flight.first = Some(now);
                     tally.ttft.record(now - flight.arrived);
-                    views[flight.worker].prompt_tokens_pending -= flight.prompt_tokens;
-                    policy.first_token(flight.worker, now);
+                    policy.first_token(token.request, now);
                 }
                 Some(_) => tally.itl.record(now - flight.last),
             }

@@ -126,7 +126,7 @@ mod tests {
         /// The bound is what remembering every block-aligned prefix of tokens finds.
         #[test]
         fn the_bound_is_that_of_the_prompts(
-            turns in prop::collection::vec((0usize..4, 1u32..2000), 1..30), block_size in prop::sample::select(vec![1usize, 16, 48, 512, 700]),
+            turns in prop::collection::vec((0usize..4, 1u32..2000), 1..20), block_size in prop::sample::select(vec![5usize, 16, 48, 512, 700]),
         ) {
             // Conversations: each turn goes on with all whole blocks of the turn before, and some new ones.
             let (mut past, mut next) = (vec![Vec::<u64>::new(); 4], 0);
@@ -146,10 +146,10 @@ mod tests {
             let mut expected = 0;
             for request in &requests {
                 let tokens = prompts.tokens(request);
-                let prefixes = || (1..=tokens.len() / block_size).map(|n| tokens[..n * block_size].to_vec());
-                let hits = prefixes().take_while(|prefix| known.contains(prefix) && prefix.len() < tokens.len()).count();
-                expected += (hits * block_size) as u64;
-                known.extend(prefixes());
+                let names = block_hash::chain(b"", &tokens, block_size);
+                let hits = names.iter().take_while(|name| known.contains(*name)).count();
+                expected += (hits.min((tokens.len() - 1) / block_size) * block_size) as u64;
+                known.extend(names);
             }
             let trace = Trace { requests: requests.into() };
             prop_assert_eq!(CacheBound::of(&trace, usize::MAX, block_size).cached_tokens, expected);

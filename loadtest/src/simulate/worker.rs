@@ -1,6 +1,7 @@
 //! A simulated worker: the real scheduler over a pool of blocks without bytes, and steps that take as long as a timing
 //! profile says. Deliberately no hand-over between workers: every worker is a combined one.
 
+use super::policy::WorkerLoad;
 use super::prompts::{GENERATED, VOCABULARY};
 use baton_engine::{
     BlockEvents, ConfigError, MockTiming, Output, Request, SamplingParams, Scheduler, SchedulerConfig, SeqId, StepBatch,
@@ -14,12 +15,26 @@ use std::time::Duration;
 pub struct SimWorker {
     scheduler: Scheduler,
     timing: MockTiming,
-    /// Request of each sequence.
-    requests: HashMap<SeqId, usize>,
+    jobs: HashMap<SeqId, Job>,
     step: Option<(StepBatch, Duration)>,
     generated: u32,
+    /// Measured, as running means: prompt tokens per second of prefill, and seconds of a decode step.
+    prefill_per_s: Option<f64>,
+    decode_step_s: Option<f64>,
     /// Time spent in steps.
     pub busy: Duration,
+}
+
+/// Weight of a new sample in the running means.
+const BLEND: f64 = 0.1;
+
+/// A request as the worker sees it.
+#[derive(Debug)]
+struct Job {
+    request: usize,
+    prompt_tokens: usize,
+    /// Prompt tokens not yet computed; a guess until it is admitted.
+    uncached_tokens: usize,
 }
 
 /// What came out of a step for one request.
@@ -39,9 +54,11 @@ impl SimWorker {
         Ok(Self {
             scheduler,
             timing,
-            requests: HashMap::new(),
+            jobs: HashMap::new(),
             step: None,
             generated: 0,
+            prefill_per_s: None,
+            decode_step_s: None,
             busy: Duration::ZERO,
         })
     }
@@ -52,7 +69,8 @@ impl SimWorker {
     }
 
     /// Queues a request; false if the worker refuses it.
-    pub fn submit(&mut self, request: usize, prompt: Arc<[u32]>, max_tokens: usize) -> bool {
+    pub fn submit(&mut self, request: usize, prompt: Arc<[u32]>, uncached_tokens: usize, max_tokens: usize) -> bool {
+        let prompt_tokens = prompt.len();
         let submitted = self.scheduler.submit(Request {
             prompt,
             max_tokens,
@@ -63,7 +81,12 @@ impl SimWorker {
         });
         match submitted {
             Ok(seq) => {
-                self.requests.insert(seq, request);
+                let job = Job {
+                    request,
+                    prompt_tokens,
+                    uncached_tokens,
+                };
+                self.jobs.insert(seq, job);
                 true
             }
             Err(_) => false,
@@ -76,6 +99,9 @@ impl SimWorker {
             return None;
         }
         let plan = self.scheduler.plan();
+        for reuse in &plan.reused {
+            self.computed(reuse.seq, reuse.positions.end);
+        }
         if plan.batch.is_empty() {
             return None;
         }
@@ -91,6 +117,10 @@ impl SimWorker {
         };
         self.busy += took;
         self.scheduler.observe_step(&batch, took);
+        self.measure(&batch, took);
+        for span in &batch.seqs {
+            self.computed(span.seq, span.end_pos());
+        }
         let sampled: Vec<Option<u32>> = batch
             .seqs
             .iter()
@@ -105,14 +135,46 @@ impl SimWorker {
         for Output { seq, finish, .. } in self.scheduler.commit(&batch, &sampled) {
             let finished = finish.map(|finish| finish.cached_tokens);
             let request = match finished {
-                Some(_) => self.requests.remove(&seq),
-                None => self.requests.get(&seq).copied(),
+                Some(_) => self.jobs.remove(&seq).map(|job| job.request),
+                None => self.jobs.get(&seq).map(|job| job.request),
             };
             if let Some(request) = request {
                 token(Token { request, finished });
             }
         }
         self.scheduler.take_block_events()
+    }
+
+    fn computed(&mut self, seq: SeqId, until: usize) {
+        if let Some(job) = self.jobs.get_mut(&seq) {
+            job.uncached_tokens = job.prompt_tokens.saturating_sub(until);
+        }
+    }
+
+    fn measure(&mut self, batch: &StepBatch, took: Duration) {
+        let decodes = batch.seqs.iter().filter(|span| span.tokens.len() == 1).count();
+        let (prefill, seconds) = (batch.tokens() - decodes, took.as_secs_f64());
+        let blend = |mean: Option<f64>, sample: f64| Some(mean.map_or(sample, |mean| mean + BLEND * (sample - mean)));
+        if prefill == 0 {
+            self.decode_step_s = blend(self.decode_step_s, seconds);
+        } else {
+            // What the streams would have taken anyway is not the prompts'.
+            let own = (seconds - self.decode_step_s.filter(|_| decodes > 0).unwrap_or(0.0)).max(seconds * 0.1);
+            if own > 0.0 {
+                self.prefill_per_s = blend(self.prefill_per_s, prefill as f64 / own);
+            }
+        }
+    }
+
+    /// What a heartbeat says.
+    pub fn load(&self) -> WorkerLoad {
+        let stats = self.scheduler.stats();
+        WorkerLoad {
+            pending_prompt_tokens: self.jobs.values().map(|job| job.uncached_tokens as u64).sum(),
+            available_blocks: u32::try_from(stats.free_blocks + stats.cached_blocks).unwrap_or(u32::MAX),
+            prefill_tokens_per_s: self.prefill_per_s.unwrap_or(0.0) as f32,
+            decode_step_us: self.decode_step_s.map_or(0, |s| (s * 1e6) as u32),
+        }
     }
 
     /// The real scheduler, for its statistics and its self-check.
