@@ -13,6 +13,7 @@ config.json (no weights). Without --dynamo only baton is measured.
 """
 
 import argparse
+import http.client
 import json
 import os
 import re
@@ -28,8 +29,8 @@ import urllib.request
 # name, flags of `baton bench`, how many requests
 CASES = [
     ("latency", ["-c", "1", "--input-words", "16", "--output-tokens", "1"], 400),
-    ("requests", ["-c", "32", "--input-words", "16", "--output-tokens", "1"], 4000),
-    ("stream", ["-c", "32", "--input-words", "16", "--output-tokens", "256"], 400),
+    ("requests", ["-c", "256", "--input-words", "16", "--output-tokens", "1"], 4000),
+    ("stream", ["-c", "256", "--input-words", "16", "--output-tokens", "128"], 1024),
     ("agent", ["-c", "8", "--input-words", "6000", "--shared-prefix-words", "5800", "--output-tokens", "4"], 240),
 ]
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -178,6 +179,25 @@ def idle(server):
     return (cpu_seconds(server.front + server.rest) - before) / (time.time() - began)
 
 
+def plain_latency(server, count=100):
+    """Median time of an answer that is not streamed, on one connection, in ms: the bench's requests are all streamed, and
+    small writes of a stream may wait for a delayed acknowledgement (40 ms on Linux)."""
+    model = json.load(urllib.request.urlopen(server.url + "/v1/models"))["data"][0]["id"]
+    body = {"model": model, "messages": [{"role": "user", "content": "hello there"}], "max_tokens": 1}
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"))
+    times = []
+    for _ in range(count):
+        began = time.perf_counter()
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        answer.read()
+        times.append((time.perf_counter() - began) * 1e3)
+        if answer.status != 200:
+            sys.exit(f"{server.name}: status {answer.status}")
+    connection.close()
+    return statistics.median(times)
+
+
 COLUMNS = [
     ("requests_per_s", "requests/s", ".0f"),
     ("output_tokens_per_s", "output tokens/s", ".0f"),
@@ -219,6 +239,7 @@ def main():
     parser.add_argument("--dynamo-router", default="kv", help="its router mode")
     parser.add_argument("--out", help="directory for raw.jsonl and results.md")
     args = parser.parse_args()
+    os.sched_setaffinity(0, {int(args.client_core)})
     work = tempfile.mkdtemp(prefix="frontend-bench-")
     servers, rows = [], []
     try:
@@ -226,6 +247,8 @@ def main():
         if args.dynamo:
             servers.append(Dynamo(args, work))
         notes = [f"{server.name} idle: {idle(server):.1%} of a core, front end {rss_mb(server.front):.0f} MB" for server in servers]
+        plain = [statistics.median(plain_latency(server) for _ in range(3)) for server in servers]
+        notes += [f"{server.name}, one token, not streamed: p50 {ms:.2f} ms" for server, ms in zip(servers, plain)]
         for round_number in range(args.rounds):
             for case, flags, requests in CASES:
                 if args.case and case not in args.case:
