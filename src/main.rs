@@ -28,6 +28,7 @@ fn main() -> ExitCode {
         cli::Command::ConvertTokenizer(args) => {
             model_dir::convert_tokenizer(&args.file, &args.directory).map(|()| ExitCode::SUCCESS)
         }
+        cli::Command::Mock(args) => up::mock::run(*args),
         cli::Command::Bench(args) => cli::bench::run(*args),
     };
     match result {

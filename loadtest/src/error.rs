@@ -39,6 +39,9 @@ pub enum BenchError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The simulated workers cannot be.
+    #[error("the workers cannot be simulated: {0}")]
+    Simulation(String),
     /// No model was named and the server could not be asked for one.
     #[error(
         "no model was given and asking {url} for its models failed: {reason}; start the server or name one with --model"

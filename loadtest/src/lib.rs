@@ -6,8 +6,11 @@
 //! moment a request *should* have been sent, so a server that stalls cannot hide behind a generator that waits for it
 //! (coordinated omission).
 //!
+//! [`simulate`] replays a trace against a whole cluster in virtual time instead.
+//!
 //! Deliberately absent: TLS (measure the server, not a proxy: only `http://`), HTTP/2 (one connection per request in
-//! flight is what OpenAI clients do and keeps requests independent), and any knowledge of baton's own internals.
+//! flight is what OpenAI clients do and keeps requests independent), and, outside of [`simulate`], any knowledge of
+//! baton's own internals.
 #![forbid(unsafe_code)]
 
 mod client;
@@ -18,6 +21,7 @@ mod prompt;
 mod report;
 mod run;
 mod schedule;
+pub mod simulate;
 mod sse;
 mod tally;
 mod target;

@@ -2,6 +2,7 @@
 
 use super::Remote;
 use super::bench_engine::{self, BenchEngineArgs, BenchMachineArgs};
+use super::bench_simulate::{self, BenchSimulateArgs};
 use anyhow::Context;
 use baton_loadtest::{BenchOptions, Lengths, Load, ProgressStyle, Stop, Trace};
 use clap::{Args, Subcommand};
@@ -17,6 +18,11 @@ pub enum BenchCommand {
     Engine(BenchEngineArgs),
     /// Measures what this machine can do at most: memory bandwidth and arithmetic.
     Machine(BenchMachineArgs),
+    /// Replays a trace against a simulated cluster in virtual time: real scheduler and routing, no model, no network.
+    ///
+    /// Prints hit rates of the prefix cache beside what an infinite one would have, latencies and goodput for each routing
+    /// policy and each size of KV memory.
+    Simulate(BenchSimulateArgs),
 }
 
 /// Flags of `baton bench`.
@@ -193,6 +199,7 @@ pub fn run(mut args: BenchArgs) -> anyhow::Result<ExitCode> {
     match args.command.take() {
         Some(BenchCommand::Engine(engine)) => return bench_engine::engine(engine),
         Some(BenchCommand::Machine(machine)) => return bench_engine::machine(machine),
+        Some(BenchCommand::Simulate(simulate)) => return bench_simulate::run(simulate),
         None => {}
     }
     let (json, fail_on_error) = (args.json, args.fail_on_error);

@@ -3,8 +3,10 @@
 
 pub mod bench;
 pub mod bench_engine;
+pub mod bench_simulate;
 #[cfg(test)]
 mod docs;
+pub mod mock;
 pub mod size;
 pub mod tenant;
 
@@ -48,6 +50,11 @@ pub enum Command {
     /// `baton up` does this by itself. On real hosts, run it once, give the directory as the model's `path` in the
     /// coordinator's configuration, and the GGUF file as `model_path` in the workers'.
     ConvertTokenizer(ConvertTokenizerArgs),
+    /// Runs a cluster of mock workers on this machine, for load tests: everything is real but the models.
+    ///
+    /// One coordinator as its own process, and any number of workers (hundreds) in this one, over the real protocols. Steps
+    /// take as long as the profile of a machine says, and the answers mean nothing. Stops with Ctrl-C.
+    Mock(Box<mock::MockArgs>),
     /// Measures any OpenAI URL with streaming chat requests, and reports what its clients saw.
     Bench(Box<bench::BenchArgs>),
 }

@@ -28,7 +28,7 @@ impl DataDir {
     pub fn open(given: Option<PathBuf>) -> anyhow::Result<Self> {
         let root = match given {
             Some(root) => root,
-            None => default_root(|name| std::env::var_os(name).map(PathBuf::from))?,
+            None => Self::default_place()?,
         };
         let cannot = || {
             format!(
@@ -68,6 +68,11 @@ impl DataDir {
         // From an earlier run that was killed.
         let _ = std::fs::remove_file(this.ready_file());
         Ok(this)
+    }
+
+    /// The user's own place.
+    pub fn default_place() -> anyhow::Result<PathBuf> {
+        default_root(|name| std::env::var_os(name).map(PathBuf::from))
     }
 
     pub fn identity(&self) -> PathBuf {

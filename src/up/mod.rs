@@ -18,6 +18,7 @@ mod child;
 mod data_dir;
 mod log_file;
 mod memory;
+pub mod mock;
 mod plan;
 mod progress;
 mod restart;

@@ -230,7 +230,7 @@ fn workers(prefill: u16, decode: u16) -> Vec<(String, Role)> {
 }
 
 /// A hub id is its own name; a directory is called by its last component, a GGUF file likewise but without its ending.
-fn model_name(spec: &str, path: &Path) -> String {
+pub fn model_name(spec: &str, path: &Path) -> String {
     if !Path::new(spec).exists() {
         return spec.to_owned();
     }

@@ -9,6 +9,7 @@ mod disaggregated;
 mod drain;
 mod failures;
 mod gguf;
+mod mock;
 mod proof;
 mod serving;
 mod support;

@@ -2,6 +2,7 @@
 
 use crate::WorkerError;
 use crate::compression::KvCompression;
+use crate::mock::{EngineKind, MockSettings};
 use baton_model::Quantization;
 use serde::{Deserialize, Serialize};
 use std::net::{IpAddr, SocketAddr};
@@ -38,6 +39,12 @@ pub struct WorkerConfig {
     /// `prefill`, `decode` or `combined`.
     #[serde(default = "default_role")]
     pub role: WorkerRole,
+    /// `model`, or `mock` for a load test: a worker without a model, which answers nonsense as fast as its profile says.
+    #[serde(default)]
+    pub engine: EngineKind,
+    /// Settings of the mock.
+    #[serde(default)]
+    pub mock: MockSettings,
     /// Directory with `config.json`, `*.safetensors` and `tokenizer.json`.
     pub model_path: PathBuf,
     /// The name clients use for the model.
@@ -151,6 +158,42 @@ fn size<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<u64, D::Err
 }
 
 impl WorkerConfig {
+    /// A configuration with every default.
+    pub fn new(
+        worker_id: String,
+        model_path: PathBuf,
+        model_name: String,
+        coordinator_addrs: Vec<SocketAddr>,
+        identity_dir: PathBuf,
+    ) -> Self {
+        Self {
+            worker_id,
+            role: default_role(),
+            engine: EngineKind::default(),
+            mock: MockSettings::default(),
+            model_path,
+            model_name,
+            coordinator_addrs,
+            listen_addr: loopback(),
+            transfer_addr: loopback(),
+            advertise_ip: None,
+            identity_dir,
+            threads: 0,
+            tensor_parallel: default_tensor_parallel(),
+            quantization: Quantization::default(),
+            cores_shared: false,
+            kv_bytes: default_kv_bytes(),
+            block_size: default_block_size(),
+            batch_tokens_max: default_batch_tokens_max(),
+            step_target_ms: default_step_target_ms(),
+            seqs_max: default_seqs_max(),
+            waiting_max: default_waiting_max(),
+            fill_timeout_ms: default_fill_timeout_ms(),
+            kv_compression: KvCompression::None,
+            tiers: TierConfig::default(),
+        }
+    }
+
     /// How others reach a socket bound to `bound`.
     pub(crate) fn advertise(&self, bound: SocketAddr) -> Result<SocketAddr, WorkerError> {
         match self.advertise_ip {

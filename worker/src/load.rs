@@ -1,13 +1,14 @@
 //! From a model directory to a worker that serves it.
 
+use crate::mock::{self, EngineKind};
 use crate::server::{Startup, serve};
 use crate::{WorkerConfig, WorkerError, tiers};
-use baton_engine::{ModelEngine, blocks_for_bytes};
+use baton_engine::{Engine, ModelEngine, blocks_for_bytes};
 use baton_model::{LoadOptions, MemoryNeed, ModelConfig, ModelFiles, Stage, available_memory};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
-/// Loads the model and serves until `shutdown`.
+/// Loads the model, or makes the mock, and serves until `shutdown`.
 pub async fn run(
     config: WorkerConfig,
     startup: Arc<dyn Fn(Startup) + Send + Sync>,
@@ -15,12 +16,23 @@ pub async fn run(
 ) -> Result<(), WorkerError> {
     let loading = {
         let (config, startup) = (config.clone(), startup.clone());
-        tokio::task::spawn_blocking(move || load(&config, &*startup))
+        tokio::task::spawn_blocking(move || -> Result<(Box<dyn Engine>, _), WorkerError> {
+            Ok(match config.engine {
+                EngineKind::Model => {
+                    let (engine, digest) = load(&config, &*startup)?;
+                    (Box::new(engine), digest)
+                }
+                EngineKind::Mock => {
+                    let (engine, digest) = mock::load(&config)?;
+                    (Box::new(engine), digest)
+                }
+            })
+        })
     };
     let (engine, model_digest) = loading
         .await
         .map_err(|error| WorkerError::Engine(error.to_string()))??;
-    serve(config, Box::new(engine), model_digest, startup, shutdown).await
+    serve(config, engine, model_digest, startup, shutdown).await
 }
 
 fn load(

@@ -20,7 +20,7 @@ fn engine() -> MockEngine {
 fn slow_engine(step: Duration) -> MockEngine {
     let timing = MockTiming {
         step,
-        token: Duration::ZERO,
+        ..MockTiming::default()
     };
     MockEngine::new(MockConfig {
         total_blocks: 512,

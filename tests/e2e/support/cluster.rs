@@ -52,12 +52,21 @@ impl Cluster {
 
     /// Starts it in a directory that an earlier cluster left (see [`stop_and_keep`](Self::stop_and_keep)).
     pub async fn start_in(directory: tempfile::TempDir, args: &[&str]) -> Self {
+        Self::start_command("up", directory, args).await
+    }
+
+    /// Starts `baton mock` likewise.
+    pub async fn start_mock(args: &[&str]) -> Self {
+        Self::start_command("mock", tempfile::tempdir().expect("a temporary directory"), args).await
+    }
+
+    async fn start_command(command: &str, directory: tempfile::TempDir, args: &[&str]) -> Self {
         static CLUSTERS: OnceLock<Semaphore> = OnceLock::new();
         let clusters = CLUSTERS.get_or_init(|| Semaphore::new(CLUSTERS_MAX));
         let permit = clusters.acquire().await.expect("it is never closed");
         let file = |name: &str| std::fs::File::create(directory.path().join(name)).expect("writable");
         let up = baton()
-            .args(["up", "--port", "0", "--data-dir"])
+            .args([command, "--port", "0", "--data-dir"])
             .arg(directory.path().join("data"))
             .args(args)
             .stdout(file("stdout"))
@@ -75,7 +84,7 @@ impl Cluster {
             let ended = this.up.try_wait().expect("it is our child");
             assert!(
                 ended.is_none(),
-                "up ended with {ended:?}: {}\n{}",
+                "{command} ended with {ended:?}: {}\n{}",
                 this.output("stderr"),
                 this.logs()
             );

@@ -7,6 +7,7 @@
 //! - [`model_engine`]: the engine with a real model.
 //! - [`mock`]: an engine without a model, honest about KV bytes.
 //! - [`tiers`]: the seam to KV blocks outside the pool.
+//! - [`profile`]: how long the steps of such an engine take.
 //! - [`spans`]: which bytes a transfer moves for a run of positions.
 //! - [`mod@bench`]: how fast an engine is.
 //! - [`request`], [`config`], [`stats`], [`error`]: the plain data at the edges.
@@ -22,6 +23,7 @@ pub mod config;
 pub mod error;
 pub mod mock;
 pub mod model_engine;
+pub mod profile;
 mod rank;
 pub mod request;
 pub mod rng;
@@ -36,8 +38,9 @@ pub mod tiers;
 pub use block_events::{BlockEvent, BlockEvents};
 pub use config::{STEP_TARGET_DEFAULT, SchedulerConfig, blocks_for_bytes};
 pub use error::{AdmitError, ConfigError, EngineError, SamplingError};
-pub use mock::{MockConfig, MockEngine, MockTiming};
+pub use mock::{MockAnswer, MockConfig, MockEngine};
 pub use model_engine::ModelEngine;
+pub use profile::{MockProfile, MockTiming};
 pub use rank::{PASSES_PER_PRIORITY, PRIORITY_MAX};
 pub use request::{Cancelled, FillRequest, Finish, FinishReason, Output, Plan, PrefillRequest, Request, Reuse};
 pub use sampling::{Sampler, SamplingParams};

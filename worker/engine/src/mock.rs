@@ -5,29 +5,40 @@
 //! samples from logits that are a hash of all KV bytes of the sequence. A wrong, missing, stale or foreign byte gives
 //! other tokens. The sampler is the real one.
 //!
-//! It says nothing about language, and its only notion of speed is [`MockTiming`].
+//! It says nothing about language, and its only notion of speed is a [timing](MockTiming), from a
+//! [profile](crate::profile) of a machine. [`MockAnswer::Cheap`] trades some of the honesty for speed in load tests.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use baton_kvtransfer::Region;
 use baton_model::{KvDtype, KvGeometry, KvHalf};
 
 use crate::error::EngineError;
+use crate::profile::MockTiming;
 use crate::sampling::Sampler;
 use crate::step::{Engine, StepBatch, StepSeq};
 
-/// How long a mock step takes; spent in equal parts before each layer.
+/// How a mock chooses tokens.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct MockTiming {
-    /// Per step, whatever is in it.
-    pub step: Duration,
-    /// Per token of the batch.
-    pub token: Duration,
+pub enum MockAnswer {
+    /// The real sampler over logits that are a hash of all KV bytes of the sequence. Costs a look at every byte of its KV
+    /// and at every id of the vocabulary.
+    #[default]
+    Honest,
+    /// A hash of the last position's KV, itself a chain over all tokens before, picks one of `count` ids from `first` on.
+    /// For load tests: a token costs nothing, whatever the context and the vocabulary. Of the sampling parameters it
+    /// heeds the seed, unless greedy. A wrong byte of KV before the last position shows only in what is computed from it.
+    Cheap {
+        /// The first id.
+        first: u32,
+        /// How many ids, at least 1.
+        count: u32,
+    },
 }
 
 /// What a mock engine is like.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MockConfig {
     /// Layers, at least 1.
     pub layers: usize,
@@ -41,8 +52,12 @@ pub struct MockConfig {
     pub vocab_size: usize,
     /// Its "weights": engines with different seeds speak differently.
     pub model_seed: u64,
-    /// How long a step takes.
+    /// How tokens are chosen.
+    pub answer: MockAnswer,
+    /// How long a step takes; spent in equal parts before each layer is reported done.
     pub timing: MockTiming,
+    /// How many times faster than that; 0 or infinity: no time at all.
+    pub speed: f64,
 }
 
 impl Default for MockConfig {
@@ -54,7 +69,9 @@ impl Default for MockConfig {
             context_length: 2048,
             vocab_size: 512,
             model_seed: 0,
+            answer: MockAnswer::Honest,
             timing: MockTiming::default(),
+            speed: 1.0,
         }
     }
 }
@@ -68,6 +85,8 @@ pub struct MockEngine {
     logits: Vec<f32>,
 }
 
+/// Longest step, whatever the figures: a worker must end some time.
+const STEP_MAX: Duration = Duration::from_secs(3600);
 /// Bytes of a mock's K or V slot: two words.
 const SLOT_BYTES: usize = 16;
 
@@ -81,6 +100,14 @@ impl MockEngine {
             block_size: config.block_size,
             dtype: KvDtype::F32,
         };
+        if let MockAnswer::Cheap { first, count } = config.answer
+            && (count == 0 || first as usize + count as usize > config.vocab_size)
+        {
+            let vocab = config.vocab_size;
+            return Err(EngineError::Model(format!(
+                "the mock's {count} answer ids from {first} on are not within its vocabulary of {vocab}"
+            )));
+        }
         let bytes = geometry.arena_bytes(config.total_blocks).filter(|_| geometry.is_sane());
         let bytes = bytes.ok_or_else(|| EngineError::Model("the mock's dimensions are out of range".to_owned()))?;
         let region = Region::new(bytes).map_err(|e| EngineError::Model(e.to_string()))?;
@@ -91,6 +118,15 @@ impl MockEngine {
             sampler: Sampler::new(),
             logits: Vec::new(),
         })
+    }
+
+    fn time(&self, batch: &StepBatch) -> Duration {
+        if self.config.speed.is_normal() && self.config.speed > 0.0 {
+            let seconds = self.config.timing.step_time(batch).as_secs_f64() / self.config.speed;
+            Duration::try_from_secs_f64(seconds).unwrap_or(STEP_MAX).min(STEP_MAX)
+        } else {
+            Duration::ZERO
+        }
     }
 
     fn validate(&self, span: &StepSeq) -> Result<(), EngineError> {
@@ -179,6 +215,11 @@ impl MockEngine {
         let Some(params) = &span.sample else {
             return Ok(None);
         };
+        if let MockAnswer::Cheap { first, count } = self.config.answer {
+            let key = self.key(span, self.geometry.layers - 1, span.end_pos() - 1)?;
+            let seed = if params.temperature() > 0.0 { params.seed() } else { 0 };
+            return Ok(Some(first + (mix(key, seed) % u64::from(count)) as u32));
+        }
         let digest = self.digest(span)?;
         self.logits.clear();
         // Logits in [0, 8): peaked enough that temperature and filters matter.
@@ -211,13 +252,15 @@ impl Engine for MockEngine {
 
     fn step(&mut self, batch: &StepBatch, layer_done: &mut dyn FnMut(usize)) -> Result<Vec<Option<u32>>, EngineError> {
         batch.seqs.iter().try_for_each(|span| self.validate(span))?;
-        let tokens = u32::try_from(batch.tokens()).unwrap_or(u32::MAX);
-        let time = self.config.timing.step + self.config.timing.token * tokens;
+        let started = Instant::now();
+        let time = self.time(batch);
         for layer in 0..self.geometry.layers {
-            if !time.is_zero() {
-                std::thread::sleep(time / self.geometry.layers as u32);
-            }
             batch.seqs.iter().try_for_each(|span| self.write_layer(span, layer))?;
+            // Until, not for: what writing took, and what sleep took too long, is part of the step.
+            let due = time.mul_f64((layer + 1) as f64 / self.geometry.layers as f64);
+            if let Some(rest) = due.checked_sub(started.elapsed()).filter(|rest| !rest.is_zero()) {
+                std::thread::sleep(rest);
+            }
             layer_done(layer);
         }
         batch.seqs.iter().map(|span| self.sample(span)).collect()
@@ -306,6 +349,81 @@ mod tests {
             }
         }
         assert_eq!(changed, 16);
+    }
+
+    /// Cheap answers keep what P1 promises: chunks, blocks and mates do not matter, the tokens before and the seed do.
+    #[test]
+    fn cheap_answers_follow_tokens_and_seed_only() {
+        let cheap = || {
+            let answer = MockAnswer::Cheap { first: 100, count: 50 };
+            MockEngine::new(MockConfig {
+                block_size: 4,
+                total_blocks: 8,
+                layers: 1,
+                answer,
+                ..MockConfig::default()
+            })
+            .expect("valid")
+        };
+        let whole = token(&mut cheap(), vec![span(&[1, 2, 3, 4, 5, 6], 0, &[0, 1])]);
+        assert!((100..150).contains(&whole[0].expect("sampled")));
+        let mut chunked = cheap();
+        token(&mut chunked, vec![span(&[1, 2, 3], 0, &[7]), span(&[9], 0, &[2])]);
+        assert_eq!(token(&mut chunked, vec![span(&[4, 5, 6], 3, &[7, 3])]), whole);
+        let seeded = |seed| {
+            let mut one = span(&[1, 2, 3, 4, 5, 6], 0, &[0, 1]);
+            one.sample = Some(SamplingParams::new(1.0, 0, 1.0, seed).expect("valid"));
+            token(&mut cheap(), vec![one])
+        };
+        let distinct =
+            |tokens: Vec<Vec<Option<u32>>>| tokens.into_iter().collect::<std::collections::HashSet<_>>().len();
+        assert!(distinct((0..20).map(seeded).collect()) > 10);
+        let first = |id| token(&mut cheap(), vec![span(&[id, 2, 3, 4, 5, 6], 0, &[0, 1])]);
+        assert!(distinct((0..20).map(first).collect()) > 10);
+        let outside = MockConfig {
+            answer: MockAnswer::Cheap { first: 500, count: 13 },
+            ..MockConfig::default()
+        };
+        assert!(MockEngine::new(outside).is_err());
+    }
+
+    #[test]
+    fn a_step_takes_the_time_of_its_profile() {
+        let step = |speed| {
+            let timing = MockTiming {
+                step: Duration::from_millis(40),
+                ..MockTiming::default()
+            };
+            let config = MockConfig {
+                timing,
+                speed,
+                ..MockConfig::default()
+            };
+            let mut engine = MockEngine::new(config).expect("valid");
+            let started = Instant::now();
+            token(&mut engine, vec![span(&[1], 0, &[0])]);
+            started.elapsed()
+        };
+        assert!(step(1.0) >= Duration::from_millis(40));
+        assert!(step(4.0) >= Duration::from_millis(10));
+        let config = |speed| MockConfig {
+            timing: MockTiming {
+                step: Duration::MAX,
+                ..MockTiming::default()
+            },
+            speed,
+            ..MockConfig::default()
+        };
+        let time = |speed| {
+            let batch = StepBatch {
+                seqs: vec![span(&[1], 0, &[0])],
+            };
+            MockEngine::new(config(speed)).expect("valid").time(&batch)
+        };
+        for none in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+            assert_eq!(time(none), Duration::ZERO);
+        }
+        assert_eq!(time(1.0), STEP_MAX);
     }
 
     #[test]

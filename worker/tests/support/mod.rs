@@ -205,6 +205,8 @@ impl Cell {
         WorkerConfig {
             worker_id: id.into(),
             role,
+            engine: Default::default(),
+            mock: Default::default(),
             model_path: PathBuf::new(),
             model_name: "mock".into(),
             coordinator_addrs: vec![self.coordinator_addr],
