@@ -13,6 +13,7 @@ fn engine(step: Duration) -> MockEngine {
     let timing = MockTiming {
         step,
         token: Duration::ZERO,
+        ..MockTiming::default()
     };
     MockEngine::new(MockConfig {
         total_blocks: 512,

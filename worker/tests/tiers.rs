@@ -19,6 +19,7 @@ fn engine() -> MockEngine {
         timing: MockTiming {
             step: Duration::ZERO,
             token: Duration::from_micros(500),
+            ..MockTiming::default()
         },
         ..MockConfig::default()
     };
