@@ -18,7 +18,7 @@ fn have(program: &str, args: &[&str]) -> bool {
 async fn openai_python_package_and_curl() {
     let python = have("python3", &["-c", "import openai"]);
     let curl = have("curl", &["--version"]);
-    let cluster = Cluster::start(&["--prefill-threshold", "16"]).await;
+    let cluster = Cluster::start(&["--prefill-threshold", "0"]).await;
     if python {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/openai_client.py");
         let output = Command::new("python3")

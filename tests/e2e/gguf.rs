@@ -18,7 +18,7 @@ async fn a_gguf_file_answers_as_its_safetensors_do() {
             body
         })
     };
-    let cluster = Cluster::start(&["--prefill-threshold", "16"]).await;
+    let cluster = Cluster::start(&["--prefill-threshold", "0"]).await;
     let mut wanted = Vec::new();
     for body in bodies("baton-demo") {
         let answer = chat(&cluster.url, &body).await;
@@ -27,7 +27,7 @@ async fn a_gguf_file_answers_as_its_safetensors_do() {
     assert!(cluster.stop().await.success());
 
     let model = path.to_str().expect("UTF-8");
-    let cluster = Cluster::start(&["--prefill-threshold", "16", "--model", model]).await;
+    let cluster = Cluster::start(&["--prefill-threshold", "0", "--model", model]).await;
     let models = get(&cluster.url, "/v1/models").await.json();
     assert_eq!(
         models["data"][0]["id"], "demo",

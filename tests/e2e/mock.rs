@@ -18,7 +18,7 @@ async fn forty_workers_answer_with_hand_overs_and_stop() {
         "--speed",
         "100",
         "--prefill-threshold",
-        "16",
+        "0",
     ];
     let cluster = Cluster::start_mock(&args).await;
     let ready = cluster.ready().expect("it serves");

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn up_serves_chat_and_stops_cleanly() {
-    let cluster = Cluster::start(&["--prefill-threshold", "16"]).await;
+    let cluster = Cluster::start(&["--prefill-threshold", "0"]).await;
     let url = cluster.url.clone();
 
     assert_eq!(get(&url, "/health").await.status, StatusCode::OK);
