@@ -51,7 +51,7 @@ async fn forty_workers_answer_with_hand_overs_and_stop() {
         let of_role = workers.iter().filter(|w| w["role"] == role);
         of_role.filter(|w| w[field].as_u64().expect("a count") > 0).count()
     };
-    assert!(busy("decode", "generation_tokens_total") > 16, "{workers:?}");
+    assert!(busy("decode", "generation_tokens_total") > 4, "{workers:?}");
     assert!(busy("prefill", "transferred_bytes_total") > 4, "{workers:?}");
     assert!(cluster.stop().await.success());
 }
