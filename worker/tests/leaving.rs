@@ -12,7 +12,7 @@ use support::{Cell, request, within};
 fn engine(step: Duration) -> MockEngine {
     let timing = MockTiming {
         step,
-        token: Duration::ZERO,
+        ..MockTiming::default()
     };
     MockEngine::new(MockConfig {
         total_blocks: 512,

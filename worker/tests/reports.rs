@@ -14,6 +14,7 @@ fn engine(total_blocks: u32) -> MockEngine {
     let timing = MockTiming {
         step: Duration::from_millis(1),
         token: Duration::from_micros(20),
+        ..MockTiming::default()
     };
     MockEngine::new(MockConfig {
         total_blocks,

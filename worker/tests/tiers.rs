@@ -17,8 +17,8 @@ fn engine() -> MockEngine {
     let config = MockConfig {
         total_blocks: 24,
         timing: MockTiming {
-            step: Duration::ZERO,
             token: Duration::from_micros(500),
+            ..MockTiming::default()
         },
         ..MockConfig::default()
     };
