@@ -84,6 +84,8 @@ pub struct Lengths {
     pub input_words: usize,
     /// Leading words that all prompts share.
     pub shared_prefix_words: usize,
+    /// They are a system message of their own, as an agent's instructions are, not the beginning of the user's.
+    pub shared_system: bool,
     /// `max_tokens` of a request.
     pub output_tokens: u32,
     /// Lengths vary uniformly by this share in both directions; 0 keeps them fixed, below 1.
@@ -112,6 +114,7 @@ impl Default for Lengths {
         Self {
             input_words: 128,
             shared_prefix_words: 0,
+            shared_system: false,
             output_tokens: 64,
             jitter: 0.0,
             words_per_token: 1.0,

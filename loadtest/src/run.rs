@@ -116,9 +116,12 @@ impl Shared {
     }
 
     fn body(&self, planned: &Planned) -> Bytes {
+        let system = planned.system.iter().map(|text| json!({"role": "system", "content": text}));
+        let user = json!({"role": "user", "content": planned.prompt});
+        let messages: Vec<_> = system.chain([user]).collect();
         let mut body = json!({
             "model": self.model,
-            "messages": [{"role": "user", "content": planned.prompt}],
+            "messages": messages,
             "max_tokens": planned.output_tokens,
             "temperature": self.options.temperature,
             "seed": planned.seed,

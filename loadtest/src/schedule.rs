@@ -18,6 +18,8 @@ const WARMUP_STREAM: u64 = 1 << 61;
 /// One request to send.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Planned {
+    /// The system message, if there is one.
+    pub system: Option<String>,
     /// The user message.
     pub prompt: String,
     /// `max_tokens`.
@@ -88,14 +90,18 @@ impl Workload {
             .clamp(1, lengths.input_words_max.max(1));
         let factor = 1.0 + lengths.jitter * rng.random_range(-1.0..=1.0);
         let output_tokens = (f64::from(lengths.output_tokens) * factor).round() as u32;
-        let mut prompt = self.shared.clone();
-        append_words(
-            &mut prompt,
-            self.seed,
-            number,
-            words.saturating_sub(lengths.shared_prefix_words),
-        );
-        self.planned(number, prompt, output_tokens)
+        let (system, mut prompt) = if lengths.shared_system && !self.shared.is_empty() {
+            (Some(self.shared.clone()), String::new())
+        } else {
+            (None, self.shared.clone())
+        };
+        // A message of its own says something.
+        let own = words.saturating_sub(lengths.shared_prefix_words).max(usize::from(system.is_some()));
+        append_words(&mut prompt, self.seed, number, own);
+        Planned {
+            system,
+            ..self.planned(number, prompt, output_tokens)
+        }
     }
 
     fn replayed(&self, number: u64, recorded: &TraceRequest, scale: f64) -> Planned {
@@ -116,6 +122,7 @@ impl Workload {
 
     fn planned(&self, number: u64, prompt: String, output_tokens: u32) -> Planned {
         Planned {
+            system: None,
             prompt,
             output_tokens: output_tokens.clamp(1, self.lengths.output_tokens_max.max(1)),
             seed: self.seed.wrapping_add(number),
@@ -204,6 +211,12 @@ mod tests {
         assert_eq!(first(&a), first(&b));
         assert_ne!(a.prompt, b.prompt);
         assert_eq!(a, workload.request(0), "a request depends on its number only");
+        options.lengths.shared_system = true;
+        let workload = Workload::new(&options);
+        let (c, d) = (workload.request(0), workload.request(1));
+        assert_eq!(c.system, d.system);
+        assert_eq!(c.system.map(|text| text.split(' ').count()), Some(30));
+        assert!(c.prompt != d.prompt && a.prompt.ends_with(&c.prompt));
     }
 
     #[test]

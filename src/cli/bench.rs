@@ -90,6 +90,9 @@ pub struct BenchArgs {
     /// Leading words that all prompts share
     #[arg(long, value_name = "WORDS", default_value_t = 0, help_heading = "Requests")]
     pub shared_prefix_words: usize,
+    /// Send the shared words as a system message of their own, as an agent's instructions are
+    #[arg(long, requires = "shared_prefix_words", help_heading = "Requests")]
+    pub shared_system: bool,
     /// max_tokens of a request
     #[arg(long, value_name = "TOKENS", default_value_t = 64, help_heading = "Requests")]
     pub output_tokens: u32,
@@ -174,6 +177,7 @@ impl BenchArgs {
             lengths: Lengths {
                 input_words: self.input_words,
                 shared_prefix_words: self.shared_prefix_words,
+                shared_system: self.shared_system,
                 output_tokens: self.output_tokens,
                 jitter: self.length_jitter,
                 words_per_token: self.words_per_token,

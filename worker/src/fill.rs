@@ -109,6 +109,7 @@ async fn attempt(
     let ranges = spans::window(&context.geometry, job.cached_tokens..job.prompt.len(), table)
         .ok_or("the block table does not cover the prompt; this is a bug in the scheduler")?;
     // Whatever ends this function drops the window, and with that closes it.
+    #[allow(clippy::single_range_in_vec_init)] // a window over one range is what is meant
     let window = match &staging {
         None => context.agent.open_window(&context.region, ranges),
         Some((_, staging)) => context.agent.open_window(staging, vec![0..staging.len()]),

@@ -12,7 +12,10 @@ use support::{Cell, request, within};
 fn engine(step: Duration) -> MockEngine {
     let timing = MockTiming {
         step,
+<<<<<<< HEAD
         token: Duration::ZERO,
+=======
+>>>>>>> h-split
         ..MockTiming::default()
     };
     MockEngine::new(MockConfig {

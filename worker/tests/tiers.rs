@@ -17,7 +17,6 @@ fn engine() -> MockEngine {
     let config = MockConfig {
         total_blocks: 24,
         timing: MockTiming {
-            step: Duration::ZERO,
             token: Duration::from_micros(500),
             ..MockTiming::default()
         },
