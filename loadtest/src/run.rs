@@ -116,7 +116,10 @@ impl Shared {
     }
 
     fn body(&self, planned: &Planned) -> Bytes {
-        let system = planned.system.iter().map(|text| json!({"role": "system", "content": text}));
+        let system = planned
+            .system
+            .iter()
+            .map(|text| json!({"role": "system", "content": text}));
         let user = json!({"role": "user", "content": planned.prompt});
         let messages: Vec<_> = system.chain([user]).collect();
         let mut body = json!({

@@ -96,7 +96,9 @@ impl Workload {
             (None, self.shared.clone())
         };
         // A message of its own says something.
-        let own = words.saturating_sub(lengths.shared_prefix_words).max(usize::from(system.is_some()));
+        let own = words
+            .saturating_sub(lengths.shared_prefix_words)
+            .max(usize::from(system.is_some()));
         append_words(&mut prompt, self.seed, number, own);
         Planned {
             system,

@@ -12,10 +12,6 @@ use support::{Cell, request, within};
 fn engine(step: Duration) -> MockEngine {
     let timing = MockTiming {
         step,
-<<<<<<< HEAD
-        token: Duration::ZERO,
-=======
->>>>>>> h-split
         ..MockTiming::default()
     };
     MockEngine::new(MockConfig {
