@@ -2,8 +2,8 @@
 
 use crate::hello::Hello;
 use crate::limits::NAME_BYTES_MAX;
+use crate::network::NetworkTransport;
 use crate::push::{Outgoing, Push};
-use crate::quic::QuicTransport;
 use crate::ranges::RangeSet;
 use crate::stats::Counters;
 use crate::transport::Transport;
@@ -18,7 +18,7 @@ use std::sync::Arc;
 pub struct AgentConfig<'a> {
     /// Name for logs and refusals, 1 to [`NAME_BYTES_MAX`] bytes; usually the worker id.
     pub name: String,
-    /// UDP address to listen on; port 0 takes a free one, see [`Agent::local_addr`].
+    /// UDP and TCP address to listen on; port 0 takes a free one, see [`Agent::local_addr`].
     pub bind: SocketAddr,
     /// A worker identity of the cluster.
     pub identity: &'a Identity,
@@ -64,7 +64,7 @@ impl Agent {
             digest: config.digest,
             name: config.name,
         };
-        let transport = QuicTransport::bind(config.bind, config.identity, hello, table.clone(), limits.clone())?;
+        let transport = NetworkTransport::bind(config.bind, config.identity, &hello, &table, &limits)?;
         Ok(Self {
             inner: Arc::new(Inner {
                 transport: Box::new(transport),
@@ -76,7 +76,7 @@ impl Agent {
         })
     }
 
-    /// The UDP address that peers push to.
+    /// The address, UDP and TCP, that peers push to.
     pub fn local_addr(&self) -> SocketAddr {
         self.inner.transport.local_addr()
     }

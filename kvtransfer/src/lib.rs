@@ -41,7 +41,7 @@
 //!
 //! Sans-IO cores: `ranges`, `wire`, `hello`, `window_state`, `incoming` (receiving), `push_state`, `busy` (sending).
 //! Handles and locks: `window`, `window_table`, `push`, `agent`. Memory: `memory`, the only file with `unsafe`.
-//! Transports: `transport` (the seam), `quic`. Tests of both cores together over a fake stream: `pair`.
+//! Transports: `transport` (the seam), `quic` and `tcp`, both held by `network`. Tests of both cores together over a fake stream: `pair`.
 #![deny(unsafe_code)]
 
 mod agent;
@@ -52,6 +52,7 @@ mod incoming;
 pub mod limits;
 #[allow(unsafe_code)]
 mod memory;
+mod network;
 #[cfg(test)]
 mod pair;
 mod push;
@@ -60,6 +61,7 @@ mod quic;
 mod ranges;
 mod refusal;
 mod stats;
+mod tcp;
 mod transport;
 mod window;
 mod window_state;
@@ -68,7 +70,7 @@ mod wire;
 
 pub use agent::{Agent, AgentConfig};
 pub use error::{AbortReason, PushError, SetupError, WindowError};
-pub use limits::TransferLimits;
+pub use limits::{Network, TransferLimits};
 pub use memory::{ALIGN, Region};
 pub use push::{Push, PushWriter};
 pub use push_state::PushReport;

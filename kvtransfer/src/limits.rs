@@ -17,6 +17,16 @@ pub const PAYLOAD_BYTES_MAX: usize = 64 << 10;
 /// Longest agent name in bytes: a host name and an ordinal fit.
 pub const NAME_BYTES_MAX: usize = 64;
 
+/// Which network transport carries the pushes that an agent starts. An agent takes both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Network {
+    /// QUIC over UDP.
+    #[default]
+    Quic,
+    /// TLS over TCP, one connection for each push in flight.
+    Tcp,
+}
+
 /// Limits of one agent.
 #[derive(Debug, Clone)]
 pub struct TransferLimits {
@@ -48,6 +58,8 @@ pub struct TransferLimits {
     /// Unread bytes a peer may have on the way to this agent on one connection, and unacknowledged bytes this agent
     /// keeps per connection. 16 MiB is 10 Gbit/s at 13 ms.
     pub flow_window_bytes: u32,
+    /// What pushes travel over.
+    pub network: Network,
 }
 
 impl Default for TransferLimits {
@@ -65,6 +77,7 @@ impl Default for TransferLimits {
             keep_alive: Duration::from_millis(300),
             idle_timeout: Duration::from_secs(2),
             flow_window_bytes: 16 << 20,
+            network: Network::default(),
         }
     }
 }

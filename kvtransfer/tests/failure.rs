@@ -34,7 +34,13 @@ async fn push_error(from: &Agent, to: &Agent, id: u64) -> PushError {
 async fn closing_a_window_fences_and_tells_the_sender() {
     let cluster = Cluster::new();
     let (from, to) = (cluster.agent("prefill-0"), cluster.agent("decode-0"));
-    let (region, window) = window(&to);
+    let region = Region::new(LEN).unwrap();
+    // A fast transport would come to the usual bound before the window is closed.
+    let options = WindowOptions {
+        bytes_max: Some(u64::MAX),
+        lifetime: None,
+    };
+    let window = to.open_window_with(&region, vec![0..LEN], options).unwrap();
     let push = from.push(to.local_addr(), window.id(), filled(LEN, 5));
     let writer = push.writer();
     // A writer that never stops, as a prefill that has not heard yet.

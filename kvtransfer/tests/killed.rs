@@ -31,8 +31,10 @@ struct Killed(Child);
 
 impl Killed {
     fn start(dir: &Path, job: &str, peer: &str) -> Self {
+        // The test's name starts behind that of the crate.
+        let test = concat!(module_path!(), "::child").split_once("::").unwrap().1;
         let child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child", "--ignored", "--nocapture"])
+            .args(["--exact", test, "--ignored", "--nocapture"])
             .env("KV_TEST_DIR", dir)
             .env("KV_TEST_JOB", job)
             .env("KV_TEST_PEER", peer)

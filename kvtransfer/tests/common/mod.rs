@@ -3,17 +3,20 @@
 #![allow(dead_code)] // each test file uses its part
 
 use baton_identity::{Authority, Identity, Role};
-use baton_kvtransfer::{Agent, AgentConfig, Region, TransferLimits};
+use baton_kvtransfer::{Agent, AgentConfig, Network, Region, TransferLimits};
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Nothing in these tests takes this long unless it hangs.
 pub const HANG: Duration = Duration::from_secs(60);
 
-/// Shorter waits than in production, for the tests in which a peer dies.
+/// Shorter waits than in production, for the tests in which a peer dies. The transport goes by the name of the test
+/// crate, see `tcp.rs`.
 pub fn limits() -> TransferLimits {
+    let tcp = env!("CARGO_CRATE_NAME") == "tcp";
     TransferLimits {
         idle_timeout: Duration::from_millis(1500),
+        network: if tcp { Network::Tcp } else { Network::Quic },
         ..TransferLimits::default()
     }
 }
