@@ -1,7 +1,10 @@
-//! Connections to peers: one each, made when first needed, shared by all pushes to that peer.
+//! Connections to peers: a few each, made when first needed, shared by all pushes to that peer.
 //!
-//! Concurrent pushes share one attempt and its outcome, so a dead peer costs each of them one timeout, not a queue of
-//! them. A failed or lost connection is replaced by the next push; nothing is retried behind the caller's back.
+//! quinn drives a connection (sealing, opening, acknowledging) in one task, so one connection is one core at most. A push
+//! goes to the connection to its peer that carries the fewest; only when all are busy another one is made, so that a
+//! quiet pair keeps one. Concurrent pushes share an attempt and its outcome, so a dead peer costs each of them one
+//! timeout, not a queue of them. A failed or lost connection is replaced by the next push; nothing is retried behind
+//! the caller's back.
 
 use super::{CLOSE_INCOMPATIBLE, connect_error};
 use crate::hello::{HELLO_HEADER_BYTES, Hello};
@@ -16,8 +19,25 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use tokio::runtime::Handle;
 
+/// Most connections to one peer. Four cores' worth of QUIC is more than a 25 Gbit/s network takes; every one costs its
+/// flow windows and keep-alives on both sides.
+const CONNECTIONS_PER_PEER: usize = 4;
+
 /// A connection being made, or the outcome.
 type Attempt = Shared<BoxFuture<'static, Result<Connection, PushError>>>;
+
+/// A place for a connection to a peer.
+struct Slot {
+    attempt: Attempt,
+    /// One reference is held here and one by each push on the connection.
+    load: Arc<()>,
+}
+
+/// A connection, and the push's share in its load: to be kept as long as the push is on it.
+pub(super) struct Lease {
+    pub(super) connection: Connection,
+    _load: Arc<()>,
+}
 
 /// The connections this agent has dialled.
 pub(super) struct Pool {
@@ -26,7 +46,7 @@ pub(super) struct Pool {
     hello: Arc<Hello>,
     limits: Arc<TransferLimits>,
     runtime: Handle,
-    attempts: Mutex<HashMap<SocketAddr, Attempt>>,
+    slots: Mutex<HashMap<SocketAddr, Vec<Slot>>>,
 }
 
 impl Pool {
@@ -43,7 +63,7 @@ impl Pool {
             hello,
             limits,
             runtime,
-            attempts: Mutex::default(),
+            slots: Mutex::default(),
         }
     }
 
@@ -51,31 +71,46 @@ impl Pool {
         &self.limits
     }
 
-    /// The connection to `peer`, made if there is none.
-    pub(super) async fn connection(&self, peer: SocketAddr) -> Result<Connection, PushError> {
-        self.attempt(peer)?.await
+    /// A connection to `peer`, made if there is none to spare.
+    pub(super) async fn connection(&self, peer: SocketAddr) -> Result<Lease, PushError> {
+        let (attempt, load) = self.attempt(peer)?;
+        Ok(Lease {
+            connection: attempt.await?,
+            _load: load,
+        })
     }
 
     /// Forgets all connections.
     pub(super) fn clear(&self) {
-        lock(&self.attempts).clear();
+        lock(&self.slots).clear();
     }
 
-    fn attempt(&self, peer: SocketAddr) -> Result<Attempt, PushError> {
-        let mut attempts = lock(&self.attempts);
-        if let Some(attempt) = attempts.get(&peer).filter(|attempt| usable(attempt)) {
-            return Ok(attempt.clone());
+    fn attempt(&self, peer: SocketAddr) -> Result<(Attempt, Arc<()>), PushError> {
+        let max = self.limits.connections_max;
+        let mut slots = lock(&self.slots);
+        slots.retain(|_, here| {
+            here.retain(|slot| usable(&slot.attempt));
+            !here.is_empty()
+        });
+        let held: usize = slots.values().map(Vec::len).sum();
+        let here = slots.entry(peer).or_default();
+        let load = |slot: &&Slot| Arc::strong_count(&slot.load);
+        if let Some(slot) = here.iter().min_by_key(load)
+            && (load(&slot) == 1 || here.len() >= CONNECTIONS_PER_PEER || held >= max)
+        {
+            return Ok((slot.attempt.clone(), slot.load.clone()));
         }
-        attempts.retain(|_, attempt| usable(attempt));
-        if attempts.len() >= self.limits.connections_max {
-            return Err(PushError::Unreachable {
-                peer,
-                detail: format!(
-                    "this agent holds {} connections, the most it may",
-                    self.limits.connections_max
-                ),
-            });
+        if held >= max {
+            let detail = format!("this agent holds {max} connections, the most it may");
+            return Err(PushError::Unreachable { peer, detail });
         }
+        let slot = self.dial(peer);
+        let found = (slot.attempt.clone(), slot.load.clone());
+        here.push(slot);
+        Ok(found)
+    }
+
+    fn dial(&self, peer: SocketAddr) -> Slot {
         let attempt = dial(
             self.endpoint.clone(),
             self.client.clone(),
@@ -87,8 +122,10 @@ impl Pool {
         .shared();
         // Driven on its own, so that it goes on when the push that asked first is dropped.
         self.runtime.spawn(attempt.clone());
-        attempts.insert(peer, attempt.clone());
-        Ok(attempt)
+        Slot {
+            attempt,
+            load: Arc::default(),
+        }
     }
 }
 

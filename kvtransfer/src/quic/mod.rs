@@ -1,4 +1,4 @@
-//! The QUIC transport: one UDP socket, one connection per peer and direction, one stream per push.
+//! The QUIC transport: one UDP socket, a few connections per peer and direction, one stream per push.
 //!
 //! Mutual TLS with role-bound certificates decides who may talk; the hello on the first stream decides whether talking
 //! makes sense. Keep-alives and the idle timeout find a dead peer. A stream's two directions are independent, so a

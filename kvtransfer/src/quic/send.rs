@@ -1,7 +1,7 @@
 //! Carries one push: a task that turns what compute queues into stream bytes and the receiver's replies into the
 //! push's outcome.
 
-use super::dial::Pool;
+use super::dial::{Lease, Pool};
 use super::{STOP_REFUSED, lost_error};
 use crate::push::{Next, Outgoing};
 use crate::wire::{Reply, ReplyDecoder};
@@ -39,8 +39,9 @@ pub(super) fn carry(pool: Arc<Pool>, peer: SocketAddr, push: Arc<Outgoing>) -> i
             _ = push.settled() => return,
             opened = open(&pool, peer) => opened,
         };
-        let (mut send, mut recv) = match opened {
-            Ok(streams) => streams,
+        // The lease lives as long as the push is on the connection.
+        let (_lease, mut send, mut recv) = match opened {
+            Ok(opened) => opened,
             Err(error) => return push.fail(error),
         };
         let outcome = tokio::select! {
@@ -61,12 +62,13 @@ pub(super) fn carry(pool: Arc<Pool>, peer: SocketAddr, push: Arc<Outgoing>) -> i
     }
 }
 
-async fn open(pool: &Pool, peer: SocketAddr) -> Result<(SendStream, RecvStream), PushError> {
-    let connection = pool.connection(peer).await?;
+async fn open(pool: &Pool, peer: SocketAddr) -> Result<(Lease, SendStream, RecvStream), PushError> {
+    let lease = pool.connection(peer).await?;
     let limit = pool.limits().stall_timeout;
     // Waits while the peer's limit of concurrent pushes is reached.
-    match timeout(limit, connection.open_bi()).await {
-        Ok(streams) => streams.map_err(|error| lost_error(peer, &error)),
+    match timeout(limit, lease.connection.open_bi()).await {
+        Ok(Ok((send, recv))) => Ok((lease, send, recv)),
+        Ok(Err(error)) => Err(lost_error(peer, &error)),
         Err(_) => Err(PushError::Stalled { limit }),
     }
 }
