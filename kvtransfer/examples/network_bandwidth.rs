@@ -74,7 +74,7 @@ impl Plan {
                 _ => return Err(format!("unknown option {flag}").into()),
             }
         }
-        if plan.region % plan.push != 0 || plan.pieces.iter().any(|piece| plan.push % piece != 0) {
+        if !plan.region.is_multiple_of(plan.push) || plan.pieces.iter().any(|&piece| !plan.push.is_multiple_of(piece)) {
             return Err("pieces must divide the push, and pushes the region".into());
         }
         Ok(plan)
