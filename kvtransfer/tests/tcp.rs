@@ -1,5 +1,7 @@
 //! Every test of this directory again, over TCP: a crate with this name makes `common::limits` choose it.
 
+#![allow(clippy::duplicate_mod)] // each of them brings `common` along
+
 #[path = "failure.rs"]
 mod failure;
 #[path = "killed.rs"]
