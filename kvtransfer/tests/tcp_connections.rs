@@ -275,6 +275,27 @@ async fn the_best_transport_of_both_sides_is_taken() {
     }
 }
 
+/// The next push's first bytes come right behind the end of the last one, often in one read: none may be lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pushes_follow_each_other_on_a_connection_without_a_pause() {
+    let cluster = Cluster::new();
+    let (from, to) = (agent(&cluster, "prefill-0"), agent(&cluster, "decode-0"));
+    let (source, target) = (filled(LEN, 2), Region::new(LEN).unwrap());
+    const PIECE: usize = 1 << 10;
+    let windows: Vec<_> = (0..LEN)
+        .step_by(PIECE)
+        .map(|start| to.open_window(&target, vec![start..start + PIECE]).unwrap())
+        .collect();
+    for (at, window) in windows.iter().enumerate() {
+        let push = from.push(to.local_addr(), window.id(), source.clone());
+        push.writer().write(at * PIECE..(at + 1) * PIECE, at * PIECE).unwrap();
+        let report = within(push.finish(Bytes::new())).await.unwrap();
+        assert_eq!(report.transport, TransportKind::Tcp);
+    }
+    assert!(image(&target) == image(&source));
+    assert_eq!((from.stats().lanes_broken, to.stats().connections_in), (0, SESSION + 1));
+}
+
 /// Several lanes of one push, each on a connection, which all carry lanes of the next.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lanes_of_a_push_share_the_work_and_their_connections_are_kept() {

@@ -94,39 +94,34 @@ async fn serve(socket: TcpStream, peer: SocketAddr, shared: &Receiver) {
     table.counters().connections_in.add(1);
     let _counted = Counted(table);
     let name: Arc<str> = format!("{} ({peer})", theirs.name).into();
-    loop {
-        let mut incoming = Incoming::new(table.clone(), name.clone());
-        let refusal = match land(&mut channel, &mut incoming, limits).await {
-            End::Done => continue,
-            End::Idle => return,
-            End::Aborted(reason @ AbortReason::LaneReplaced) => {
-                return incoming.broken(reason.to_string(), Instant::now());
-            }
-            End::Aborted(reason) => return incoming.lost(WindowError::Aborted(reason)),
-            End::Lost(detail) => return incoming.broken(detail, Instant::now()),
-            End::Breach(refusal) => {
-                incoming.refuse(refusal);
-                refusal
-            }
-            End::Refused(refusal) => refusal,
-        };
-        tracing::debug!(peer = %name, %refusal, "kv push refused");
-        // A lane that was refused has bytes under way that nobody wants: its connection ends with it.
-        let told = async {
-            answer(&mut channel, Reply::Refused(refusal)).ok()?;
-            channel.flush().await.ok()
-        };
-        if let Ok(Some(())) = timeout(limits.stall_timeout, told).await {
-            channel.farewell().await;
+    let fresh = || Incoming::new(table.clone(), name.clone());
+    let mut incoming = fresh();
+    let refusal = match land(&mut channel, &mut incoming, fresh, limits).await {
+        End::Idle => return,
+        End::Aborted(reason @ AbortReason::LaneReplaced) => {
+            return incoming.broken(reason.to_string(), Instant::now());
         }
-        return;
+        End::Aborted(reason) => return incoming.lost(WindowError::Aborted(reason)),
+        End::Lost(detail) => return incoming.broken(detail, Instant::now()),
+        End::Breach(refusal) => {
+            incoming.refuse(refusal);
+            refusal
+        }
+        End::Refused(refusal) => refusal,
+    };
+    tracing::debug!(peer = %name, %refusal, "kv push refused");
+    // A lane that was refused has bytes under way that nobody wants: its connection ends with it.
+    let told = async {
+        answer(&mut channel, Reply::Refused(refusal)).ok()?;
+        channel.flush().await.ok()
+    };
+    if let Ok(Some(())) = timeout(limits.stall_timeout, told).await {
+        channel.farewell().await;
     }
 }
 
 /// Why landing stopped.
 enum End {
-    /// The push is complete and the sender has ended the lane; the connection takes the next one.
-    Done,
     /// No lane came, or its push is complete; the connection is closed.
     Idle,
     /// The sender gave the lane up, or the push with it.
@@ -139,18 +134,23 @@ enum End {
     Breach(Refusal),
 }
 
-/// Waits for a lane and lands it.
-async fn land(channel: &mut Channel, incoming: &mut Incoming, limits: &TransferLimits) -> End {
+/// Lands one lane after another, each in an `Incoming` of its own, until something ends the connection.
+async fn land(
+    channel: &mut Channel,
+    incoming: &mut Incoming,
+    fresh: impl Fn() -> Incoming,
+    limits: &TransferLimits,
+) -> End {
     let too_slow = |limit: Duration| {
         End::Breach(Refusal::TooSlow {
             limit_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX),
         })
     };
+    let mut waiting_since = Instant::now();
     // Set when the first byte of the lane is here.
     let mut begun: Option<Instant> = None;
-    let waiting_since = Instant::now();
     loop {
-        let (mut reply, mut end, mut ended) = (None, None, false);
+        let (mut reply, mut end, mut ended) = (None, None, 0);
         let received = channel.receive(|frame| {
             match frame {
                 Frame::Data(bytes) => {
@@ -162,26 +162,29 @@ async fn land(channel: &mut Channel, incoming: &mut Incoming, limits: &TransferL
                 }
                 Frame::Abort { code } => end = Some(End::Aborted(AbortReason::from_code(code.into()))),
                 Frame::Ping => {}
-                Frame::End => ended = true,
+                // A sender lets go of its other lanes when one has brought the last acknowledgement. The next lane's first
+                // bytes may be right behind.
+                Frame::End if incoming.done() || incoming.complete() => {
+                    *incoming = fresh();
+                    (reply, begun, waiting_since) = (None, None, Instant::now());
+                    ended += 1;
+                }
+                Frame::End => end = Some(End::Breach(Refusal::Unfinished)),
             }
-            end.is_none() && !ended
+            end.is_none()
         });
         if let Some(end) = end {
             return end;
         }
-        // A sender lets go of its other lanes when one has brought the last acknowledgement.
-        if ended && !incoming.complete() {
-            return End::Breach(Refusal::Unfinished);
-        }
         let now = Instant::now();
         let result = received.and_then(|()| {
+            for _ in 0..ended {
+                channel.end()?;
+            }
             if let Some(reply) = reply {
                 answer(channel, reply)?;
             } else if begun.is_some() && channel.flushed() && now - channel.said >= limits.keep_alive {
                 channel.ping()?;
-            }
-            if ended {
-                channel.end()?;
             }
             channel.try_flush()
         });
@@ -191,9 +194,6 @@ async fn land(channel: &mut Channel, incoming: &mut Incoming, limits: &TransferL
             } else {
                 End::Lost(broken.to_string())
             };
-        }
-        if ended {
-            return End::Done;
         }
         if !channel.flushed() && now - channel.progressed > limits.stall_timeout {
             return too_slow(limits.stall_timeout);
