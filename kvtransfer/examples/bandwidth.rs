@@ -1,7 +1,7 @@
 //! How fast bytes move between two processes of this machine: every transport of the crate against `memcpy`.
 //!
 //! ```text
-//! cargo run --release -p baton-kvtransfer --example bandwidth -- [--quick] [--runs N] [--mib M] [--transfer-kib K]
+//! cargo run --release -p baton-kvtransfer --example bandwidth -- [--quick] [--iperf] [--runs N] [--mib M] [--transfer-kib K]
 //! ```
 //!
 //! The program starts itself a second time as the receiver. One *run* moves the whole sending region, `--mib` MiB,
@@ -11,6 +11,8 @@
 //! KV that was computed a while ago. `memcpy` copies the same pieces in the same order on one thread of one process, and is
 //! measured in turn with the transports, because a shared machine's memory bandwidth drifts. Each number is the median
 //! of `--runs` runs. GB are 10^9 bytes; CPU seconds are those of both processes, all threads, per GB.
+//!
+//! With `--iperf`, `iperf3` (TCP in clear, one stream, for a second) runs in turn with them before each size of pieces.
 //!
 //! Prints a table, and a JSON object a line for each cell.
 
@@ -31,13 +33,19 @@ use tokio::runtime::Runtime;
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 /// The transports, with what makes an agent use each.
-const TRANSPORTS: [(TransportKind, TransportOptions); 2] = [
-    (TransportKind::SharedMemory, TransportOptions { shared_memory: true }),
-    (TransportKind::Quic, TransportOptions { shared_memory: false }),
+const TRANSPORTS: [(TransportKind, TransportOptions); 3] = [
+    (TransportKind::SharedMemory, only(true, false)),
+    (TransportKind::Tcp, only(false, true)),
+    (TransportKind::Quic, only(false, false)),
 ];
+
+const fn only(shared_memory: bool, tcp: bool) -> TransportOptions {
+    TransportOptions { shared_memory, tcp }
+}
 
 struct Options {
     quick: bool,
+    iperf: bool,
     runs: usize,
     bytes: usize,
     transfer: usize,
@@ -47,6 +55,7 @@ fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
     let mut options = Options {
         quick: false,
+        iperf: false,
         runs: 0,
         bytes: 0,
         transfer: 16 << 20,
@@ -62,6 +71,7 @@ fn main() -> Result<()> {
         };
         match argument.as_str() {
             "--quick" => options.quick = true,
+            "--iperf" => options.iperf = true,
             "--runs" => options.runs = number()?,
             "--mib" => options.bytes = number()? << 20,
             "--transfer-kib" => options.transfer = number()? << 10,
@@ -292,6 +302,34 @@ fn medians(samples: &[Sample], bytes: usize) -> (f64, f64) {
     )
 }
 
+/// GB/s of one run of iperf3 on loopback.
+fn iperf() -> Result<f64> {
+    // A port that was free a moment ago.
+    let port = std::net::TcpListener::bind("127.0.0.1:0")?
+        .local_addr()?
+        .port()
+        .to_string();
+    let mut server = Command::new("iperf3")
+        .args(["--server", "--one-off", "--forceflush", "--port", &port])
+        .stdout(Stdio::piped())
+        .spawn()?;
+    // It says that it listens before anything else.
+    let mut lines = BufReader::new(server.stdout.take().ok_or("no output")?).lines();
+    while !lines.next().ok_or("iperf3 does not listen")??.contains("listening") {}
+    let client = Command::new("iperf3")
+        .args(["--client", "127.0.0.1", "--json", "--time", "1", "--port", &port])
+        .output();
+    // It ends with its client, unless that could not be run.
+    let _ = server.kill();
+    let _ = server.wait();
+    let report: serde_json::Value = serde_json::from_slice(&client?.stdout)?;
+    let bits = report.pointer("/end/sum_received/bits_per_second");
+    Ok(bits
+        .and_then(serde_json::Value::as_f64)
+        .ok_or("iperf3 reports no rate")?
+        / 8e9)
+}
+
 fn send(options: &Options) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let authority = Authority::load_or_create(dir.path())?;
@@ -356,6 +394,16 @@ fn send(options: &Options) -> Result<()> {
             .join("   ")
     );
     for &kib in sizes {
+        if options.iperf {
+            let mut rates = (0..options.runs).map(|_| iperf()).collect::<Result<Vec<_>>>()?;
+            rates.sort_by(f64::total_cmp);
+            let rate = rates[rates.len() / 2];
+            println!("{kib:>10}     iperf3 {rate:>13.2}");
+            lines.push(format!(
+                "{{\"transport\":\"iperf3\",\"piece_bytes\":{},\"gigabytes_per_second\":{rate:.3}}}",
+                kib << 10
+            ));
+        }
         for &in_flight in flights {
             let piece = (kib << 10).min(options.transfer);
             let mut samples = vec![Vec::new(); 1 + TRANSPORTS.len()];

@@ -5,9 +5,9 @@ use crate::export::Exports;
 use crate::hello::Hello;
 use crate::inbox::Inbox;
 use crate::limits::{CONTROL_BYTES_MAX, NAME_BYTES_MAX, PAYLOAD_BYTES_MAX};
+use crate::network::Network;
 use crate::push::{Outgoing, Push};
 use crate::push_state::PushLimits;
-use crate::quic::QuicTransport;
 use crate::ranges::RangeSet;
 use crate::shared_memory::SharedMemory;
 use crate::stats::Counters;
@@ -30,7 +30,7 @@ use tokio::runtime::Handle;
 pub struct AgentConfig<'a> {
     /// Name for logs and refusals, 1 to [`NAME_BYTES_MAX`] bytes; usually the worker id.
     pub name: String,
-    /// UDP address to listen on; port 0 takes a free one, see [`Agent::local_addr`].
+    /// UDP and TCP address to listen on; port 0 takes a free one, see [`Agent::local_addr`].
     pub bind: SocketAddr,
     /// A worker identity of the cluster.
     pub identity: &'a Identity,
@@ -113,17 +113,18 @@ impl Agent {
             name: config.name,
             host: shared_memory.as_ref().map(|shared| shared.host()),
             offer: None,
+            tcp: config.transports.tcp,
         };
         let empty = Region::new(ALIGN)?.into();
-        let quic = QuicTransport::bind(
+        let network = Network::bind(
             config.bind,
             config.identity,
-            hello.clone(),
-            table.clone(),
-            limits.clone(),
-            shared_memory.clone(),
+            &hello,
+            &table,
+            &limits,
+            shared_memory.as_ref(),
         )?;
-        let transport = Best::new(quic, shared_memory, runtime.clone());
+        let transport = Best::new(network, shared_memory, runtime.clone());
         let exports = Arc::<Exports>::default();
         runtime.spawn(exports.clone().run());
         let inner = Arc::new(Inner {
@@ -154,7 +155,7 @@ impl Agent {
         &self.inner
     }
 
-    /// The UDP address that peers push to.
+    /// The address, UDP and TCP, that peers push to.
     pub fn local_addr(&self) -> SocketAddr {
         self.inner.transport.local_addr()
     }

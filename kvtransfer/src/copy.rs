@@ -77,7 +77,7 @@ mod arch {
     }
 
     /// Non-temporal stores, two cache lines a turn, reading a KiB ahead: measured fastest of the widths and distances
-    /// tried (docs/kv-transfer.md, "Tried"). Prefetching never faults, so running past the end is harmless.
+    /// tried (docs/kv-transfer.md, "Shared memory"). Prefetching never faults, so running past the end is harmless.
     pub(super) unsafe fn streaming(target: *mut u8, source: *const u8, len: usize) {
         debug_assert!(len > 0 && len.is_multiple_of(STRIDE_BYTES) && (target as usize).is_multiple_of(VECTOR_BYTES));
         // SAFETY: reads and writes `len` bytes as the caller allows, in steps that divide it; the caller has checked

@@ -46,7 +46,7 @@ pub enum SetupError {
         max: usize,
     },
     /// The address cannot be bound.
-    #[error("cannot listen for KV transfers on udp {addr}: {source}; choose another transfer address")]
+    #[error("cannot listen for KV transfers on {addr}: {source}; choose another transfer address")]
     Bind {
         /// The address.
         addr: SocketAddr,

@@ -25,6 +25,8 @@ pub(crate) const TAIL_BYTES_MAX: usize = 2 + ITEMS_BYTES_MAX;
 const ITEM_HOST: u8 = 1;
 /// Item: an offer of shared memory.
 const ITEM_OFFER: u8 = 2;
+/// Item, without a body: the agent listens on TCP, too, on the same port.
+const ITEM_TCP: u8 = 3;
 
 /// Names a host as long as it runs: equal on both sides if they run on one kernel.
 pub(crate) type HostId = [u8; 16];
@@ -63,6 +65,8 @@ pub(crate) struct Hello {
     pub(crate) host: Option<HostId>,
     /// Set in an answer to an agent on the same host.
     pub(crate) offer: Option<Offer>,
+    /// Whether the agent takes pushes over TCP on the port of its UDP socket.
+    pub(crate) tcp: bool,
 }
 
 impl Hello {
@@ -75,6 +79,9 @@ impl Hello {
             let parts: [&[u8]; 4] = [&offer.socket, &offer.ticket, &offer.asker_secret, &offer.owner_secret];
             put_item(&mut items, ITEM_OFFER, &parts);
         }
+        if self.tcp {
+            put_item(&mut items, ITEM_TCP, &[]);
+        }
         let mut out = BytesMut::with_capacity(HELLO_HEADER_BYTES + self.name.len() + 2 + items.len());
         out.put_slice(&MAGIC);
         out.put_u32_le(self.version);
@@ -86,6 +93,36 @@ impl Hello {
         out.put_u16_le(items.len() as u16);
         out.put_slice(&items);
         out
+    }
+
+    /// Takes a hello off a stream on which other bytes follow it: `None` until it is whole, else the hello and its length.
+    ///
+    /// # Errors
+    /// What comes is no hello.
+    pub(crate) fn take(bytes: &[u8]) -> Result<Option<(Self, usize)>, String> {
+        let Some((header, rest)) = bytes.split_first_chunk::<HELLO_HEADER_BYTES>() else {
+            return Ok(None);
+        };
+        let Some((name, tail)) = rest.split_at_checked(Self::name_bytes(header)?) else {
+            return Ok(None);
+        };
+        let Some((len, items)) = tail.split_first_chunk::<2>() else {
+            return Ok(None);
+        };
+        let len = usize::from(u16::from_le_bytes(*len));
+        if len > ITEMS_BYTES_MAX {
+            return Err(format!(
+                "its hello has {len} bytes of items, {ITEMS_BYTES_MAX} at most are taken"
+            ));
+        }
+        if items.len() < len {
+            return Ok(None);
+        }
+        let tail = &tail[..2 + len];
+        Ok(Some((
+            Self::decode(header, name, tail),
+            HELLO_HEADER_BYTES + name.len() + tail.len(),
+        )))
     }
 
     /// Bytes of the name that follow this header, if it is one.
@@ -107,13 +144,14 @@ impl Hello {
     pub(crate) fn decode(header: &[u8; HELLO_HEADER_BYTES], name: &[u8], tail: &[u8]) -> Self {
         let [_, _, _, _, v0, v1, v2, v3, rest @ ..] = *header;
         let [digest @ .., _] = rest;
-        let (mut host, mut offer) = (None, None);
+        let (mut host, mut offer, mut tcp) = (None, None, false);
         let mut items = take_sized(tail).map_or(&[][..], |(items, _)| items);
         while let Some((&tag, rest)) = items.split_first() {
             let Some((body, rest)) = take_sized(rest) else { break };
             match tag {
                 ITEM_HOST => host = body.try_into().ok(),
                 ITEM_OFFER => offer = Offer::decode(body),
+                ITEM_TCP => tcp = true,
                 _ => {}
             }
             items = rest;
@@ -121,6 +159,7 @@ impl Hello {
         Self {
             host,
             offer,
+            tcp,
             version: u32::from_le_bytes([v0, v1, v2, v3]),
             digest,
             name: String::from_utf8_lossy(name)
@@ -200,6 +239,7 @@ mod tests {
             name: name.into(),
             host: None,
             offer: None,
+            tcp: false,
         }
     }
 
@@ -209,11 +249,12 @@ mod tests {
             version in any::<u32>(), digest in any::<[u8; 32]>(), name in "[a-z0-9-]{1,64}",
             host in any::<Option<[u8; 16]>>(),
             offer in any::<Option<([u8; 16], [u8; 16], [u8; 32], [u8; 32])>>(),
+            tcp in any::<bool>(),
             unknown in prop::collection::vec(any::<u8>(), 0..50),
         ) {
             let offer = offer.map(|(socket, ticket, asker_secret, owner_secret)|
                 Offer { socket, ticket, asker_secret, owner_secret });
-            let sent = Hello { version, digest, name, host, offer };
+            let sent = Hello { version, digest, name, host, offer, tcp };
             let wire = sent.encode();
             let (header, rest) = wire.split_at(HELLO_HEADER_BYTES);
             let header: [u8; HELLO_HEADER_BYTES] = header.try_into().unwrap();
@@ -222,7 +263,7 @@ mod tests {
             prop_assert!(tail.len() <= TAIL_BYTES_MAX);
             prop_assert_eq!(&Hello::decode(&header, name, tail), &sent);
             // An agent that knows nothing of items ends here.
-            let plain = Hello { host: None, offer: None, ..sent.clone() };
+            let plain = Hello { host: None, offer: None, tcp: false, ..sent.clone() };
             prop_assert_eq!(Hello::decode(&header, name, &[]), plain);
             // And one that knows more has items of its own.
             let mut items = BytesMut::new();
@@ -231,7 +272,13 @@ mod tests {
             let mut longer = BytesMut::new();
             longer.put_u16_le(items.len() as u16);
             longer.put_slice(&items);
-            prop_assert_eq!(Hello::decode(&header, name, &longer), sent);
+            prop_assert_eq!(&Hello::decode(&header, name, &longer), &sent);
+            // On a stream: nothing before it is whole, and nothing of what follows.
+            for part in 0..wire.len() {
+                prop_assert_eq!(Hello::take(&wire[..part]), Ok(None));
+            }
+            let followed = [&wire[..], &unknown].concat();
+            prop_assert_eq!(Hello::take(&followed), Ok(Some((sent, wire.len()))));
         }
 
         #[test]
@@ -246,6 +293,8 @@ mod tests {
             all[32..].copy_from_slice(&tail);
             let _ = Hello::name_bytes(&all);
             let _ = Hello::decode(&all, &name, &items);
+            let _ = Hello::take(&items);
+            let _ = Hello::take(&[&all[..], &name, &items].concat());
         }
     }
 

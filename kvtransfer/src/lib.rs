@@ -76,7 +76,7 @@
 //! `busy` (sending), `lease` (lending). Handles and locks: `window`, `window_table`, `push`, `transfer`, `export`, `hold`,
 //! `inbox`, `agent`, `verbs`. Memory: `memory`, `copy` and `shared_memory/mapping` (the
 //! files with `unsafe`, beside calls into a C library in `nixl`), and `storage`. Transports: `transport` (the seam and
-//! the choice), `quic`, `shared_memory`. Tests of the cores together: `pair`, `sim`.
+//! the choice), `shared_memory`, `network` with `quic` and `tcp`. Tests of the cores together: `pair`, `sim`.
 #![deny(missing_docs, unsafe_code)]
 
 mod agent;
@@ -97,6 +97,7 @@ pub mod limits;
 #[allow(unsafe_code)]
 mod memory;
 mod metadata;
+mod network;
 #[allow(unsafe_code)]
 mod nixl;
 #[cfg(test)]
@@ -115,6 +116,7 @@ mod shared_memory;
 mod sim;
 mod stats;
 mod storage;
+mod tcp;
 mod transfer;
 mod transport;
 mod verbs;

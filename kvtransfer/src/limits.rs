@@ -81,7 +81,8 @@ pub struct TransferLimits {
     pub lane_backoff: Duration,
     /// How long a window whose last lane broke waits for another one. All retries of a sender that lives fall within.
     pub lane_grace: Duration,
-    /// Connections that peers hold to this agent, plus those being established.
+    /// Connections that peers hold to this agent, plus those being established, and connections that this agent has
+    /// dialled; of QUIC and of TCP so many each.
     pub connections_max: usize,
     /// From the first packet to the end of the handshake, and until a push names its window. A cluster's network
     /// needs milliseconds; the rest is for a starved CPU.

@@ -1,4 +1,4 @@
-//! In place of shared memory on systems that have no sealed memory files: never available, so QUIC carries everything.
+//! In place of shared memory on systems that have no sealed memory files: never available, so the network carries everything.
 
 use crate::hello::{Hello, HostId, Offer};
 use crate::push::Outgoing;

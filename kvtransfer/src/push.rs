@@ -314,6 +314,19 @@ impl LaneReplies {
         self.broke_at(error, Instant::now())
     }
 
+    /// [`LaneReplies::broke`], and what the receiver is to be told of it.
+    pub(crate) fn give_up(&self, error: PushError) -> (Option<Duration>, AbortReason) {
+        let (lane_only, reason) = (error.lane_only(), error.abort_reason());
+        let wait = self.broke(error);
+        let reason = match self.push.result() {
+            _ if !lane_only => reason,
+            // This lane was the last hope.
+            Some(Err(error)) => error.abort_reason(),
+            _ => AbortReason::LaneReplaced,
+        };
+        (wait, reason)
+    }
+
     /// [`LaneReplies::broke`] at a given time.
     pub(crate) fn broke_at(&self, error: PushError, now: Instant) -> Option<Duration> {
         let push = &self.push;

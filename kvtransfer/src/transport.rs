@@ -1,8 +1,9 @@
 //! The seam between pushes and what carries them, and the choice.
 //!
 //! A QUIC connection to the peer comes first, always: it authenticates both sides and finds out whether they can work
-//! together. If they then find that they can share memory, that carries every push whose region can be shared; QUIC
-//! itself carries the rest. RDMA through NIXL fits behind the same verbs.
+//! together. If they then find that they can share memory, that carries every push whose region can be shared. What is
+//! left goes over TCP if the peer takes that and it connects, else over QUIC itself; see [`crate::network`]. Control
+//! messages stay on QUIC, where they cost no connection. RDMA through NIXL fits behind the same verbs.
 //!
 //! A transport is made with the agent's window table, into which it lands what arrives, and promises:
 //!
@@ -12,8 +13,8 @@
 //!   over its region is not written.
 
 use crate::PushError;
+use crate::network::Network;
 use crate::push::Outgoing;
-use crate::quic::QuicTransport;
 use crate::shared_memory::{Carried, SharedMemory};
 use crate::wire::CONTROL_WINDOW;
 use std::net::SocketAddr;
@@ -26,11 +27,16 @@ use tokio::runtime::Handle;
 pub struct TransportOptions {
     /// Share memory with agents on the same host that do, too. Linux only; elsewhere this changes nothing.
     pub shared_memory: bool,
+    /// Push over TCP to agents that do, too, and take such pushes, on the port number of the UDP socket.
+    pub tcp: bool,
 }
 
 impl Default for TransportOptions {
     fn default() -> Self {
-        Self { shared_memory: true }
+        Self {
+            shared_memory: true,
+            tcp: true,
+        }
     }
 }
 
@@ -39,6 +45,8 @@ impl Default for TransportOptions {
 pub enum TransportKind {
     /// QUIC over UDP, encrypted.
     Quic,
+    /// TLS over TCP.
+    Tcp,
     /// The receiver copied out of the sender's memory.
     SharedMemory,
 }
@@ -47,6 +55,7 @@ impl std::fmt::Display for TransportKind {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Quic => "quic",
+            Self::Tcp => "tcp",
             Self::SharedMemory => "shared_memory",
         })
     }
@@ -67,15 +76,15 @@ pub(crate) trait Transport: Send + Sync + 'static {
 
 /// Carries each push over the best transport that both sides have.
 pub(crate) struct Best {
-    quic: Arc<QuicTransport>,
+    network: Arc<Network>,
     shared_memory: Option<Arc<SharedMemory>>,
     runtime: Handle,
 }
 
 impl Best {
-    pub(crate) fn new(quic: QuicTransport, shared_memory: Option<Arc<SharedMemory>>, runtime: Handle) -> Self {
+    pub(crate) fn new(network: Network, shared_memory: Option<Arc<SharedMemory>>, runtime: Handle) -> Self {
         Self {
-            quic: Arc::new(quic),
+            network: Arc::new(network),
             shared_memory,
             runtime,
         }
@@ -93,41 +102,44 @@ impl Drop for Settle {
 
 impl Transport for Best {
     fn local_addr(&self) -> SocketAddr {
-        self.quic.local_addr()
+        self.network.local_addr()
     }
 
     fn carry(&self, peer: SocketAddr, push: Arc<Outgoing>) {
         // Made before the future is first polled, so that a push handed to a stopped runtime fails instead of hanging.
         let settle = Settle(push);
-        let quic = self.quic.clone();
+        let network = self.network.clone();
         self.runtime.spawn(async move {
             let push = &settle.0;
             let session = tokio::select! {
                 biased;
                 _ = push.settled() => return,
-                session = quic.session(peer) => session,
+                session = network.session(peer) => session,
             };
             let session = match session {
                 Ok(session) => session,
                 Err(error) => return push.fail(error),
             };
-            // A message carries no bytes that could be shared.
-            if push.window() != CONTROL_WINDOW
-                && let Some(link) = session.shared_memory()
-            {
+            // A message carries no bytes that would be worth another connection.
+            if push.window() == CONTROL_WINDOW {
+                return network.carry(peer, push, None).await;
+            }
+            if let Some(link) = session.shared_memory() {
                 match link.carry(push).await {
                     Carried::Over => return,
                     Carried::NotShared => {}
                     // What it carried goes on over QUIC, which also finds out whether the peer lives.
-                    Carried::Broke(wait) => tokio::select! {
-                        biased;
-                        _ = push.settled() => return,
-                        () = tokio::time::sleep(wait) => {}
-                    },
+                    Carried::Broke(wait) => {
+                        tokio::select! {
+                            biased;
+                            _ = push.settled() => return,
+                            () = tokio::time::sleep(wait) => {}
+                        }
+                        return network.carry(peer, push, None).await;
+                    }
                 }
             }
-            drop(session);
-            quic.carry(peer, push).await;
+            network.carry(peer, push, Some(&session)).await;
         });
     }
 
@@ -135,6 +147,6 @@ impl Transport for Best {
         if let Some(shared_memory) = &self.shared_memory {
             shared_memory.close();
         }
-        Box::pin(self.quic.close())
+        Box::pin(self.network.close())
     }
 }

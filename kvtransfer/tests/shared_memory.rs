@@ -81,15 +81,12 @@ async fn reused_blocks_never_reach_a_completed_window() {
 async fn either_side_can_decline() {
     let cluster = Cluster::new();
     for (sender, receiver) in [(true, true), (false, true), (true, false)] {
-        let (from, to) = (
-            cluster.agent_over("prefill-0", TransportOptions { shared_memory: sender }),
-            cluster.agent_over(
-                "decode-0",
-                TransportOptions {
-                    shared_memory: receiver,
-                },
-            ),
-        );
+        let over = |shared_memory| TransportOptions {
+            shared_memory,
+            tcp: false,
+        };
+        let from = cluster.agent_over("prefill-0", over(sender));
+        let to = cluster.agent_over("decode-0", over(receiver));
         let (source, target) = (filled(LEN, 9), Region::new(LEN).unwrap());
         let window = to.open_window(&target, vec![0..LEN]).unwrap();
         let push = from.push(to.local_addr(), window.id(), source.clone());

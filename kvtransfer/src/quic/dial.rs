@@ -1,7 +1,10 @@
-//! Connections to peers: one each, made when first needed, shared by all pushes to that peer.
+//! Connections to peers: a few each, made when first needed, shared by all pushes to that peer.
 //!
-//! Concurrent pushes share one attempt and its outcome, so a dead peer costs each of them one timeout, not a queue of
-//! them. A failed or lost connection is replaced by the next push; nothing is retried behind the caller's back.
+//! quinn drives a connection (sealing, opening, acknowledging) in one task, so one connection is one core at most. A lane
+//! goes to the connection to its peer that carries the fewest; only when all are busy another one is made, so that a
+//! quiet pair keeps one. Concurrent pushes share an attempt and its outcome, so a dead peer costs each of them one
+//! timeout, not a queue of them. A failed or lost connection is replaced by the next push; nothing is retried behind
+//! the caller's back. The first connection is the one that shared memory and TCP are agreed on over.
 
 use super::{CLOSE_INCOMPATIBLE, connect_error, lost_error};
 use crate::hello::{HELLO_HEADER_BYTES, Hello, TAIL_BYTES_MAX};
@@ -15,7 +18,16 @@ use quinn::{ClientConfig, Connection, Endpoint, ReadExactError, ReadToEndError, 
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
+
+/// Most connections to one peer. Four cores' worth of QUIC is more than a 25 Gbit/s network takes; every one costs its
+/// flow windows and keep-alives on both sides.
+const CONNECTIONS_PER_PEER: usize = 4;
+
+/// How long nobody tries TCP to a peer after that has failed. A path that lets only UDP pass stays like that, and finding it
+/// out costs one push up to the time a handshake may take.
+const TCP_AGAIN: Duration = Duration::from_secs(15);
 
 /// A connection being made, or the outcome.
 type Attempt = Shared<BoxFuture<'static, Result<Arc<Session>, PushError>>>;
@@ -24,6 +36,17 @@ type Attempt = Shared<BoxFuture<'static, Result<Arc<Session>, PushError>>>;
 pub(crate) struct Session {
     pub(super) connection: Connection,
     shared_memory: Option<Arc<Link>>,
+    tcp: Mutex<Tcp>,
+}
+
+/// What is known of TCP to the peer.
+enum Tcp {
+    /// It does not listen.
+    Absent,
+    /// It listens.
+    Open,
+    /// It listens, but could not be reached at that time.
+    Failed(Instant),
 }
 
 impl Session {
@@ -32,11 +55,45 @@ impl Session {
         self.shared_memory.as_ref()
     }
 
+    /// Whether TCP to the peer is worth a try.
+    pub(crate) fn try_tcp(&self) -> bool {
+        match *lock(&self.tcp) {
+            Tcp::Absent => false,
+            Tcp::Open => true,
+            Tcp::Failed(at) => at.elapsed() > TCP_AGAIN,
+        }
+    }
+
+    /// The peer could not be reached over TCP: for a while nobody tries.
+    pub(crate) fn tcp_failed(&self) {
+        *lock(&self.tcp) = Tcp::Failed(Instant::now());
+    }
+
+    /// Resolves once the connection has ended, with what that means to pushes.
+    pub(crate) async fn lost(&self) -> PushError {
+        lost_error(self.connection.remote_address(), &self.connection.closed().await)
+    }
+
     /// A link whose peer is gone tells sooner than the connection does.
     fn usable(&self) -> bool {
         let linked = self.shared_memory.as_ref().is_none_or(|link| link.alive());
         linked && self.connection.close_reason().is_none()
     }
+}
+
+/// A place for a connection to a peer.
+struct Slot {
+    attempt: Attempt,
+    /// The one that other transports are asked for through.
+    first: bool,
+    /// One reference is held here and one by each lane on the connection.
+    load: Arc<()>,
+}
+
+/// A connection, and the lane's share in its load: to be kept as long as the lane is on it.
+pub(super) struct Lease {
+    pub(super) session: Arc<Session>,
+    _load: Arc<()>,
 }
 
 /// The connections this agent has dialled.
@@ -47,7 +104,7 @@ pub(super) struct Pool {
     limits: Arc<TransferLimits>,
     shared_memory: Option<Arc<SharedMemory>>,
     runtime: Handle,
-    attempts: Mutex<HashMap<SocketAddr, Attempt>>,
+    slots: Mutex<HashMap<SocketAddr, Vec<Slot>>>,
 }
 
 impl Pool {
@@ -66,7 +123,7 @@ impl Pool {
             limits,
             shared_memory,
             runtime,
-            attempts: Mutex::default(),
+            slots: Mutex::default(),
         }
     }
 
@@ -74,45 +131,82 @@ impl Pool {
         &self.limits
     }
 
-    /// The connection to `peer`, made if there is none.
+    /// The first connection to `peer`, made if there is none.
     pub(super) async fn session(&self, peer: SocketAddr) -> Result<Arc<Session>, PushError> {
-        self.attempt(peer)?.await
+        let (attempt, _) = self.attempt(peer, |here| here.iter().find(|slot| slot.first))?;
+        attempt.await
+    }
+
+    /// A connection to `peer` for one lane, made if there is none to spare.
+    pub(super) async fn lease(&self, peer: SocketAddr) -> Result<Lease, PushError> {
+        let (attempt, load) = self.attempt(peer, |here| {
+            let load = |slot: &&Slot| Arc::strong_count(&slot.load);
+            here.iter()
+                .min_by_key(load)
+                .filter(|slot| load(slot) == 1 || here.len() >= CONNECTIONS_PER_PEER)
+        })?;
+        Ok(Lease {
+            session: attempt.await?,
+            _load: load,
+        })
     }
 
     /// Forgets all connections.
     pub(super) fn clear(&self) {
-        lock(&self.attempts).clear();
+        lock(&self.slots).clear();
     }
 
-    fn attempt(&self, peer: SocketAddr) -> Result<Attempt, PushError> {
-        let mut attempts = lock(&self.attempts);
-        if let Some(attempt) = attempts.get(&peer).filter(|attempt| usable(attempt)) {
-            return Ok(attempt.clone());
+    /// The place that `choose` takes of those to `peer`, or a new one, or any if there may be no new one.
+    fn attempt(
+        &self,
+        peer: SocketAddr,
+        choose: impl FnOnce(&[Slot]) -> Option<&Slot>,
+    ) -> Result<(Attempt, Arc<()>), PushError> {
+        let max = self.limits.connections_max;
+        let mut slots = lock(&self.slots);
+        slots.retain(|_, here| {
+            here.retain(|slot| usable(&slot.attempt));
+            !here.is_empty()
+        });
+        let held: usize = slots.values().map(Vec::len).sum();
+        let here = slots.entry(peer).or_default();
+        let any = here.first().filter(|_| held >= max);
+        if let Some(slot) = choose(here).or(any) {
+            return Ok((slot.attempt.clone(), slot.load.clone()));
         }
-        attempts.retain(|_, attempt| usable(attempt));
-        if attempts.len() >= self.limits.connections_max {
-            return Err(PushError::Unreachable {
-                peer,
-                detail: format!(
-                    "this agent holds {} connections, the most it may",
-                    self.limits.connections_max
-                ),
-            });
+        if held >= max {
+            let detail = format!("this agent holds {max} connections, the most it may");
+            return Err(PushError::Unreachable { peer, detail });
+        }
+        let slot = self.dial(peer, !here.iter().any(|slot| slot.first));
+        let found = (slot.attempt.clone(), slot.load.clone());
+        here.push(slot);
+        Ok(found)
+    }
+
+    fn dial(&self, peer: SocketAddr, first: bool) -> Slot {
+        let mut hello = self.hello.clone();
+        if !first {
+            // One link per peer is enough: this asks for no other.
+            Arc::make_mut(&mut hello).host = None;
         }
         let attempt = dial(
             self.endpoint.clone(),
             self.client.clone(),
             peer,
-            self.hello.clone(),
+            hello,
             self.limits.clone(),
-            self.shared_memory.clone(),
+            self.shared_memory.clone().filter(|_| first),
         )
         .boxed()
         .shared();
         // Driven on its own, so that it goes on when the push that asked first is dropped.
         self.runtime.spawn(attempt.clone());
-        attempts.insert(peer, attempt.clone());
-        Ok(attempt)
+        Slot {
+            attempt,
+            first,
+            load: Arc::default(),
+        }
     }
 }
 
@@ -162,6 +256,7 @@ async fn dial(
         Ok(Arc::new(Session {
             connection,
             shared_memory: link,
+            tcp: Mutex::new(if theirs.tcp { Tcp::Open } else { Tcp::Absent }),
         }))
     };
     match tokio::time::timeout(limits.handshake_timeout, attempt).await {

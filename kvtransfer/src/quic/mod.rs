@@ -1,4 +1,4 @@
-//! The QUIC transport: one UDP socket, one connection per peer and direction, one stream per push.
+//! The QUIC transport: one UDP socket, a few connections per peer and direction, one stream per push.
 //!
 //! Mutual TLS with role-bound certificates decides who may talk; the hello on the first stream decides whether talking
 //! makes sense. Keep-alives and the idle timeout find a dead peer. A stream's two directions are independent, so a
@@ -10,12 +10,13 @@ mod receive;
 mod send;
 
 use crate::hello::Hello;
-use crate::push::Outgoing;
+use crate::push::{Lane, Outgoing};
 use crate::shared_memory::SharedMemory;
 use crate::window_table::WindowTable;
 use crate::{PushError, SetupError, TransferLimits};
 use baton_identity::Identity;
-use dial::{Pool, Session};
+use dial::Pool;
+pub(crate) use dial::Session;
 use quinn::{ConnectionError, Endpoint, VarInt};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -84,9 +85,10 @@ impl QuicTransport {
         self.pool.session(peer).await
     }
 
-    /// Carries `push` to its end.
-    pub(crate) async fn carry(&self, peer: SocketAddr, push: &Arc<Outgoing>) {
-        send::carry(&self.pool, peer, push).await;
+    /// Carries what `lane` takes of `push`, until that is settled or the lane breaks: how long to wait for another one, if
+    /// there is to be one.
+    pub(crate) async fn carry(&self, peer: SocketAddr, push: &Arc<Outgoing>, lane: &mut Lane) -> Option<Duration> {
+        send::carry(&self.pool, peer, push, lane).await
     }
 
     /// Closes everything at once. The future resolves when the peers have been told, or after a bounded time.

@@ -1,15 +1,13 @@
-//! Carries one push: a task that turns what compute queues into the bytes of one or more lanes, each a stream, and the
-//! receiver's replies into the push's outcome. A lane that breaks is opened again as the push's session says.
+//! Carries one lane of a push: turns what compute queues into the bytes of a stream, and the receiver's replies into the
+//! push's outcome.
 
-use super::dial::Pool;
+use super::dial::{Lease, Pool};
 use super::{STOP_REFUSED, lost_error};
-use crate::limits::LANES_MAX;
 use crate::push::{Lane, LaneReplies, Next, Outgoing};
 use crate::transport::TransportKind;
-use crate::wire::{Integrity, Reply, ReplyDecoder};
-use crate::{AbortReason, PushError, TransferLimits};
+use crate::wire::{Reply, ReplyDecoder};
+use crate::{PushError, TransferLimits};
 use bytes::Bytes;
-use futures_util::future::join_all;
 use quinn::{ReadError, RecvStream, SendStream, VarInt, WriteError};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -22,39 +20,9 @@ const REASON_TIMEOUT: Duration = Duration::from_secs(1);
 /// Most bytes taken from the reply stream at once; replies are a few bytes each.
 const REPLY_CHUNK_BYTES: usize = 4096;
 
-/// Carries a push to its end, on as many lanes as it fills.
-pub(super) async fn carry(pool: &Pool, peer: SocketAddr, push: &Arc<Outgoing>) {
-    push.carried_by(TransportKind::Quic);
-    // TLS authenticates every packet.
-    let integrity = Integrity::of(true);
-    let slots = 0..pool.limits().lanes_per_push.clamp(1, LANES_MAX);
-    join_all(slots.map(|slot| carry_slot(pool, peer, push, slot, integrity))).await;
-}
-
-/// Carries what one slot's lanes take, until the push is settled or the slot is used up.
-async fn carry_slot(pool: &Pool, peer: SocketAddr, push: &Arc<Outgoing>, slot: u16, integrity: Integrity) {
-    if slot > 0 {
-        // Most pushes are too small to gain from it.
-        tokio::select! {
-            biased;
-            _ = push.settled() => return,
-            () = push.crowded(slot) => {}
-        }
-    }
-    while let Some(mut lane) = push.lane(slot, integrity) {
-        let wait = carry_lane(pool, peer, push, &mut lane).await;
-        let Some(wait) = wait else { return };
-        tracing::debug!(%peer, slot, ?wait, "a lane of a kv push broke; it is opened again");
-        tokio::select! {
-            biased;
-            _ = push.settled() => return,
-            () = sleep(wait) => {}
-        }
-    }
-}
-
 /// Carries one lane to its end; how long to wait for the next one, if there is to be one.
-async fn carry_lane(pool: &Pool, peer: SocketAddr, push: &Arc<Outgoing>, lane: &mut Lane) -> Option<Duration> {
+pub(super) async fn carry(pool: &Pool, peer: SocketAddr, push: &Arc<Outgoing>, lane: &mut Lane) -> Option<Duration> {
+    push.carried_by(TransportKind::Quic);
     let opened = tokio::select! {
         biased;
         _ = push.settled() => return None,
@@ -65,8 +33,9 @@ async fn carry_lane(pool: &Pool, peer: SocketAddr, push: &Arc<Outgoing>, lane: &
             detail: "no connection within the grace of a broken lane".into(),
         }),
     };
-    let (mut send, mut recv) = match opened {
-        Ok(streams) => streams,
+    // The lease lives as long as the lane is on the connection.
+    let (_lease, mut send, mut recv) = match opened {
+        Ok(opened) => opened,
         Err(error) => return lane.broke(error),
     };
     let outcome = tokio::select! {
@@ -75,29 +44,20 @@ async fn carry_lane(pool: &Pool, peer: SocketAddr, push: &Arc<Outgoing>, lane: &
         result = exchange(&mut send, &mut recv, peer, push, lane, pool.limits()) => result,
     };
     let Err(error) = outcome else { return None };
-    let reason = if error.lane_only() {
-        AbortReason::LaneReplaced
-    } else {
-        error.abort_reason()
-    };
-    let wait = lane.broke(error);
-    let reason = match push.result() {
-        // This lane was the last hope.
-        Some(Err(error)) if reason == AbortReason::LaneReplaced => error.abort_reason(),
-        _ => reason,
-    };
+    let (wait, reason) = lane.replies().give_up(error);
     // A reset overtakes the bytes still queued. It fails only on a stream that is over anyway.
     let _ = send.reset(VarInt::from_u32(reason.code()));
     let _ = recv.stop(STOP_REFUSED);
     wait
 }
 
-async fn open(pool: &Pool, peer: SocketAddr) -> Result<(SendStream, RecvStream), PushError> {
-    let session = pool.session(peer).await?;
+async fn open(pool: &Pool, peer: SocketAddr) -> Result<(Lease, SendStream, RecvStream), PushError> {
+    let lease = pool.lease(peer).await?;
     let limit = pool.limits().stall_timeout;
     // Waits while the peer's limit of concurrent pushes is reached.
-    match timeout(limit, session.connection.open_bi()).await {
-        Ok(streams) => streams.map_err(|error| lost_error(peer, &error)),
+    match timeout(limit, lease.session.connection.open_bi()).await {
+        Ok(Ok((send, recv))) => Ok((lease, send, recv)),
+        Ok(Err(error)) => Err(lost_error(peer, &error)),
         Err(_) => Err(PushError::Stalled { limit }),
     }
 }

@@ -67,7 +67,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
-/// Longest the making of a link may take. It is a matter of microseconds on one host; then QUIC carries the pushes.
+/// Longest the making of a link may take. It is a matter of microseconds on one host; then the network carries the pushes.
 const JOIN_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// First bytes on a link.
@@ -160,7 +160,7 @@ impl SharedMemory {
                 Some(link)
             }
             Err(error) => {
-                tracing::info!(%peer, %error, "no shared memory with this peer; its pushes go over QUIC");
+                tracing::info!(%peer, %error, "no shared memory with this peer; its pushes go over the network");
                 None
             }
         }

@@ -6,6 +6,7 @@ use super::frames::{Body, FrameDecoder, Open, put_abort, put_finish, put_forget,
 use super::receive::REGIONS_MAX;
 use super::socket::{READ_BYTES, Socket};
 use super::stopped;
+use crate::PushError;
 use crate::memory::Region;
 use crate::push::{self, Outgoing};
 use crate::ranges::Descriptor;
@@ -13,7 +14,6 @@ use crate::storage::Memory;
 use crate::transport::TransportKind;
 use crate::window_table::lock;
 use crate::wire::{Integrity, Reply};
-use crate::{AbortReason, PushError};
 use bytes::BytesMut;
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -138,17 +138,7 @@ impl Link {
             error = self.drive(&lane.0) => Err(error),
         };
         let Err(error) = outcome else { return Carried::Over };
-        let reason = if error.lane_only() {
-            AbortReason::LaneReplaced
-        } else {
-            error.abort_reason()
-        };
-        let wait = replies.broke(error);
-        let reason = match push.result() {
-            // This lane was the last hope.
-            Some(Err(error)) if reason == AbortReason::LaneReplaced => error.abort_reason(),
-            _ => reason,
-        };
+        let (wait, reason) = replies.give_up(error);
         // A link that is over has told the peer by its end.
         if self.alive() {
             let mut out = BytesMut::new();

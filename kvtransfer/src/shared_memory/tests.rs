@@ -52,6 +52,7 @@ impl Owner {
             name: "peer".into(),
             host: Some(self.shared.host()),
             offer: None,
+            tcp: false,
         };
         self.shared.offer(&peer, "peer").unwrap()
     }
@@ -209,6 +210,7 @@ async fn only_the_holder_of_a_ticket_is_let_in_and_once() {
         name: "peer".into(),
         host: Some([1; 16]),
         offer: None,
+        tcp: false,
     };
     assert!(owner.shared.offer(&elsewhere, "peer").is_none());
 }

@@ -1,5 +1,5 @@
-//! Two agents on loopback, for the integration tests. Every file of tests is run over QUIC by itself and over shared
-//! memory as a part of `shared_memory.rs`.
+//! Two agents on loopback, for the integration tests. Most files of tests are run over QUIC by themselves, over
+//! TCP as a part of `tcp.rs` and over shared memory as a part of `shared_memory.rs`.
 
 #![allow(dead_code)] // each test file uses its part
 
@@ -14,6 +14,7 @@ pub const HANG: Duration = Duration::from_secs(60);
 /// What the agents of this test binary carry pushes with.
 pub const TRANSPORT: TransportKind = match env!("CARGO_CRATE_NAME").as_bytes() {
     b"shared_memory" => TransportKind::SharedMemory,
+    b"tcp" | b"tcp_connections" => TransportKind::Tcp,
     _ => TransportKind::Quic,
 };
 
@@ -21,6 +22,7 @@ pub const TRANSPORT: TransportKind = match env!("CARGO_CRATE_NAME").as_bytes() {
 pub fn transports() -> TransportOptions {
     TransportOptions {
         shared_memory: TRANSPORT == TransportKind::SharedMemory,
+        tcp: TRANSPORT == TransportKind::Tcp,
     }
 }
 

@@ -2,18 +2,19 @@
 
 use crate::{Identity, IdentityError, Role, role_of};
 use rustls::client::danger::HandshakeSignatureValid;
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, RootCertStore, SignatureScheme};
+use rustls::{CertificateError, CipherSuite, DigitallySignedStruct, DistinguishedName, RootCertStore, SignatureScheme};
 use std::sync::Arc;
 use tonic::transport::{Certificate, ClientTlsConfig, ServerTlsConfig};
 
 impl Identity {
     /// A rustls server configuration that admits only clients in one of `roles`.
     pub fn quic_server(&self, roles: &[Role], alpn: &[u8]) -> Result<rustls::ServerConfig, IdentityError> {
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let provider = Arc::new(provider());
         let inner = WebPkiClientVerifier::builder_with_provider(Arc::new(self.roots()?), provider.clone())
             .build()
             .map_err(|error| IdentityError::Tls(error.to_string()))?;
@@ -32,7 +33,7 @@ impl Identity {
 
     /// A rustls client configuration; connect under `server_role.dns_name()`, which is what makes the role binding.
     pub fn quic_client(&self, alpn: &[u8]) -> Result<rustls::ClientConfig, IdentityError> {
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let provider = Arc::new(provider());
         let mut config = rustls::ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(tls_error)?
@@ -81,6 +82,17 @@ impl Identity {
             what: "private key",
         })
     }
+}
+
+/// rustls's cryptography by ring, with AES-128-GCM preferred: in bulk it costs a quarter less than AES-256-GCM, and a
+/// private CA's P-256 certificates are no stronger than it.
+fn provider() -> CryptoProvider {
+    let mut provider = rustls::crypto::ring::default_provider();
+    // Stable: the order of the others stays.
+    provider
+        .cipher_suites
+        .sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
+    provider
 }
 
 /// Refuses a gRPC request whose client certificate states none of `roles`.
