@@ -5,6 +5,7 @@ use crate::export::Exports;
 use crate::hello::Hello;
 use crate::inbox::Inbox;
 use crate::limits::{CONTROL_BYTES_MAX, NAME_BYTES_MAX, PAYLOAD_BYTES_MAX};
+use crate::nixl::Nixl;
 use crate::push::{Outgoing, Push};
 use crate::push_state::PushLimits;
 use crate::quic::QuicTransport;
@@ -107,12 +108,18 @@ impl Agent {
             .shared_memory
             .then(|| SharedMemory::bind(table.clone(), limits.clone(), runtime.clone()))
             .flatten();
+        let nixl = config
+            .transports
+            .nixl
+            .then(|| Nixl::open(&config.name, table.clone(), limits.clone(), runtime.clone()))
+            .flatten();
         let hello = Hello {
             version: baton_proto::PROTOCOL_VERSION,
             digest: config.digest,
             name: config.name,
             host: shared_memory.as_ref().map(|shared| shared.host()),
             offer: None,
+            nixl: nixl.as_ref().map(|_| limits.pushes_per_connection_max),
         };
         let empty = Region::new(ALIGN)?.into();
         let quic = QuicTransport::bind(
@@ -122,8 +129,9 @@ impl Agent {
             table.clone(),
             limits.clone(),
             shared_memory.clone(),
+            nixl.clone(),
         )?;
-        let transport = Best::new(quic, shared_memory, runtime.clone());
+        let transport = Best::new(quic, shared_memory, nixl, runtime.clone());
         let exports = Arc::<Exports>::default();
         runtime.spawn(exports.clone().run());
         let inner = Arc::new(Inner {

@@ -25,6 +25,8 @@ pub(crate) const TAIL_BYTES_MAX: usize = 2 + ITEMS_BYTES_MAX;
 const ITEM_HOST: u8 = 1;
 /// Item: an offer of shared memory.
 const ITEM_OFFER: u8 = 2;
+/// Item: the agent has NIXL turned on.
+const ITEM_NIXL: u8 = 3;
 
 /// Names a host as long as it runs: equal on both sides if they run on one kernel.
 pub(crate) type HostId = [u8; 16];
@@ -63,6 +65,8 @@ pub(crate) struct Hello {
     pub(crate) host: Option<HostId>,
     /// Set in an answer to an agent on the same host.
     pub(crate) offer: Option<Offer>,
+    /// Set if the agent reads through NIXL and can be read from: how many pushes a link takes at once.
+    pub(crate) nixl: Option<u32>,
 }
 
 impl Hello {
@@ -74,6 +78,9 @@ impl Hello {
         if let Some(offer) = &self.offer {
             let parts: [&[u8]; 4] = [&offer.socket, &offer.ticket, &offer.asker_secret, &offer.owner_secret];
             put_item(&mut items, ITEM_OFFER, &parts);
+        }
+        if let Some(pushes_max) = self.nixl {
+            put_item(&mut items, ITEM_NIXL, &[&pushes_max.to_le_bytes()]);
         }
         let mut out = BytesMut::with_capacity(HELLO_HEADER_BYTES + self.name.len() + 2 + items.len());
         out.put_slice(&MAGIC);
@@ -107,13 +114,14 @@ impl Hello {
     pub(crate) fn decode(header: &[u8; HELLO_HEADER_BYTES], name: &[u8], tail: &[u8]) -> Self {
         let [_, _, _, _, v0, v1, v2, v3, rest @ ..] = *header;
         let [digest @ .., _] = rest;
-        let (mut host, mut offer) = (None, None);
+        let (mut host, mut offer, mut nixl) = (None, None, None);
         let mut items = take_sized(tail).map_or(&[][..], |(items, _)| items);
         while let Some((&tag, rest)) = items.split_first() {
             let Some((body, rest)) = take_sized(rest) else { break };
             match tag {
                 ITEM_HOST => host = body.try_into().ok(),
                 ITEM_OFFER => offer = Offer::decode(body),
+                ITEM_NIXL => nixl = body.try_into().ok().map(u32::from_le_bytes),
                 _ => {}
             }
             items = rest;
@@ -121,6 +129,7 @@ impl Hello {
         Self {
             host,
             offer,
+            nixl,
             version: u32::from_le_bytes([v0, v1, v2, v3]),
             digest,
             name: String::from_utf8_lossy(name)
@@ -200,6 +209,7 @@ mod tests {
             name: name.into(),
             host: None,
             offer: None,
+            nixl: None,
         }
     }
 
@@ -209,11 +219,12 @@ mod tests {
             version in any::<u32>(), digest in any::<[u8; 32]>(), name in "[a-z0-9-]{1,64}",
             host in any::<Option<[u8; 16]>>(),
             offer in any::<Option<([u8; 16], [u8; 16], [u8; 32], [u8; 32])>>(),
+            nixl in any::<Option<u32>>(),
             unknown in prop::collection::vec(any::<u8>(), 0..50),
         ) {
             let offer = offer.map(|(socket, ticket, asker_secret, owner_secret)|
                 Offer { socket, ticket, asker_secret, owner_secret });
-            let sent = Hello { version, digest, name, host, offer };
+            let sent = Hello { version, digest, name, host, offer, nixl };
             let wire = sent.encode();
             let (header, rest) = wire.split_at(HELLO_HEADER_BYTES);
             let header: [u8; HELLO_HEADER_BYTES] = header.try_into().unwrap();
@@ -222,7 +233,7 @@ mod tests {
             prop_assert!(tail.len() <= TAIL_BYTES_MAX);
             prop_assert_eq!(&Hello::decode(&header, name, tail), &sent);
             // An agent that knows nothing of items ends here.
-            let plain = Hello { host: None, offer: None, ..sent.clone() };
+            let plain = Hello { host: None, offer: None, nixl: None, ..sent.clone() };
             prop_assert_eq!(Hello::decode(&header, name, &[]), plain);
             // And one that knows more has items of its own.
             let mut items = BytesMut::new();

@@ -74,6 +74,7 @@ impl Peer {
             name: metadata.name.clone(),
             host: None,
             offer: None,
+            nixl: None,
         };
         if let Some(mismatch) = ours.mismatch(&theirs) {
             return Err(SetupError::Incompatible {
@@ -127,6 +128,7 @@ mod tests {
             name: "prefill-0".into(),
             host: None,
             offer: None,
+            nixl: None,
         }
     }
 

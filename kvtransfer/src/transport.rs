@@ -1,8 +1,8 @@
 //! The seam between pushes and what carries them, and the choice.
 //!
 //! A QUIC connection to the peer comes first, always: it authenticates both sides and finds out whether they can work
-//! together. If they then find that they can share memory, that carries every push whose region can be shared; QUIC
-//! itself carries the rest. RDMA through NIXL fits behind the same verbs.
+//! together. If they then find that they can share memory, that carries every push whose region can be shared; else, if
+//! both sides have it turned on, NIXL; QUIC itself carries the rest.
 //!
 //! A transport is made with the agent's window table, into which it lands what arrives, and promises:
 //!
@@ -12,9 +12,11 @@
 //!   over its region is not written.
 
 use crate::PushError;
+use crate::nixl::Nixl;
+use crate::pull::Carried;
 use crate::push::Outgoing;
 use crate::quic::QuicTransport;
-use crate::shared_memory::{Carried, SharedMemory};
+use crate::shared_memory::SharedMemory;
 use crate::wire::CONTROL_WINDOW;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -26,11 +28,17 @@ use tokio::runtime::Handle;
 pub struct TransportOptions {
     /// Share memory with agents on the same host that do, too. Linux only; elsewhere this changes nothing.
     pub shared_memory: bool,
+    /// Read from peers through NVIDIA's NIXL, where its library is found at run time and the peer has it, too. Linux
+    /// only. Off by default.
+    pub nixl: bool,
 }
 
 impl Default for TransportOptions {
     fn default() -> Self {
-        Self { shared_memory: true }
+        Self {
+            shared_memory: true,
+            nixl: false,
+        }
     }
 }
 
@@ -41,6 +49,8 @@ pub enum TransportKind {
     Quic,
     /// The receiver copied out of the sender's memory.
     SharedMemory,
+    /// The receiver read from the sender's memory through NIXL.
+    Nixl,
 }
 
 impl std::fmt::Display for TransportKind {
@@ -48,6 +58,7 @@ impl std::fmt::Display for TransportKind {
         f.write_str(match self {
             Self::Quic => "quic",
             Self::SharedMemory => "shared_memory",
+            Self::Nixl => "nixl",
         })
     }
 }
@@ -69,14 +80,21 @@ pub(crate) trait Transport: Send + Sync + 'static {
 pub(crate) struct Best {
     quic: Arc<QuicTransport>,
     shared_memory: Option<Arc<SharedMemory>>,
+    nixl: Option<Arc<Nixl>>,
     runtime: Handle,
 }
 
 impl Best {
-    pub(crate) fn new(quic: QuicTransport, shared_memory: Option<Arc<SharedMemory>>, runtime: Handle) -> Self {
+    pub(crate) fn new(
+        quic: QuicTransport,
+        shared_memory: Option<Arc<SharedMemory>>,
+        nixl: Option<Arc<Nixl>>,
+        runtime: Handle,
+    ) -> Self {
         Self {
             quic: Arc::new(quic),
             shared_memory,
+            nixl,
             runtime,
         }
     }
@@ -112,18 +130,24 @@ impl Transport for Best {
                 Err(error) => return push.fail(error),
             };
             // A message carries no bytes that could be shared.
-            if push.window() != CONTROL_WINDOW
-                && let Some(link) = session.shared_memory()
-            {
+            let links = if push.window() == CONTROL_WINDOW {
+                [None, None]
+            } else {
+                session.links()
+            };
+            for link in links.into_iter().flatten() {
                 match link.carry(push).await {
                     Carried::Over => return,
                     Carried::NotShared => {}
                     // What it carried goes on over QUIC, which also finds out whether the peer lives.
-                    Carried::Broke(wait) => tokio::select! {
-                        biased;
-                        _ = push.settled() => return,
-                        () = tokio::time::sleep(wait) => {}
-                    },
+                    Carried::Broke(wait) => {
+                        tokio::select! {
+                            biased;
+                            _ = push.settled() => return,
+                            () = tokio::time::sleep(wait) => {}
+                        }
+                        break;
+                    }
                 }
             }
             drop(session);
@@ -134,6 +158,9 @@ impl Transport for Best {
     fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         if let Some(shared_memory) = &self.shared_memory {
             shared_memory.close();
+        }
+        if let Some(nixl) = &self.nixl {
+            nixl.close();
         }
         Box::pin(self.quic.close())
     }

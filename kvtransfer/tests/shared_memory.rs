@@ -80,15 +80,14 @@ async fn reused_blocks_never_reach_a_completed_window() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn either_side_can_decline() {
     let cluster = Cluster::new();
+    let options = |shared_memory| TransportOptions {
+        shared_memory,
+        nixl: false,
+    };
     for (sender, receiver) in [(true, true), (false, true), (true, false)] {
         let (from, to) = (
-            cluster.agent_over("prefill-0", TransportOptions { shared_memory: sender }),
-            cluster.agent_over(
-                "decode-0",
-                TransportOptions {
-                    shared_memory: receiver,
-                },
-            ),
+            cluster.agent_over("prefill-0", options(sender)),
+            cluster.agent_over("decode-0", options(receiver)),
         );
         let (source, target) = (filled(LEN, 9), Region::new(LEN).unwrap());
         let window = to.open_window(&target, vec![0..LEN]).unwrap();

@@ -5,7 +5,9 @@
 
 use super::{CLOSE_INCOMPATIBLE, connect_error, lost_error};
 use crate::hello::{HELLO_HEADER_BYTES, Hello, TAIL_BYTES_MAX};
-use crate::shared_memory::{Link, SharedMemory};
+use crate::nixl::Nixl;
+use crate::pull::Link;
+use crate::shared_memory::SharedMemory;
 use crate::window_table::lock;
 use crate::{PushError, TransferLimits};
 use baton_identity::Role;
@@ -24,12 +26,13 @@ type Attempt = Shared<BoxFuture<'static, Result<Arc<Session>, PushError>>>;
 pub(crate) struct Session {
     pub(super) connection: Connection,
     shared_memory: Option<Arc<Link>>,
+    nixl: Option<Arc<Link>>,
 }
 
 impl Session {
-    /// The link for shared memory, if the two agents can.
-    pub(crate) fn shared_memory(&self) -> Option<&Arc<Link>> {
-        self.shared_memory.as_ref()
+    /// The links that can carry pushes, the best first.
+    pub(crate) fn links(&self) -> [Option<&Arc<Link>>; 2] {
+        [self.shared_memory.as_ref(), self.nixl.as_ref()].map(|link| link.filter(|link| link.alive()))
     }
 
     /// A link whose peer is gone tells sooner than the connection does.
@@ -46,6 +49,7 @@ pub(super) struct Pool {
     hello: Arc<Hello>,
     limits: Arc<TransferLimits>,
     shared_memory: Option<Arc<SharedMemory>>,
+    nixl: Option<Arc<Nixl>>,
     runtime: Handle,
     attempts: Mutex<HashMap<SocketAddr, Attempt>>,
 }
@@ -57,6 +61,7 @@ impl Pool {
         hello: Arc<Hello>,
         limits: Arc<TransferLimits>,
         shared_memory: Option<Arc<SharedMemory>>,
+        nixl: Option<Arc<Nixl>>,
         runtime: Handle,
     ) -> Self {
         Self {
@@ -65,6 +70,7 @@ impl Pool {
             hello,
             limits,
             shared_memory,
+            nixl,
             runtime,
             attempts: Mutex::default(),
         }
@@ -106,6 +112,7 @@ impl Pool {
             self.hello.clone(),
             self.limits.clone(),
             self.shared_memory.clone(),
+            self.nixl.clone(),
         )
         .boxed()
         .shared();
@@ -132,6 +139,7 @@ async fn dial(
     hello: Arc<Hello>,
     limits: Arc<TransferLimits>,
     shared_memory: Option<Arc<SharedMemory>>,
+    nixl: Option<Arc<Nixl>>,
 ) -> Result<Arc<Session>, PushError> {
     let attempt = async {
         let connection = endpoint
@@ -151,17 +159,29 @@ async fn dial(
             return Err(PushError::Incompatible { peer, mismatch });
         }
         tracing::debug!(%peer, name = theirs.name, "kv transfer connection established");
-        let link = match (shared_memory, theirs.offer) {
-            (Some(shared_memory), Some(offer)) => {
-                let ended = connection.clone();
-                let lost = async move { lost_error(peer, &ended.closed().await) };
-                shared_memory.join(&offer, peer, lost).await
+        let lost = || {
+            let ended = connection.clone();
+            async move { lost_error(peer, &ended.closed().await) }
+        };
+        // The first stream after the hello, where both have NIXL; the peer serves it as the link.
+        let nixl = match (nixl, theirs.nixl) {
+            (Some(nixl), Some(pushes_max)) => {
+                let (send, recv) = connection
+                    .open_bi()
+                    .await
+                    .map_err(|error| connect_error(peer, &error))?;
+                Some(nixl.join(send, recv, peer, pushes_max, lost()))
             }
+            _ => None,
+        };
+        let shared_memory = match (shared_memory, theirs.offer) {
+            (Some(shared_memory), Some(offer)) => shared_memory.join(&offer, peer, lost()).await,
             _ => None,
         };
         Ok(Arc::new(Session {
             connection,
-            shared_memory: link,
+            shared_memory,
+            nixl,
         }))
     };
     match tokio::time::timeout(limits.handshake_timeout, attempt).await {

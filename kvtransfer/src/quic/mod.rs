@@ -10,6 +10,7 @@ mod receive;
 mod send;
 
 use crate::hello::Hello;
+use crate::nixl::Nixl;
 use crate::push::Outgoing;
 use crate::shared_memory::SharedMemory;
 use crate::window_table::WindowTable;
@@ -48,6 +49,7 @@ impl QuicTransport {
         table: Arc<WindowTable>,
         limits: Arc<TransferLimits>,
         shared_memory: Option<Arc<SharedMemory>>,
+        nixl: Option<Arc<Nixl>>,
     ) -> Result<Self, SetupError> {
         let runtime = Handle::try_current().map_err(|_| SetupError::NoRuntime)?;
         let (endpoint, client) = config::endpoint(addr, identity, &limits)?;
@@ -58,6 +60,7 @@ impl QuicTransport {
         let greeting = receive::Greeting {
             hello: hello.clone(),
             shared_memory: shared_memory.clone(),
+            nixl: nixl.clone(),
         };
         runtime.spawn(receive::accept(endpoint.clone(), greeting, table, limits.clone()));
         Ok(Self {
@@ -67,6 +70,7 @@ impl QuicTransport {
                 hello,
                 limits,
                 shared_memory,
+                nixl,
                 runtime,
             )),
             endpoint,
