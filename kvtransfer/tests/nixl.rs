@@ -68,7 +68,7 @@ async fn every_byte_arrives() {
     let mut got = vec![0; 1 << 20];
     assert!(file.copy_out(0, &mut got));
     assert!(got == image(&source));
-    // A peer without it is reached as before, and one on this host that shares memory by that.
+    // A peer without it is reached as before; shared memory comes first where both have it.
     for (options, kind) in [
         (TransportOptions { nixl: false, ..NIXL }, TransportKind::Quic),
         (
@@ -108,7 +108,7 @@ async fn both_fences_hold() {
         for start in (0..LEN).step_by(32 << 10).rev() {
             push.writer().write(start..start + (32 << 10), start).unwrap();
         }
-        let patience = Duration::from_micros(round * 400);
+        let patience = Duration::from_millis(round);
         if round % 2 == 0 {
             // The receiver closes at some moment.
             let finishing = tokio::spawn(push.finish(Bytes::new()));
@@ -141,7 +141,7 @@ async fn both_fences_hold() {
         }
     }
     eprintln!("{completed} completed, {closed} were closed in time");
-    assert!(closed > 0);
+    assert!(completed > 0 && closed > 0);
     eventually("nothing is left in flight", || from.stats().pushes_open == 0).await;
     // And the link still works.
     assert_eq!(push(&from, &to, &source, &target).await, TransportKind::Nixl);

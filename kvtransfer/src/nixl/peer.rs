@@ -45,18 +45,23 @@ impl Peers {
             peer.learn(metadata)?;
             return Ok(peer);
         }
-        let mut peers = lock(&self.known);
+        let mut known = lock(&self.known);
         let name = self.agent.add_peer(metadata)?;
-        let found = peers.get(&name).and_then(Weak::upgrade);
-        if let Some(peer) = found.filter(|peer| peer.usable()) {
-            return Ok(peer);
+        let found = known.get(&name).and_then(Weak::upgrade);
+        if let Some(peer) = &found
+            && peer.usable()
+        {
+            return Ok(peer.clone());
         }
         let peer = Arc::new(NixlPeer {
             name: name.clone(),
             peers: self.clone(),
             usable: RwLock::new(true),
         });
-        peers.insert(name, Arc::downgrade(&peer));
+        known.insert(name, Arc::downgrade(&peer));
+        // If the one given up ends here, it takes the lock.
+        drop(known);
+        drop(found);
         Ok(peer)
     }
 }
@@ -153,5 +158,59 @@ impl Drop for NixlPeer {
             known.remove(&self.name);
             self.peers.agent.forget_peer(&self.name);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nixl::NixlError;
+
+    const LEN: usize = 1 << 16;
+
+    /// A peer that says wrong things of its memory is given up, and found again by another link; where the library can be
+    /// found.
+    #[test]
+    fn a_failed_read_gives_the_peer_up() {
+        let reader = match NixlAgent::open("peer-reader") {
+            Ok(agent) => agent,
+            Err(error @ NixlError::Library(_)) => return eprintln!("skipped: {error}"),
+            Err(error) => panic!("{error}"),
+        };
+        let owner = NixlAgent::open("peer-owner").unwrap();
+        let peers = Peers::new(reader);
+        let source = Region::new(LEN).unwrap();
+        let target = Region::new(LEN).unwrap();
+        assert!(source.copy_in(0, &[7; LEN]));
+        owner.register(&source).unwrap();
+        let metadata = owner.metadata().unwrap();
+        let peer = peers.learn(&metadata, None).unwrap();
+        let second = peers.learn(&metadata, None).unwrap();
+        assert!(Arc::ptr_eq(&peer, &second), "one process, two links");
+        peer.prepare(&target).unwrap();
+        let piece = |remote: usize| NixlPiece {
+            local: 0,
+            remote,
+            len: LEN,
+        };
+        peer.read(&target, &[piece(source.address())]).unwrap();
+        let mut got = vec![0; LEN];
+        assert!(target.copy_out(0, &mut got) && got == [7; LEN]);
+        // Memory that was never registered.
+        assert_eq!(peer.read(&target, &[piece(64)]), Err(Refusal::Unreadable));
+        assert!(!peer.usable());
+        assert_eq!(peer.read(&target, &[piece(source.address())]), Err(Refusal::Unreadable));
+        assert_eq!(
+            peers.learn(&metadata, Some(peer.clone())).err(),
+            Some(NixlError::GivenUp)
+        );
+        // Another connection starts afresh, and outlives those before it.
+        let again = peers.learn(&metadata, None).unwrap();
+        drop((peer, second));
+        again.read(&target, &[piece(source.address())]).unwrap();
+        assert!(peers.learn(b"not metadata", Some(again.clone())).is_err());
+        assert!(!again.usable());
+        drop(again);
+        assert!(lock(&peers.known).is_empty());
     }
 }
