@@ -20,7 +20,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let cli = cli::parse();
     let result = match cli.command {
-        cli::Command::Up(args) => up::run(args),
+        cli::Command::Up(args) => up::run(*args),
         cli::Command::Coordinator(args) => serve::coordinator(&args),
         cli::Command::Worker(args) => serve::worker(&args),
         cli::Command::Status(args) => status::run(&args),

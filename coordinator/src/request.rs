@@ -81,7 +81,7 @@ enum Attempt {
     /// The request is over.
     Over,
     /// It was moved off a draining worker.
-    Moved(Placed),
+    Moved(Box<Placed>),
     /// It is to go on elsewhere.
     Failed(Retry),
 }
@@ -130,7 +130,7 @@ impl Running {
                 Attempt::Moved(next) => {
                     tracing::info!(from = %worker.0, to = %next.decode.worker.0, "moved off a draining worker");
                     self.cluster.metrics.moves.inc();
-                    placed = next;
+                    placed = *next;
                     continue;
                 }
                 Attempt::Failed(retry) => retry,
@@ -191,7 +191,7 @@ impl Running {
                     changes.mark_unchanged();
                     if let Some(next) = self.place_elsewhere() {
                         // Dropping the old one cancels it; tokens it still has under way come again from the new one.
-                        return Attempt::Moved(next);
+                        return Attempt::Moved(Box::new(next));
                     }
                     look_again = Some(Instant::now() + LOOK_AGAIN);
                     continue;

@@ -33,14 +33,25 @@ use tokio::runtime::Runtime;
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 /// The transports, with what makes an agent use each.
-const TRANSPORTS: [(TransportKind, TransportOptions); 3] = [
-    (TransportKind::SharedMemory, only(true, false)),
-    (TransportKind::Tcp, only(false, true)),
-    (TransportKind::Quic, only(false, false)),
+const TRANSPORTS: [(TransportKind, TransportOptions); 4] = [
+    (TransportKind::SharedMemory, only(true, false, false)),
+    (TransportKind::Tcp, only(false, true, false)),
+    (TransportKind::Quic, only(false, false, false)),
+    (TransportKind::Nixl, only(false, false, true)),
 ];
 
-const fn only(shared_memory: bool, tcp: bool) -> TransportOptions {
-    TransportOptions { shared_memory, tcp }
+const fn only(shared_memory: bool, tcp: bool, nixl: bool) -> TransportOptions {
+    TransportOptions {
+        shared_memory,
+        tcp,
+        nixl,
+    }
+}
+
+/// Those to measure: NIXL only where `BATON_NIXL_LIBRARY` names its library.
+fn transports() -> &'static [(TransportKind, TransportOptions)] {
+    let nixl = std::env::var_os("BATON_NIXL_LIBRARY").is_some();
+    &TRANSPORTS[..TRANSPORTS.len() - usize::from(!nixl)]
 }
 
 struct Options {
@@ -108,7 +119,7 @@ fn agents(dir: &Path, name: &str) -> Result<Vec<Agent>> {
             transports: transports.clone(),
         })?)
     };
-    TRANSPORTS.iter().map(bind).collect()
+    transports().iter().map(bind).collect()
 }
 
 /// CPU time of this process so far, in nanoseconds.
@@ -373,7 +384,7 @@ fn send(options: &Options) -> Result<()> {
     );
     // Connections, first touches, and whether every byte arrives.
     let digest = digest(&bench.source).to_string();
-    for (index, (kind, _)) in TRANSPORTS.iter().enumerate() {
+    for (index, (kind, _)) in transports().iter().enumerate() {
         bench.receiver.order("clear")?;
         bench.transport(index, 64 << 10, 4)?;
         if bench.receiver.order("digest")? != digest {
@@ -389,8 +400,10 @@ fn send(options: &Options) -> Result<()> {
     let mut lines = Vec::new();
     println!(
         "\n piece KiB  in flight   memcpy GB/s (CPU s/GB)  {}",
-        TRANSPORTS
+        transports()
+            .iter()
             .map(|(kind, _)| format!("{kind} GB/s (CPU s/GB) of memcpy"))
+            .collect::<Vec<_>>()
             .join("   ")
     );
     for &kib in sizes {
@@ -406,16 +419,17 @@ fn send(options: &Options) -> Result<()> {
         }
         for &in_flight in flights {
             let piece = (kib << 10).min(options.transfer);
-            let mut samples = vec![Vec::new(); 1 + TRANSPORTS.len()];
+            let mut samples = vec![Vec::new(); 1 + transports().len()];
             for _ in 0..options.runs {
                 samples[0].push(bench.memcpy(piece));
-                for index in 0..TRANSPORTS.len() {
+                for index in 0..transports().len() {
                     samples[index + 1].push(bench.transport(index, piece, in_flight)?);
                 }
             }
             let (memcpy, memcpy_cpu) = medians(&samples[0], options.bytes);
             let mut row = format!("{kib:>10} {in_flight:>10} {memcpy:>13.2} ({memcpy_cpu:.3})      ");
-            let names = std::iter::once("memcpy".to_owned()).chain(TRANSPORTS.map(|(kind, _)| kind.to_string()));
+            let names =
+                std::iter::once("memcpy".to_owned()).chain(transports().iter().map(|(kind, _)| kind.to_string()));
             for (name, samples) in names.zip(&samples) {
                 let (rate, cpu) = medians(samples, options.bytes);
                 if name != "memcpy" {

@@ -6,6 +6,7 @@ use crate::hello::Hello;
 use crate::inbox::Inbox;
 use crate::limits::{CONTROL_BYTES_MAX, NAME_BYTES_MAX, PAYLOAD_BYTES_MAX};
 use crate::network::Network;
+use crate::nixl::Nixl;
 use crate::push::{Outgoing, Push};
 use crate::push_state::PushLimits;
 use crate::ranges::RangeSet;
@@ -107,6 +108,11 @@ impl Agent {
             .shared_memory
             .then(|| SharedMemory::bind(table.clone(), limits.clone(), runtime.clone()))
             .flatten();
+        let nixl = config
+            .transports
+            .nixl
+            .then(|| Nixl::open(&config.name, table.clone(), limits.clone(), runtime.clone()))
+            .flatten();
         let hello = Hello {
             version: baton_proto::PROTOCOL_VERSION,
             digest: config.digest,
@@ -114,6 +120,7 @@ impl Agent {
             host: shared_memory.as_ref().map(|shared| shared.host()),
             offer: None,
             tcp: config.transports.tcp,
+            nixl: nixl.as_ref().map(|_| limits.pushes_per_connection_max),
         };
         let empty = Region::new(ALIGN)?.into();
         let network = Network::bind(
@@ -123,8 +130,9 @@ impl Agent {
             &table,
             &limits,
             shared_memory.as_ref(),
+            nixl.as_ref(),
         )?;
-        let transport = Best::new(network, shared_memory, runtime.clone());
+        let transport = Best::new(network, shared_memory, nixl, runtime.clone());
         let exports = Arc::<Exports>::default();
         runtime.spawn(exports.clone().run());
         let inner = Arc::new(Inner {

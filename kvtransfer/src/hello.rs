@@ -27,6 +27,8 @@ const ITEM_HOST: u8 = 1;
 const ITEM_OFFER: u8 = 2;
 /// Item, without a body: the agent listens on TCP, too, on the same port.
 const ITEM_TCP: u8 = 3;
+/// Item: the agent has NIXL turned on.
+const ITEM_NIXL: u8 = 4;
 
 /// Names a host as long as it runs: equal on both sides if they run on one kernel.
 pub(crate) type HostId = [u8; 16];
@@ -67,6 +69,8 @@ pub(crate) struct Hello {
     pub(crate) offer: Option<Offer>,
     /// Whether the agent takes pushes over TCP on the port of its UDP socket.
     pub(crate) tcp: bool,
+    /// Set if the agent reads through NIXL and can be read from: how many pushes a link takes at once.
+    pub(crate) nixl: Option<u32>,
 }
 
 impl Hello {
@@ -81,6 +85,9 @@ impl Hello {
         }
         if self.tcp {
             put_item(&mut items, ITEM_TCP, &[]);
+        }
+        if let Some(pushes_max) = self.nixl {
+            put_item(&mut items, ITEM_NIXL, &[&pushes_max.to_le_bytes()]);
         }
         let mut out = BytesMut::with_capacity(HELLO_HEADER_BYTES + self.name.len() + 2 + items.len());
         out.put_slice(&MAGIC);
@@ -144,7 +151,7 @@ impl Hello {
     pub(crate) fn decode(header: &[u8; HELLO_HEADER_BYTES], name: &[u8], tail: &[u8]) -> Self {
         let [_, _, _, _, v0, v1, v2, v3, rest @ ..] = *header;
         let [digest @ .., _] = rest;
-        let (mut host, mut offer, mut tcp) = (None, None, false);
+        let (mut host, mut offer, mut tcp, mut nixl) = (None, None, false, None);
         let mut items = take_sized(tail).map_or(&[][..], |(items, _)| items);
         while let Some((&tag, rest)) = items.split_first() {
             let Some((body, rest)) = take_sized(rest) else { break };
@@ -152,6 +159,7 @@ impl Hello {
                 ITEM_HOST => host = body.try_into().ok(),
                 ITEM_OFFER => offer = Offer::decode(body),
                 ITEM_TCP => tcp = true,
+                ITEM_NIXL => nixl = body.try_into().ok().map(u32::from_le_bytes),
                 _ => {}
             }
             items = rest;
@@ -160,6 +168,7 @@ impl Hello {
             host,
             offer,
             tcp,
+            nixl,
             version: u32::from_le_bytes([v0, v1, v2, v3]),
             digest,
             name: String::from_utf8_lossy(name)
@@ -240,6 +249,7 @@ mod tests {
             host: None,
             offer: None,
             tcp: false,
+            nixl: None,
         }
     }
 
@@ -250,11 +260,12 @@ mod tests {
             host in any::<Option<[u8; 16]>>(),
             offer in any::<Option<([u8; 16], [u8; 16], [u8; 32], [u8; 32])>>(),
             tcp in any::<bool>(),
+            nixl in any::<Option<u32>>(),
             unknown in prop::collection::vec(any::<u8>(), 0..50),
         ) {
             let offer = offer.map(|(socket, ticket, asker_secret, owner_secret)|
                 Offer { socket, ticket, asker_secret, owner_secret });
-            let sent = Hello { version, digest, name, host, offer, tcp };
+            let sent = Hello { version, digest, name, host, offer, tcp, nixl };
             let wire = sent.encode();
             let (header, rest) = wire.split_at(HELLO_HEADER_BYTES);
             let header: [u8; HELLO_HEADER_BYTES] = header.try_into().unwrap();
@@ -263,7 +274,7 @@ mod tests {
             prop_assert!(tail.len() <= TAIL_BYTES_MAX);
             prop_assert_eq!(&Hello::decode(&header, name, tail), &sent);
             // An agent that knows nothing of items ends here.
-            let plain = Hello { host: None, offer: None, tcp: false, ..sent.clone() };
+            let plain = Hello { host: None, offer: None, tcp: false, nixl: None, ..sent.clone() };
             prop_assert_eq!(Hello::decode(&header, name, &[]), plain);
             // And one that knows more has items of its own.
             let mut items = BytesMut::new();

@@ -76,7 +76,8 @@
 //! `busy` (sending), `lease` (lending). Handles and locks: `window`, `window_table`, `push`, `transfer`, `export`, `hold`,
 //! `inbox`, `agent`, `verbs`. Memory: `memory`, `copy` and `shared_memory/mapping` (the
 //! files with `unsafe`, beside calls into a C library in `nixl`), and `storage`. Transports: `transport` (the seam and
-//! the choice), `shared_memory`, `network` with `quic` and `tcp`. Tests of the cores together: `pair`, `sim`.
+//! the choice), `shared_memory` and `nixl` over what they share in `pull`, `network` with `quic` and `tcp`. Tests of the
+//! cores together: `pair`, `sim`.
 #![deny(missing_docs, unsafe_code)]
 
 mod agent;
@@ -98,10 +99,18 @@ pub mod limits;
 mod memory;
 mod metadata;
 mod network;
-#[allow(unsafe_code)]
+#[cfg(target_os = "linux")]
+mod nixl;
+#[cfg(not(target_os = "linux"))]
+#[path = "no_nixl.rs"]
 mod nixl;
 #[cfg(test)]
 mod pair;
+#[cfg(target_os = "linux")]
+mod pull;
+#[cfg(not(target_os = "linux"))]
+#[path = "no_pull.rs"]
+mod pull;
 mod push;
 mod push_state;
 mod quic;

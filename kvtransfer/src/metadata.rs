@@ -75,6 +75,7 @@ impl Peer {
             host: None,
             offer: None,
             tcp: false,
+            nixl: None,
         };
         if let Some(mismatch) = ours.mismatch(&theirs) {
             return Err(SetupError::Incompatible {
@@ -129,6 +130,7 @@ mod tests {
             host: None,
             offer: None,
             tcp: false,
+            nixl: None,
         }
     }
 

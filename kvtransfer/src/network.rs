@@ -12,6 +12,7 @@
 
 use crate::hello::Hello;
 use crate::limits::LANES_MAX;
+use crate::nixl::Nixl;
 use crate::push::Outgoing;
 use crate::quic::{QuicTransport, Session};
 use crate::shared_memory::SharedMemory;
@@ -45,6 +46,7 @@ impl Network {
         table: &Arc<WindowTable>,
         limits: &Arc<TransferLimits>,
         shared_memory: Option<&Arc<SharedMemory>>,
+        nixl: Option<&Arc<Nixl>>,
     ) -> Result<Self, SetupError> {
         let mut attempts = 0;
         loop {
@@ -56,6 +58,7 @@ impl Network {
                 table.clone(),
                 limits.clone(),
                 shared_memory.cloned(),
+                nixl.cloned(),
             )?;
             let both = quic.local_addr();
             let tcp = hello

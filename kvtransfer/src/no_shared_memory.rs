@@ -1,7 +1,7 @@
 //! In place of shared memory on systems that have no sealed memory files: never available, so the network carries everything.
 
 use crate::hello::{Hello, HostId, Offer};
-use crate::push::Outgoing;
+use crate::pull::Link;
 use crate::window_table::WindowTable;
 use crate::{PushError, TransferLimits};
 use std::convert::Infallible;
@@ -12,17 +12,7 @@ use tokio::runtime::Handle;
 /// There is none.
 pub(crate) struct SharedMemory(Infallible);
 /// There is none.
-pub(crate) struct Link(Infallible);
-/// There is none.
 pub(crate) struct Invitation;
-/// What became of a push that a link was asked to carry; see the real one.
-#[allow(dead_code)]
-pub(crate) enum Carried {
-    NotShared,
-    Over,
-    Broke(std::time::Duration),
-}
-
 impl SharedMemory {
     pub(crate) fn bind(_: Arc<WindowTable>, _: Arc<TransferLimits>, _: Handle) -> Option<Arc<Self>> {
         None
@@ -46,16 +36,6 @@ impl SharedMemory {
     }
 
     pub(crate) fn close(&self) {
-        match self.0 {}
-    }
-}
-
-impl Link {
-    pub(crate) fn alive(&self) -> bool {
-        match self.0 {}
-    }
-
-    pub(crate) async fn carry(&self, _: &Arc<Outgoing>) -> Carried {
         match self.0 {}
     }
 }

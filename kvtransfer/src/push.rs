@@ -387,12 +387,16 @@ impl Lane {
     }
 
     /// The next descriptors, for the receiver to fetch; see [`PushState::take_batch`].
-    pub(crate) fn take_to_fetch(&self, batch: &mut Vec<Descriptor>) -> After {
+    pub(crate) fn take_to_fetch(&self, batch: &mut Vec<Descriptor>, transport: TransportKind) -> After {
         let after = self.take(batch);
         let bytes: usize = batch.iter().map(|piece| piece.len).sum();
         let counters = &self.replies.push.counters;
         counters.bytes_out.add(bytes as u64);
-        counters.shared_memory_bytes_out.add(bytes as u64);
+        match transport {
+            TransportKind::SharedMemory => counters.shared_memory_bytes_out.add(bytes as u64),
+            TransportKind::Nixl => counters.nixl_bytes_out.add(bytes as u64),
+            TransportKind::Quic | TransportKind::Tcp => {}
+        }
         after
     }
 }

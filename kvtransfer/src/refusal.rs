@@ -123,6 +123,9 @@ pub enum Refusal {
     /// A control message of an unknown kind, or one that does not decode.
     #[error("a control message that this version does not understand")]
     BadControl,
+    /// The receiver could not read the sender's memory over the fabric; the push goes on over another lane.
+    #[error("the receiver could not read the sender's memory in time")]
+    Unreadable,
     /// A code this version does not know.
     #[error("refused with unknown code {code}")]
     Unknown {
@@ -134,7 +137,7 @@ pub enum Refusal {
 impl Refusal {
     /// Whether only the lane ends and the push may go on over another.
     pub(crate) fn lane_only(self) -> bool {
-        matches!(self, Self::Corrupt | Self::Superseded)
+        matches!(self, Self::Corrupt | Self::Superseded | Self::Unreadable)
     }
 
     /// Code and operands on the wire.
@@ -164,6 +167,7 @@ impl Refusal {
             Self::Busy { max } => (21, max, 0),
             Self::BadControl => (22, 0, 0),
             Self::AgentClosed => (23, 0, 0),
+            Self::Unreadable => (24, 0, 0),
         }
     }
 
@@ -195,6 +199,7 @@ impl Refusal {
             21 => Self::Busy { max: a },
             22 => Self::BadControl,
             23 => Self::AgentClosed,
+            24 => Self::Unreadable,
             _ => Self::Unknown { code },
         }
     }

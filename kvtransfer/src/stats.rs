@@ -14,6 +14,10 @@ pub struct TransferStats {
     pub shared_memory_bytes_in: u64,
     /// The part of `bytes_out` that a peer was told to copy out of shared memory.
     pub shared_memory_bytes_out: u64,
+    /// The part of `bytes_in` that was read out of a peer's memory through NIXL.
+    pub nixl_bytes_in: u64,
+    /// The part of `bytes_out` that a peer was told to read through NIXL.
+    pub nixl_bytes_out: u64,
     /// Windows whose owner still holds them.
     pub windows_open: u64,
     /// Windows that were filled.
@@ -41,6 +45,8 @@ pub(crate) struct Counters {
     pub(crate) bytes_out: Counter,
     pub(crate) shared_memory_bytes_in: Counter,
     pub(crate) shared_memory_bytes_out: Counter,
+    pub(crate) nixl_bytes_in: Counter,
+    pub(crate) nixl_bytes_out: Counter,
     pub(crate) windows_open: Counter,
     pub(crate) windows_completed: Counter,
     pub(crate) windows_failed: Counter,
@@ -77,6 +83,8 @@ impl Counters {
             bytes_out: self.bytes_out.get(),
             shared_memory_bytes_in: self.shared_memory_bytes_in.get(),
             shared_memory_bytes_out: self.shared_memory_bytes_out.get(),
+            nixl_bytes_in: self.nixl_bytes_in.get(),
+            nixl_bytes_out: self.nixl_bytes_out.get(),
             windows_open: self.windows_open.get(),
             windows_completed: self.windows_completed.get(),
             windows_failed: self.windows_failed.get(),

@@ -3,7 +3,8 @@
 //! A QUIC connection to the peer comes first, always: it authenticates both sides and finds out whether they can work
 //! together. If they then find that they can share memory, that carries every push whose region can be shared. What is
 //! left goes over TCP if the peer takes that and it connects, else over QUIC itself; see [`crate::network`]. Control
-//! messages stay on QUIC, where they cost no connection. RDMA through NIXL fits behind the same verbs.
+//! messages stay on QUIC, where they cost no connection. Between hosts NIXL comes before
+//! both if the two sides have it turned on.
 //!
 //! A transport is made with the agent's window table, into which it lands what arrives, and promises:
 //!
@@ -14,8 +15,10 @@
 
 use crate::PushError;
 use crate::network::Network;
+use crate::nixl::Nixl;
+use crate::pull::Carried;
 use crate::push::Outgoing;
-use crate::shared_memory::{Carried, SharedMemory};
+use crate::shared_memory::SharedMemory;
 use crate::wire::CONTROL_WINDOW;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -29,6 +32,9 @@ pub struct TransportOptions {
     pub shared_memory: bool,
     /// Push over TCP to agents that do, too, and take such pushes, on the port number of the UDP socket.
     pub tcp: bool,
+    /// Read from peers through NVIDIA's NIXL, where its library is found at run time and the peer has it, too. Linux
+    /// only. Off by default.
+    pub nixl: bool,
 }
 
 impl Default for TransportOptions {
@@ -36,6 +42,7 @@ impl Default for TransportOptions {
         Self {
             shared_memory: true,
             tcp: true,
+            nixl: false,
         }
     }
 }
@@ -49,6 +56,8 @@ pub enum TransportKind {
     Tcp,
     /// The receiver copied out of the sender's memory.
     SharedMemory,
+    /// The receiver read from the sender's memory through NIXL.
+    Nixl,
 }
 
 impl std::fmt::Display for TransportKind {
@@ -57,6 +66,7 @@ impl std::fmt::Display for TransportKind {
             Self::Quic => "quic",
             Self::Tcp => "tcp",
             Self::SharedMemory => "shared_memory",
+            Self::Nixl => "nixl",
         })
     }
 }
@@ -78,14 +88,21 @@ pub(crate) trait Transport: Send + Sync + 'static {
 pub(crate) struct Best {
     network: Arc<Network>,
     shared_memory: Option<Arc<SharedMemory>>,
+    nixl: Option<Arc<Nixl>>,
     runtime: Handle,
 }
 
 impl Best {
-    pub(crate) fn new(network: Network, shared_memory: Option<Arc<SharedMemory>>, runtime: Handle) -> Self {
+    pub(crate) fn new(
+        network: Network,
+        shared_memory: Option<Arc<SharedMemory>>,
+        nixl: Option<Arc<Nixl>>,
+        runtime: Handle,
+    ) -> Self {
         Self {
             network: Arc::new(network),
             shared_memory,
+            nixl,
             runtime,
         }
     }
@@ -124,7 +141,7 @@ impl Transport for Best {
             if push.window() == CONTROL_WINDOW {
                 return network.carry(peer, push, None).await;
             }
-            if let Some(link) = session.shared_memory() {
+            for link in session.links().into_iter().flatten() {
                 match link.carry(push).await {
                     Carried::Over => return,
                     Carried::NotShared => {}
@@ -146,6 +163,9 @@ impl Transport for Best {
     fn close(&self) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         if let Some(shared_memory) = &self.shared_memory {
             shared_memory.close();
+        }
+        if let Some(nixl) = &self.nixl {
+            nixl.close();
         }
         Box::pin(self.network.close())
     }

@@ -177,32 +177,39 @@ impl WindowState {
     /// Bytes of an admitted write arrive. Checked again: the fence stands or falls here. In a completed window they
     /// are repetitions, and nothing is written.
     pub(crate) fn land(&mut self, key: LaneKey, offset: usize, bytes: &[u8]) -> Result<(), Refusal> {
-        self.land_with(key, offset, bytes.len(), |memory| memory.copy_in(offset, bytes))
+        let copy = |memory: &Memory| memory.copy_in(offset, bytes).then_some(()).ok_or(Refusal::MemoryFailed);
+        self.land_with(key, std::iter::once((offset, bytes.len())), copy)
     }
 
-    /// As [`WindowState::land`], for a transport that has the bytes elsewhere: `copy` puts `len` of them at `offset` of
-    /// the memory, and says whether it could.
+    /// As [`WindowState::land`], for a transport that has the bytes elsewhere: `copy` puts them at the places, given by
+    /// offset and length, of the memory.
     pub(crate) fn land_with(
         &mut self,
         key: LaneKey,
-        offset: usize,
-        len: usize,
-        copy: impl FnOnce(&Memory) -> bool,
+        places: impl Iterator<Item = (usize, usize)>,
+        copy: impl FnOnce(&Memory) -> Result<(), Refusal>,
     ) -> Result<(), Refusal> {
         self.current(key)?;
-        let inside = offset
-            .checked_add(len)
-            .is_some_and(|end| self.ranges.covers(&(offset..end)));
-        if !inside {
-            return Err(Refusal::OutOfRange {
-                offset: offset as u64,
-                len: len as u64,
-            });
+        for (offset, len) in places {
+            let inside = offset
+                .checked_add(len)
+                .is_some_and(|end| self.ranges.covers(&(offset..end)));
+            if !inside {
+                return Err(Refusal::OutOfRange {
+                    offset: offset as u64,
+                    len: len as u64,
+                });
+            }
         }
-        if self.phase == Phase::Receiving && !copy(&self.memory) {
-            return Err(Refusal::MemoryFailed);
+        if self.phase == Phase::Receiving {
+            copy(&self.memory)?;
         }
         Ok(())
+    }
+
+    /// The memory that is written.
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.memory
     }
 
     /// All bytes of a write are in memory. The push's total, if that completes the window.

@@ -9,6 +9,7 @@ use crate::limits::REMEMBERED_MAX;
 use crate::ranges::RangeSet;
 use crate::stats::Counters;
 use crate::storage::Memory;
+use crate::transport::TransportKind;
 use crate::window_state::{Finish, Phase, WindowState};
 use crate::wire::{CONTROL_WINDOW, LaneKey};
 use crate::{Refusal, SetupError, TransferLimits, WindowError};
@@ -64,18 +65,29 @@ impl WindowCell {
         Ok(())
     }
 
-    /// [`WindowCell::land`] over shared memory: `copy` brings the bytes from elsewhere, under the fence.
+    /// [`WindowCell::land`] for bytes that `copy` brings to `places` (offset, length) from elsewhere, under the fence.
+    /// They are counted for the transport, too.
     pub(crate) fn land_with(
         &self,
         lane: LaneKey,
-        offset: usize,
-        len: usize,
-        copy: impl FnOnce(&Memory) -> bool,
+        transport: TransportKind,
+        places: impl Iterator<Item = (usize, usize)> + Clone,
+        copy: impl FnOnce(&Memory) -> Result<(), Refusal>,
     ) -> Result<(), Refusal> {
-        lock(&self.state).land_with(lane, offset, len, copy)?;
-        self.counters.bytes_in.add(len as u64);
-        self.counters.shared_memory_bytes_in.add(len as u64);
+        lock(&self.state).land_with(lane, places.clone(), copy)?;
+        let len = places.map(|(_, len)| len as u64).sum();
+        self.counters.bytes_in.add(len);
+        match transport {
+            TransportKind::SharedMemory => self.counters.shared_memory_bytes_in.add(len),
+            TransportKind::Nixl => self.counters.nixl_bytes_in.add(len),
+            TransportKind::Quic | TransportKind::Tcp => {}
+        }
         Ok(())
+    }
+
+    /// The memory that is written.
+    pub(crate) fn memory(&self) -> Memory {
+        lock(&self.state).memory().clone()
     }
 
     /// All bytes of a write are in memory. The push's total if that completes the window.

@@ -84,6 +84,7 @@ async fn either_side_can_decline() {
         let over = |shared_memory| TransportOptions {
             shared_memory,
             tcp: false,
+            nixl: false,
         };
         let from = cluster.agent_over("prefill-0", over(sender));
         let to = cluster.agent_over("decode-0", over(receiver));

@@ -260,7 +260,11 @@ async fn without_a_path_for_tcp_pushes_go_over_quic() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_best_transport_of_both_sides_is_taken() {
     let cluster = Cluster::new();
-    let options = |shared_memory, tcp| TransportOptions { shared_memory, tcp };
+    let options = |shared_memory, tcp| TransportOptions {
+        shared_memory,
+        tcp,
+        nixl: false,
+    };
     for (sender, receiver, kind) in [
         ((false, true), (false, true), TransportKind::Tcp),
         ((false, true), (false, false), TransportKind::Quic),
@@ -293,7 +297,13 @@ async fn pushes_follow_each_other_on_a_connection_without_a_pause() {
         assert_eq!(report.transport, TransportKind::Tcp);
     }
     assert!(image(&target) == image(&source));
-    assert_eq!((from.stats().lanes_broken, to.stats().connections_in), (0, SESSION + 1));
+    assert_eq!(from.stats().lanes_broken, 0);
+    // A push may start before the last one's connection is back in the pool.
+    let connections = to.stats().connections_in;
+    assert!(
+        (SESSION + 1..SESSION + 4).contains(&connections),
+        "{connections} connections"
+    );
 }
 
 /// Several lanes of one push, each on a connection, which all carry lanes of the next.

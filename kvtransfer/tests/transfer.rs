@@ -35,7 +35,7 @@ async fn push_and_check(from: &Agent, to: &Agent, pieces: &[(usize, usize, usize
     assert_eq!(received.unwrap(), payload);
     let bytes: usize = pieces.iter().map(|piece| piece.2 * 8).sum();
     assert_eq!((report.bytes, window.landed()), (bytes as u64, bytes as u64));
-    assert_eq!(report.transport, common::TRANSPORT);
+    assert_eq!(report.transport, common::transport());
     assert!(report.first_write <= report.finished && report.finished <= report.last_ack);
     assert!((0.0..=1.0).contains(&report.overlap));
     assert!(image(&target) == expected, "the target differs");

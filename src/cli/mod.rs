@@ -32,7 +32,7 @@ pub enum Command {
     ///
     /// It talks over the real protocols, serves the OpenAI API, and stops cleanly with Ctrl-C (a second Ctrl-C forces). With
     /// no flags it serves the bundled demo model at http://127.0.0.1:8080/v1.
-    Up(UpArgs),
+    Up(Box<UpArgs>),
     /// Runs one coordinator: API, router, ledger.
     Coordinator(ServeArgs),
     /// Runs one worker: the engine for one model.
@@ -269,7 +269,7 @@ mod tests {
         assert!(matches!(command(&["baton"]), Ok(Command::Up(_))));
         assert!(matches!(
             command(&["baton", "--port", "0"]),
-            Ok(Command::Up(UpArgs { port: 0, .. }))
+            Ok(Command::Up(args)) if args.port == 0
         ));
         assert!(matches!(command(&["baton", "status"]), Ok(Command::Status(_))));
         let help = command(&["baton", "--help"]).map(|_| ()).map_err(|e| e.kind());

@@ -108,6 +108,10 @@ pub struct WorkerConfig {
     /// the same to the bit as those of a worker that computes its prompts itself.
     #[serde(default)]
     pub kv_compression: KvCompression,
+    /// Whether KV blocks from and to workers on other hosts go through NVIDIA's NIXL (RDMA, where there is some), where
+    /// its library is found at run time on both sides; see `docs/kv-transfer.md`.
+    #[serde(default)]
+    pub kv_nixl: bool,
     /// Where KV blocks go that leave `kv_bytes`.
     #[serde(default)]
     pub tiers: TierConfig,
@@ -190,6 +194,7 @@ impl WorkerConfig {
             waiting_max: default_waiting_max(),
             fill_timeout_ms: default_fill_timeout_ms(),
             kv_compression: KvCompression::None,
+            kv_nixl: false,
             tiers: TierConfig::default(),
         }
     }

@@ -89,7 +89,10 @@ pub async fn serve(
         identity: &identity,
         digest: kv_digest,
         limits: TransferLimits::default(),
-        transports: TransportOptions::default(),
+        transports: TransportOptions {
+            nixl: config.kv_nixl,
+            ..TransportOptions::default()
+        },
     })
     .map_err(|error| WorkerError::Transfer(error.to_string()))?;
     let bind_error = |source| WorkerError::Bind {

@@ -71,7 +71,7 @@ impl ControlTokens {
         added.sort_unstable_by_key(|(id, _)| *id);
         for (id, token) in added.into_iter().filter(|(_, token)| !token.content.is_empty()) {
             let control = token.special || eos_ids.contains(&id);
-            by_spelling &= !token.single_word && !(token.normalized && normalizes);
+            by_spelling &= !(token.single_word || token.normalized && normalizes);
             let entry = ControlToken {
                 id,
                 text: token.content,

@@ -90,12 +90,19 @@ impl NixlAgent {
     }
 
     /// Makes a region's memory known. Peers may read it once they have this agent's [metadata](Self::metadata), and
-    /// this agent may read into it. Registering a region again does nothing.
+    /// this agent may read into it. Registering a region again does nothing. The registration keeps the region; once nobody
+    /// else does, the next call of this function takes it back and frees the memory.
     ///
     /// # Errors
     /// [`NixlError::Call`], where memory cannot be pinned for instance.
     pub(crate) fn register(&self, region: &Arc<Region>) -> Result<(), NixlError> {
         let mut agent = lock(&self.agent);
+        // Regions that only this registration keeps.
+        let unused = |(known, _): &mut (Arc<Region>, Handle)| Arc::strong_count(known) == 1;
+        let unused: Vec<_> = agent.registered.extract_if(.., unused).collect();
+        for registration in unused {
+            self.take_back(agent.handle, registration);
+        }
         if agent.registered.iter().any(|(known, _)| Arc::ptr_eq(known, region)) {
             return Ok(());
         }
@@ -121,6 +128,16 @@ impl NixlAgent {
         }
         agent.registered.push((region.clone(), list));
         Ok(())
+    }
+
+    fn take_back(&self, agent: Handle, (region, list): (Arc<Region>, Handle)) {
+        // SAFETY: registered with this list, and taken back once, because the list leaves `registered` before; the region
+        // is alive until the next line.
+        unsafe {
+            (self.calls.deregister_mem)(agent, list, std::ptr::null_mut());
+            (self.calls.destroy_reg_dlist)(list);
+        }
+        drop(region);
     }
 
     /// What a peer must know to read from here: connection data and registered memory. Opaque bytes.
@@ -277,14 +294,9 @@ impl Drop for NixlRead {
 
 impl Drop for NixlAgent {
     fn drop(&mut self) {
-        let agent = self.agent.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
-        for (region, list) in agent.registered.drain(..) {
-            // SAFETY: registered with this list, and not taken back before; the region is alive until the next line.
-            unsafe {
-                (self.calls.deregister_mem)(agent.handle, list, std::ptr::null_mut());
-                (self.calls.destroy_reg_dlist)(list);
-            }
-            drop(region);
+        let mut agent = lock(&self.agent);
+        for registration in std::mem::take(&mut agent.registered) {
+            self.take_back(agent.handle, registration);
         }
         // SAFETY: made by create_agent and destroyed nowhere else; reads hold the agent alive by their Arc.
         unsafe { (self.calls.destroy_agent)(agent.handle) };

@@ -20,6 +20,9 @@ const DATAGRAM_BYTES_MAX: u16 = 6_400;
 /// Socket buffers asked for, in bytes: some milliseconds of 10 Gbit/s. The kernel may grant less.
 const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 
+/// Streams that are no pushes: the link of [`crate::nixl`].
+const LINKS_MAX: u32 = 1;
+
 /// The bound endpoint and the configuration to dial with.
 pub(super) fn endpoint(
     addr: SocketAddr,
@@ -36,7 +39,10 @@ pub(super) fn endpoint(
 
     let mut server = ServerConfig::with_crypto(Arc::new(server));
     server
-        .transport_config(Arc::new(transport(limits, limits.pushes_per_connection_max)?))
+        .transport_config(Arc::new(transport(
+            limits,
+            limits.pushes_per_connection_max.saturating_add(LINKS_MAX),
+        )?))
         // Workers do not change their address in the middle of a push.
         .migration(false)
         .max_incoming(limits.connections_max);

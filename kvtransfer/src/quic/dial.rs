@@ -8,7 +8,9 @@
 
 use super::{CLOSE_INCOMPATIBLE, connect_error, lost_error};
 use crate::hello::{HELLO_HEADER_BYTES, Hello, TAIL_BYTES_MAX};
-use crate::shared_memory::{Link, SharedMemory};
+use crate::nixl::Nixl;
+use crate::pull::Link;
+use crate::shared_memory::SharedMemory;
 use crate::window_table::lock;
 use crate::{PushError, TransferLimits};
 use baton_identity::Role;
@@ -36,6 +38,7 @@ type Attempt = Shared<BoxFuture<'static, Result<Arc<Session>, PushError>>>;
 pub(crate) struct Session {
     pub(super) connection: Connection,
     shared_memory: Option<Arc<Link>>,
+    nixl: Option<Arc<Link>>,
     tcp: Mutex<Tcp>,
 }
 
@@ -50,9 +53,9 @@ enum Tcp {
 }
 
 impl Session {
-    /// The link for shared memory, if the two agents can.
-    pub(crate) fn shared_memory(&self) -> Option<&Arc<Link>> {
-        self.shared_memory.as_ref()
+    /// The links that can carry pushes, the best first.
+    pub(crate) fn links(&self) -> [Option<&Arc<Link>>; 2] {
+        [self.shared_memory.as_ref(), self.nixl.as_ref()].map(|link| link.filter(|link| link.alive()))
     }
 
     /// Whether TCP to the peer is worth a try.
@@ -103,6 +106,7 @@ pub(super) struct Pool {
     hello: Arc<Hello>,
     limits: Arc<TransferLimits>,
     shared_memory: Option<Arc<SharedMemory>>,
+    nixl: Option<Arc<Nixl>>,
     runtime: Handle,
     slots: Mutex<HashMap<SocketAddr, Vec<Slot>>>,
 }
@@ -114,6 +118,7 @@ impl Pool {
         hello: Arc<Hello>,
         limits: Arc<TransferLimits>,
         shared_memory: Option<Arc<SharedMemory>>,
+        nixl: Option<Arc<Nixl>>,
         runtime: Handle,
     ) -> Self {
         Self {
@@ -122,6 +127,7 @@ impl Pool {
             hello,
             limits,
             shared_memory,
+            nixl,
             runtime,
             slots: Mutex::default(),
         }
@@ -188,7 +194,8 @@ impl Pool {
         let mut hello = self.hello.clone();
         if !first {
             // One link per peer is enough: this asks for no other.
-            Arc::make_mut(&mut hello).host = None;
+            let hello = Arc::make_mut(&mut hello);
+            (hello.host, hello.nixl) = (None, None);
         }
         let attempt = dial(
             self.endpoint.clone(),
@@ -197,6 +204,7 @@ impl Pool {
             hello,
             self.limits.clone(),
             self.shared_memory.clone().filter(|_| first),
+            self.nixl.clone().filter(|_| first),
         )
         .boxed()
         .shared();
@@ -226,6 +234,7 @@ async fn dial(
     hello: Arc<Hello>,
     limits: Arc<TransferLimits>,
     shared_memory: Option<Arc<SharedMemory>>,
+    nixl: Option<Arc<Nixl>>,
 ) -> Result<Arc<Session>, PushError> {
     let attempt = async {
         let connection = endpoint
@@ -245,17 +254,29 @@ async fn dial(
             return Err(PushError::Incompatible { peer, mismatch });
         }
         tracing::debug!(%peer, name = theirs.name, "kv transfer connection established");
-        let link = match (shared_memory, theirs.offer) {
-            (Some(shared_memory), Some(offer)) => {
-                let ended = connection.clone();
-                let lost = async move { lost_error(peer, &ended.closed().await) };
-                shared_memory.join(&offer, peer, lost).await
+        let lost = || {
+            let ended = connection.clone();
+            async move { lost_error(peer, &ended.closed().await) }
+        };
+        // The first stream after the hello, where both have NIXL; the peer serves it as the link.
+        let nixl = match (nixl, theirs.nixl) {
+            (Some(nixl), Some(pushes_max)) => {
+                let (send, recv) = connection
+                    .open_bi()
+                    .await
+                    .map_err(|error| connect_error(peer, &error))?;
+                Some(nixl.join(send, recv, peer, pushes_max, lost()))
             }
+            _ => None,
+        };
+        let shared_memory = match (shared_memory, theirs.offer) {
+            (Some(shared_memory), Some(offer)) => shared_memory.join(&offer, peer, lost()).await,
             _ => None,
         };
         Ok(Arc::new(Session {
             connection,
-            shared_memory: link,
+            shared_memory,
+            nixl,
             tcp: Mutex::new(if theirs.tcp { Tcp::Open } else { Tcp::Absent }),
         }))
     };

@@ -10,6 +10,7 @@ mod receive;
 mod send;
 
 use crate::hello::Hello;
+use crate::nixl::Nixl;
 use crate::push::{Lane, Outgoing};
 use crate::shared_memory::SharedMemory;
 use crate::window_table::WindowTable;
@@ -49,6 +50,7 @@ impl QuicTransport {
         table: Arc<WindowTable>,
         limits: Arc<TransferLimits>,
         shared_memory: Option<Arc<SharedMemory>>,
+        nixl: Option<Arc<Nixl>>,
     ) -> Result<Self, SetupError> {
         let runtime = Handle::try_current().map_err(|_| SetupError::NoRuntime)?;
         let (endpoint, client) = config::endpoint(addr, identity, &limits)?;
@@ -59,6 +61,7 @@ impl QuicTransport {
         let greeting = receive::Greeting {
             hello: hello.clone(),
             shared_memory: shared_memory.clone(),
+            nixl: nixl.clone(),
         };
         runtime.spawn(receive::accept(endpoint.clone(), greeting, table, limits.clone()));
         Ok(Self {
@@ -68,6 +71,7 @@ impl QuicTransport {
                 hello,
                 limits,
                 shared_memory,
+                nixl,
                 runtime,
             )),
             endpoint,

@@ -4,6 +4,7 @@ use super::dial::{Failure, read_hello};
 use super::{CLOSE_INCOMPATIBLE, STOP_REFUSED};
 use crate::hello::Hello;
 use crate::incoming::Incoming;
+use crate::nixl::Nixl;
 use crate::shared_memory::{Invitation, SharedMemory};
 use crate::window_table::WindowTable;
 use crate::wire::Reply;
@@ -24,6 +25,7 @@ const SEGMENTS: usize = 64;
 pub(super) struct Greeting {
     pub(super) hello: Arc<Hello>,
     pub(super) shared_memory: Option<Arc<SharedMemory>>,
+    pub(super) nixl: Option<Arc<Nixl>>,
 }
 
 /// Accepts connections until the endpoint is closed.
@@ -83,8 +85,14 @@ async fn serve(connection: Connection, greeting: &Greeting, table: Arc<WindowTab
     }
     table.counters().connections_in.add(1);
     let name: Arc<str> = describe(&theirs, &connection).into();
+    // Where both sides have NIXL, the first stream is its link.
+    let mut nixl = greeting.nixl.clone().filter(|_| theirs.nixl.is_some());
     // Their number is bounded by the stream limit of the connection.
     while let Ok((send, recv)) = connection.accept_bi().await {
+        if let Some(nixl) = nixl.take() {
+            nixl.serve(send, recv, name.clone());
+            continue;
+        }
         let incoming = Incoming::new(table.clone(), name.clone());
         tokio::spawn(receive(send, recv, incoming, name.clone(), limits.clone()));
     }

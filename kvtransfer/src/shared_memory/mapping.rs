@@ -16,7 +16,7 @@ use std::ptr::NonNull;
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 /// The memory of a peer's region.
-pub(super) struct Mapping {
+pub(crate) struct Mapping {
     base: NonNull<u8>,
     /// Bytes that may be read.
     len: usize,
@@ -33,7 +33,7 @@ impl Mapping {
     ///
     /// # Errors
     /// A sentence for the peer.
-    pub(super) fn new(file: &OwnedFd, len: u64) -> Result<Self, String> {
+    pub(crate) fn new(file: &OwnedFd, len: u64) -> Result<Self, String> {
         let system = |what: &str| {
             let what = what.to_owned();
             move |error: rustix::io::Errno| format!("cannot {what} the region: {error}")
@@ -61,12 +61,12 @@ impl Mapping {
     }
 
     /// Whether `len` bytes at `local` are inside the region.
-    pub(super) fn contains(&self, local: u64, len: u64) -> bool {
+    pub(crate) fn contains(&self, local: u64, len: u64) -> bool {
         local.checked_add(len).is_some_and(|end| end <= self.len as u64)
     }
 
     /// Copies `len` bytes at `local` to `offset` of `region`. False, and nothing copied, if either is out of bounds.
-    pub(super) fn copy_to(&self, local: u64, region: &Region, offset: usize, len: usize) -> bool {
+    pub(crate) fn copy_to(&self, local: u64, region: &Region, offset: usize, len: usize) -> bool {
         let Some(target) = region.place(offset, len).filter(|_| self.contains(local, len as u64)) else {
             return false;
         };
@@ -81,7 +81,7 @@ impl Mapping {
 /// Ways that are not straight.
 impl Mapping {
     /// [`Mapping::copy_to`] for memory that is not in this process, by way of a buffer.
-    pub(super) fn copy_through(&self, local: u64, memory: &Memory, offset: usize, len: usize) -> bool {
+    pub(crate) fn copy_through(&self, local: u64, memory: &Memory, offset: usize, len: usize) -> bool {
         let Ok(buffer) = Region::new(len) else { return false };
         let mut bytes = vec![0; len];
         self.copy_to(local, &buffer, 0, len) && buffer.copy_out(0, &mut bytes) && memory.copy_in(offset, &bytes)

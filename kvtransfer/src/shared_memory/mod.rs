@@ -16,45 +16,37 @@
 //!
 //! # The states
 //!
-//! A *link* is a Unix socket between two agents, for pushes in one direction. It is made right after a QUIC connection
-//! is and ends with it, so that a peer that hangs is found as over QUIC; a peer that dies is found at once, by the
-//! socket's hang-up. A push on a link ([`flow`]) is *pulling*, then *finishing*; at the receiver ([`landing`]) it is
-//! *landing*, then over.
+//! A *link* ([`crate::pull`]) is here a Unix socket between two agents, for pushes in one direction. It is made right
+//! after a QUIC connection is and ends with it, so that a peer that hangs is found as over QUIC; a peer that dies is
+//! found at once, by the socket's hang-up.
 //!
 //! # The invariants
 //!
 //! 1. **Who.** A link is given only to whoever was handed a ticket inside the authenticated QUIC connection, once, and
 //!    runs as the same user; and the one who asks learns that it reached the owner of the ticket before it sends any
 //!    descriptor. A region goes out as a descriptor that cannot be written through.
-//! 2. **Receiver's fence.** The receiver itself copies, under its window's lock, a quarter of a MiB at a time.
-//! 3. **Sender's fence.** FINISH leaves only after every byte was acknowledged as landed and while the push is alive, so
-//!    a byte that is read after a push was given up can only land in a window that then fails.
-//! 4. **No fault.** A mapping is made only of a memory file sealed against shrinking, at least as long as claimed, so
+//! 2. **No fault.** A mapping is made only of a memory file sealed against shrinking, at least as long as claimed, so
 //!    reading it cannot fault.
-//! 5. **Bounded.** A push asks for [`flow::PULLS_AHEAD`] batches at once; links, regions, pushes and frames are limited.
+//! 3. **Bounded.** Links, and what may wait to become one, are limited.
+//!
+//! The fences are those of [`crate::pull`].
 //!
 //! Deliberately not here: choosing between transports ([`crate::transport`]), and what a window allows.
 
-mod copiers;
-mod flow;
-mod frames;
-mod landing;
+mod accept;
 #[allow(unsafe_code)]
 mod mapping;
-mod receive;
-mod send;
-mod socket;
 #[cfg(test)]
 mod tests;
 mod ticket;
 
-pub(crate) use send::{Carried, Link};
+pub(crate) use mapping::Mapping;
 pub(crate) use ticket::Invitation;
 
 use crate::hello::{Hello, HostId, Offer};
+use crate::pull::{Copiers, Link, Receiving, Socket, send};
 use crate::window_table::WindowTable;
 use crate::{PushError, TransferLimits};
-use copiers::Copiers;
 use std::io;
 use std::net::SocketAddr;
 use std::os::linux::net::SocketAddrExt;
@@ -104,14 +96,18 @@ impl SharedMemory {
             .ok()?;
         let tickets = Arc::new(Tickets::default());
         let stop = watch::Sender::new(false);
-        let accepting = receive::Accepting {
-            tickets: tickets.clone(),
+        let receiving = Receiving {
             copiers: Arc::new(Copiers::new(runtime.clone())),
             table,
             limits: limits.clone(),
+            nixl: None,
             stop: stop.subscribe(),
         };
-        runtime.spawn(receive::accept(listener, accepting));
+        let accepting = accept::Accepting {
+            tickets: tickets.clone(),
+            receiving,
+        };
+        runtime.spawn(accept::accept(listener, accepting));
         Some(Arc::new(Self {
             host,
             socket,
@@ -155,7 +151,7 @@ impl SharedMemory {
         match result {
             Ok((stream, pushes_max)) => {
                 let pushes_max = pushes_max.min(self.limits.pushes_per_connection_max);
-                let link = Link::new(stream, peer, pushes_max, self.limits.stall_timeout);
+                let link = Link::new(Socket::new(stream), peer, None, pushes_max, self.limits.stall_timeout);
                 self.runtime.spawn(send::run(link.clone(), lost, self.stop.subscribe()));
                 Some(link)
             }
@@ -170,12 +166,6 @@ impl SharedMemory {
     pub(crate) fn close(&self) {
         self.stop.send_replace(true);
     }
-}
-
-/// Resolves when `stop` is set or its sender is gone.
-async fn stopped(mut stop: watch::Receiver<bool>) {
-    // An error means that the sender is gone, which is as good.
-    let _ = stop.wait_for(|stop| *stop).await;
 }
 
 /// Connects to the owner of an offer, both proving who they are.

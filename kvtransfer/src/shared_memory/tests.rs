@@ -1,8 +1,9 @@
 //! Who is let in, and what a peer that breaks the rules gets: over real sockets, one end of them written by hand.
 
-use super::frames::{Body, Frame, FrameDecoder, Open, put_finish, put_open, put_pull, put_region};
 use super::*;
 use crate::memory::Region;
+use crate::pull::frames::{Body, Frame, FrameDecoder, Open, put_finish, put_open, put_pull, put_region};
+use crate::pull::socket::READ_BYTES;
 use crate::ranges::{Descriptor, RangeSet};
 use crate::stats::Counters;
 use crate::window_state::{Finish, Phase};
@@ -12,7 +13,6 @@ use crate::{AbortReason, Refusal, WindowError};
 use bytes::BytesMut;
 use rustix::fd::OwnedFd;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
-use socket::{READ_BYTES, Socket};
 use std::collections::VecDeque;
 
 const LEN: usize = 1 << 20;
@@ -53,6 +53,7 @@ impl Owner {
             host: Some(self.shared.host()),
             offer: None,
             tcp: false,
+            nixl: None,
         };
         self.shared.offer(&peer, "peer").unwrap()
     }
@@ -211,6 +212,7 @@ async fn only_the_holder_of_a_ticket_is_let_in_and_once() {
         host: Some([1; 16]),
         offer: None,
         tcp: false,
+        nixl: None,
     };
     assert!(owner.shared.offer(&elsewhere, "peer").is_none());
 }
@@ -347,7 +349,10 @@ async fn each_breach_has_its_end() {
     // An abort is known at once.
     let window = owner.window(5);
     peer.say(|out| put_open(out, 6, open(5, 1)), None);
-    peer.say(|out| frames::put_abort(out, 6, AbortReason::Cancelled.code()), None);
+    peer.say(
+        |out| crate::pull::frames::put_abort(out, 6, AbortReason::Cancelled.code()),
+        None,
+    );
     let ended = within(window.until(|phase| (!matches!(phase, Phase::Open | Phase::Receiving)).then(|| phase.clone())));
     assert_eq!(ended.await, Phase::Failed(WindowError::Aborted(AbortReason::Cancelled)));
     // And a breach ends the link with everything on it.
@@ -379,7 +384,10 @@ async fn floods_are_breaches() {
     // Descriptors that belong to nothing.
     let mut peer = Peer::new(&owner).await;
     for _ in 0..10 {
-        peer.say(|out| frames::put_forget(out, 1), Some(memory(4096, SealFlags::SHRINK)));
+        peer.say(
+            |out| crate::pull::frames::put_forget(out, 1),
+            Some(memory(4096, SealFlags::SHRINK)),
+        );
     }
     assert_eq!(peer.hear().await, None);
 }

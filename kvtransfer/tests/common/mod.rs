@@ -11,18 +11,30 @@ use std::time::Duration;
 /// Nothing in these tests takes this long unless it hangs.
 pub const HANG: Duration = Duration::from_secs(60);
 
-/// What the agents of this test binary carry pushes with.
+/// What the agents of this test binary carry pushes with, unless [`TRANSPORT_VARIABLE`] says otherwise.
 pub const TRANSPORT: TransportKind = match env!("CARGO_CRATE_NAME").as_bytes() {
     b"shared_memory" => TransportKind::SharedMemory,
     b"tcp" | b"tcp_connections" => TransportKind::Tcp,
     _ => TransportKind::Quic,
 };
 
-/// Allows for [`TRANSPORT`] and nothing better.
+/// Set to `nixl`, the tests run over NIXL, whose library must then be there.
+const TRANSPORT_VARIABLE: &str = "BATON_KV_TEST_TRANSPORT";
+
+/// What the agents of this run carry pushes with.
+pub fn transport() -> TransportKind {
+    match std::env::var(TRANSPORT_VARIABLE).as_deref() {
+        Ok("nixl") => TransportKind::Nixl,
+        _ => TRANSPORT,
+    }
+}
+
+/// Allows for [`transport`] and nothing better.
 pub fn transports() -> TransportOptions {
     TransportOptions {
-        shared_memory: TRANSPORT == TransportKind::SharedMemory,
-        tcp: TRANSPORT == TransportKind::Tcp,
+        shared_memory: transport() == TransportKind::SharedMemory,
+        tcp: transport() == TransportKind::Tcp,
+        nixl: transport() == TransportKind::Nixl,
     }
 }
 

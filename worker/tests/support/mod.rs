@@ -226,6 +226,7 @@ impl Cell {
             waiting_max: 1024,
             fill_timeout_ms: 20_000,
             kv_compression: Default::default(),
+            kv_nixl: false,
             tiers: Default::default(),
         }
     }

@@ -1,7 +1,7 @@
 //! The bytes on a link, sans-IO. Integers are little-endian.
 //!
 //! ```text
-//! every frame: tag u8, id u32, length u32, body. The id names a region for tags 1, 2, 132 and 133, a push for the rest.
+//! every frame: tag u8, id u32, length u32, body. The id names a region for tags 1, 2, 7, 132 and 133, a push for the rest.
 //!
 //! sender to receiver                                    receiver to sender
 //! 1 REGION len u64; a descriptor comes along            129 LANDED  bytes u64           one for each PULL
@@ -11,6 +11,7 @@
 //! 4 PULL   n × (local u64, remote u64, len u32)         133 REGION_REFUSED sentence
 //! 5 FINISH total u64, notify u8, payload
 //! 6 ABORT  reason u32
+//! 7 REGION_AT base u64, len u64, metadata: in place of REGION where memory is reached by address
 //! ```
 //!
 //! What a frame means is the business of [`super::landing`] and [`super::flow`].
@@ -28,6 +29,7 @@ const OPEN: u8 = 3;
 const PULL: u8 = 4;
 const FINISH: u8 = 5;
 const ABORT: u8 = 6;
+const REGION_AT: u8 = 7;
 const LANDED: u8 = 129;
 const DONE: u8 = 130;
 const REFUSED: u8 = 131;
@@ -38,13 +40,18 @@ const REGION_REFUSED: u8 = 133;
 const HEADER_BYTES: usize = 9;
 /// The longest body: that of FINISH.
 const BODY_BYTES_MAX: usize = FINISH_BYTES + PAYLOAD_BYTES_MAX;
+/// REGION_AT without its metadata.
+const REGION_AT_BYTES: usize = 16;
+/// Most metadata of a REGION_AT: those of a few dozen regions on as many network devices.
+pub(crate) const METADATA_BYTES_MAX: usize = 48 << 10;
+const _: () = assert!(REGION_AT_BYTES + METADATA_BYTES_MAX <= BODY_BYTES_MAX);
 /// FINISH without its payload.
 const FINISH_BYTES: usize = 9;
 const OPEN_BYTES: usize = 26;
 /// One piece of a PULL.
 const PIECE_BYTES: usize = 20;
 /// Most pieces of a PULL: 20 KiB of frame, a MiB of pieces of a KiB.
-pub(super) const PULL_PIECES_MAX: usize = 1024;
+pub(crate) const PULL_PIECES_MAX: usize = 1024;
 const _: () = assert!(PULL_PIECES_MAX * PIECE_BYTES <= BODY_BYTES_MAX);
 
 fn put_header(out: &mut BytesMut, tag: u8, id: u32, len: usize) {
@@ -54,16 +61,24 @@ fn put_header(out: &mut BytesMut, tag: u8, id: u32, len: usize) {
     out.put_u32_le(len as u32);
 }
 
-pub(super) fn put_region(out: &mut BytesMut, id: u32, len: u64) {
+pub(crate) fn put_region(out: &mut BytesMut, id: u32, len: u64) {
     put_header(out, REGION, id, 8);
     out.put_u64_le(len);
 }
 
-pub(super) fn put_forget(out: &mut BytesMut, id: u32) {
+/// At most [`METADATA_BYTES_MAX`] bytes of metadata.
+pub(crate) fn put_region_at(out: &mut BytesMut, id: u32, base: u64, len: u64, metadata: &[u8]) {
+    put_header(out, REGION_AT, id, REGION_AT_BYTES + metadata.len());
+    out.put_u64_le(base);
+    out.put_u64_le(len);
+    out.put_slice(metadata);
+}
+
+pub(crate) fn put_forget(out: &mut BytesMut, id: u32) {
     put_header(out, FORGET, id, 0);
 }
 
-pub(super) fn put_open(out: &mut BytesMut, id: u32, open: Open) {
+pub(crate) fn put_open(out: &mut BytesMut, id: u32, open: Open) {
     put_header(out, OPEN, id, OPEN_BYTES);
     out.put_u64_le(open.window);
     out.put_u64_le(open.push);
@@ -73,7 +88,7 @@ pub(super) fn put_open(out: &mut BytesMut, id: u32, open: Open) {
 }
 
 /// At most [`PULL_PIECES_MAX`] pieces, each at most [`FRAME_BYTES_MAX`](crate::limits::FRAME_BYTES_MAX) long.
-pub(super) fn put_pull(out: &mut BytesMut, id: u32, pieces: &[Descriptor]) {
+pub(crate) fn put_pull(out: &mut BytesMut, id: u32, pieces: &[Descriptor]) {
     put_header(out, PULL, id, pieces.len() * PIECE_BYTES);
     for piece in pieces {
         out.put_u64_le(piece.local as u64);
@@ -82,19 +97,19 @@ pub(super) fn put_pull(out: &mut BytesMut, id: u32, pieces: &[Descriptor]) {
     }
 }
 
-pub(super) fn put_finish(out: &mut BytesMut, id: u32, finish: &Finish) {
+pub(crate) fn put_finish(out: &mut BytesMut, id: u32, finish: &Finish) {
     put_header(out, FINISH, id, FINISH_BYTES + finish.payload.len());
     out.put_u64_le(finish.total);
     out.put_u8(u8::from(finish.notify));
     out.put_slice(&finish.payload);
 }
 
-pub(super) fn put_abort(out: &mut BytesMut, id: u32, reason: u32) {
+pub(crate) fn put_abort(out: &mut BytesMut, id: u32, reason: u32) {
     put_header(out, ABORT, id, 4);
     out.put_u32_le(reason);
 }
 
-pub(super) fn put_reply(out: &mut BytesMut, id: u32, reply: Reply) {
+pub(crate) fn put_reply(out: &mut BytesMut, id: u32, reply: Reply) {
     match reply {
         Reply::Landed(bytes) => {
             put_header(out, LANDED, id, 8);
@@ -114,7 +129,7 @@ pub(super) fn put_reply(out: &mut BytesMut, id: u32, reply: Reply) {
     }
 }
 
-pub(super) fn put_region_reply(out: &mut BytesMut, id: u32, result: Result<(), &str>) {
+pub(crate) fn put_region_reply(out: &mut BytesMut, id: u32, result: Result<(), &str>) {
     match result {
         Ok(()) => put_header(out, REGION_TAKEN, id, 0),
         Err(sentence) => {
@@ -127,15 +142,16 @@ pub(super) fn put_region_reply(out: &mut BytesMut, id: u32, result: Result<(), &
 
 /// One frame.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Frame {
-    pub(super) id: u32,
-    pub(super) body: Body,
+pub(crate) struct Frame {
+    pub(crate) id: u32,
+    pub(crate) body: Body,
 }
 
 /// What a frame says.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Body {
+pub(crate) enum Body {
     Region { len: u64 },
+    RegionAt { base: u64, len: u64, metadata: Bytes },
     Forget,
     Open(Open),
     Pull(Pieces),
@@ -148,27 +164,27 @@ pub(super) enum Body {
 
 /// A push, or another lane of one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Open {
-    pub(super) window: u64,
-    pub(super) push: u64,
-    pub(super) lane: LaneKey,
-    pub(super) region: u32,
+pub(crate) struct Open {
+    pub(crate) window: u64,
+    pub(crate) push: u64,
+    pub(crate) lane: LaneKey,
+    pub(crate) region: u32,
 }
 
 /// The pieces of a PULL, as they came.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Pieces(Bytes);
+pub(crate) struct Pieces(Bytes);
 
 /// One piece of a PULL.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Piece {
-    pub(super) local: u64,
-    pub(super) remote: u64,
-    pub(super) len: u32,
+pub(crate) struct Piece {
+    pub(crate) local: u64,
+    pub(crate) remote: u64,
+    pub(crate) len: u32,
 }
 
 impl Pieces {
-    pub(super) fn iter(&self) -> impl Iterator<Item = Piece> + '_ {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Piece> + '_ {
         self.0.as_chunks::<PIECE_BYTES>().0.iter().map(|piece| {
             let mut piece: &[u8] = piece;
             Piece {
@@ -179,24 +195,24 @@ impl Pieces {
         })
     }
 
-    pub(super) fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         self.iter().map(|piece| u64::from(piece.len)).sum()
     }
 }
 
 /// Cuts what arrives into frames; never holds more than a frame and what came with it.
 #[derive(Debug, Default)]
-pub(super) struct FrameDecoder {
+pub(crate) struct FrameDecoder {
     buffer: BytesMut,
 }
 
 impl FrameDecoder {
-    pub(super) fn feed(&mut self, bytes: &[u8]) {
+    pub(crate) fn feed(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);
     }
 
     /// The next frame, once it is whole. After an error the link is unusable.
-    pub(super) fn next(&mut self) -> Result<Option<Frame>, &'static str> {
+    pub(crate) fn next(&mut self) -> Result<Option<Frame>, &'static str> {
         let Some((header, rest)) = self.buffer.split_first_chunk::<HEADER_BYTES>() else {
             return Ok(None);
         };
@@ -232,11 +248,18 @@ fn parse(tag: u8, mut body: Bytes) -> Result<Body, &'static str> {
         PULL if body.is_empty() || !body.len().is_multiple_of(PIECE_BYTES) => exact(PIECE_BYTES)?,
         PULL if body.len() > PULL_PIECES_MAX * PIECE_BYTES => exact(PULL_PIECES_MAX * PIECE_BYTES)?,
         FINISH if body.len() < FINISH_BYTES => exact(FINISH_BYTES)?,
-        REGION_REFUSED | PULL | FINISH => {}
+        REGION_AT if body.len() < REGION_AT_BYTES => exact(REGION_AT_BYTES)?,
+        REGION_AT if body.len() > REGION_AT_BYTES + METADATA_BYTES_MAX => exact(REGION_AT_BYTES)?,
+        REGION_REFUSED | PULL | FINISH | REGION_AT => {}
         _ => return Err("it sends a frame of an unknown kind"),
     }
     Ok(match tag {
         REGION => Body::Region { len: body.get_u64_le() },
+        REGION_AT => Body::RegionAt {
+            base: body.get_u64_le(),
+            len: body.get_u64_le(),
+            metadata: body,
+        },
         FORGET => Body::Forget,
         OPEN => Body::Open(Open {
             window: body.get_u64_le(),
@@ -308,6 +331,7 @@ mod tests {
         replies.iter().for_each(|&reply| put_reply(&mut wire, 8, reply));
         put_region_reply(&mut wire, 9, Ok(()));
         put_region_reply(&mut wire, 10, Err("no"));
+        put_region_at(&mut wire, 11, 1 << 44, 1 << 35, b"where");
         for split in [1, 2, 7, 1000] {
             let (mut decoder, mut frames) = (FrameDecoder::default(), Vec::new());
             for part in wire.chunks(split) {
@@ -317,7 +341,7 @@ mod tests {
                 }
             }
             let ids: Vec<_> = frames.iter().map(|frame| frame.id).collect();
-            assert_eq!(ids, [1, 2, 3, 5, 6, 7, 8, 8, 8, 9, 10]);
+            assert_eq!(ids, [1, 2, 3, 5, 6, 7, 8, 8, 8, 9, 10, 11]);
             let Body::Pull(sent) = &frames[3].body else {
                 panic!("{frames:?}")
             };
@@ -334,6 +358,8 @@ mod tests {
             assert_eq!(bodies[5], Body::Abort { reason: 2 });
             assert_eq!(bodies[6..9], replies.map(Body::Reply));
             assert_eq!(bodies[10], Body::RegionRefused { sentence: "no".into() });
+            let (base, len, metadata) = (1 << 44, 1 << 35, Bytes::from_static(b"where"));
+            assert_eq!(bodies[11], Body::RegionAt { base, len, metadata });
         }
     }
 

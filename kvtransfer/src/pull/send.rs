@@ -1,13 +1,17 @@
-//! The asker's side: a link, and the pushes that it carries. What a push may send next is decided by [`super::flow`];
+//! The sender's side: a link, and the pushes that it carries. What a push may send next is decided by [`super::flow`];
 //! whoever brings news, the push's owner or the link's reader, moves it on at once.
 
 use super::flow::{Flow, Step};
-use super::frames::{Body, FrameDecoder, Open, put_abort, put_finish, put_forget, put_open, put_pull, put_region};
+use super::frames::{
+    Body, FrameDecoder, METADATA_BYTES_MAX, Open, put_abort, put_finish, put_forget, put_open, put_pull, put_region,
+    put_region_at,
+};
 use super::receive::REGIONS_MAX;
 use super::socket::{READ_BYTES, Socket};
 use super::stopped;
 use crate::PushError;
 use crate::memory::Region;
+use crate::nixl::NixlAgent;
 use crate::push::{self, Outgoing};
 use crate::ranges::Descriptor;
 use crate::storage::Memory;
@@ -15,11 +19,11 @@ use crate::transport::TransportKind;
 use crate::window_table::lock;
 use crate::wire::{Integrity, Reply};
 use bytes::BytesMut;
+use rustix::fd::OwnedFd;
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use tokio::net::UnixStream;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{sleep_until, timeout};
 
@@ -30,6 +34,8 @@ const GOODBYE_TIMEOUT: Duration = Duration::from_millis(50);
 pub(crate) struct Link {
     socket: Arc<Socket>,
     peer: SocketAddr,
+    /// What regions are registered with to be read by address; without, they go out as descriptors.
+    nixl: Option<Arc<NixlAgent>>,
     stall_timeout: Duration,
     /// Pushes that may be in flight.
     slots: Semaphore,
@@ -52,6 +58,14 @@ struct Regions {
     next_id: u32,
 }
 
+/// How the peer reaches a region.
+enum Access {
+    /// By mapping it.
+    File(OwnedFd),
+    /// By its address, and what the library says of the memory that is registered.
+    Address(Vec<u8>),
+}
+
 struct Told {
     id: u32,
     /// What the peer said, once it has.
@@ -63,6 +77,7 @@ struct Lane {
     id: u32,
     push: Arc<Outgoing>,
     lane: push::Lane,
+    kind: TransportKind,
     state: Mutex<(Flow, Vec<Descriptor>)>,
     /// Why the lane is over, if the reader of the link knows, and the news of it.
     broke: Mutex<Option<PushError>>,
@@ -80,15 +95,30 @@ pub(crate) enum Carried {
 }
 
 impl Link {
-    pub(super) fn new(stream: UnixStream, peer: SocketAddr, pushes_max: u32, stall_timeout: Duration) -> Arc<Self> {
+    pub(crate) fn new(
+        socket: Socket,
+        peer: SocketAddr,
+        nixl: Option<Arc<NixlAgent>>,
+        pushes_max: u32,
+        stall_timeout: Duration,
+    ) -> Arc<Self> {
         Arc::new(Self {
-            socket: Arc::new(Socket::new(stream)),
+            socket: Arc::new(socket),
             peer,
+            nixl,
             stall_timeout,
             slots: Semaphore::new(pushes_max as usize),
             lanes: Mutex::default(),
             regions: Mutex::default(),
         })
+    }
+
+    /// What the link carries pushes by.
+    pub(crate) fn kind(&self) -> TransportKind {
+        match self.nixl {
+            Some(_) => TransportKind::Nixl,
+            None => TransportKind::SharedMemory,
+        }
     }
 
     /// Whether pushes can still be carried.
@@ -122,11 +152,11 @@ impl Link {
             push.fail(stalled);
             return Carried::Over;
         };
-        // Memory that both map is what it is: nothing to check.
+        // Memory that both map is what it is, and a fabric checks what it moves: nothing to check here.
         let Some(first) = push.lane(0, Integrity::of(true)) else {
             return Carried::Over;
         };
-        push.carried_by(TransportKind::SharedMemory);
+        push.carried_by(self.kind());
         let replies = first.replies();
         let lane = match self.open(push, first, region) {
             Ok(lane) => lane,
@@ -150,11 +180,24 @@ impl Link {
 
     /// The id under which the peer knows `region`; `None` if it does not take it.
     async fn share(self: &Arc<Self>, region: &Arc<Region>) -> Option<u32> {
-        let (id, mut taken) = {
-            let mut regions = lock(&self.regions);
-            match regions.told.get(&region.id()) {
-                Some(told) => (told.id, told.taken.subscribe()),
-                None => self.tell(&mut regions, region)?,
+        if !self.alive() {
+            return None;
+        }
+        let find = |regions: &Regions| {
+            let told = regions.told.get(&region.id())?;
+            Some((told.id, told.taken.subscribe()))
+        };
+        let told = find(&lock(&self.regions));
+        let (id, mut taken) = match told {
+            Some(told) => told,
+            None => {
+                let access = self.access(region).await?;
+                let mut regions = lock(&self.regions);
+                // Another push may have been as fast.
+                match find(&regions) {
+                    Some(told) => told,
+                    None => self.tell(&mut regions, region, access)?,
+                }
             }
         };
         // Without an answer, or a link, QUIC is the way; if the peer is dead QUIC says so.
@@ -164,22 +207,61 @@ impl Link {
         answer.ok()?.unwrap_or(false).then_some(id)
     }
 
+    /// What to tell the peer of `region`; `None` if it cannot be shared.
+    async fn access(&self, region: &Arc<Region>) -> Option<Access> {
+        let Some(nixl) = self.nixl.clone() else {
+            return Some(Access::File(region.file()?.try_clone_to_owned().ok()?));
+        };
+        let registered = region.clone();
+        // Pinning memory takes its time.
+        let metadata = tokio::task::spawn_blocking(move || {
+            nixl.register(&registered)?;
+            nixl.metadata()
+        });
+        match metadata.await.ok()? {
+            Ok(metadata) if metadata.len() <= METADATA_BYTES_MAX => Some(Access::Address(metadata)),
+            Ok(metadata) => {
+                let (bytes, max) = (metadata.len(), METADATA_BYTES_MAX);
+                tracing::warn!(
+                    bytes,
+                    max,
+                    "what NIXL says of its memory is too long to send; QUIC carries the pushes"
+                );
+                None
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a region cannot be registered with NIXL; QUIC carries its pushes");
+                None
+            }
+        }
+    }
+
     fn tell(
         self: &Arc<Self>,
         regions: &mut Regions,
         region: &Arc<Region>,
+        access: Access,
     ) -> Option<(u32, watch::Receiver<Option<bool>>)> {
         if regions.told.len() >= REGIONS_MAX || !self.alive() {
             return None;
         }
-        let file = region.file()?.try_clone_to_owned().ok()?;
         regions.next_id += 1;
         let id = regions.next_id;
         let (sender, taken) = watch::channel(None);
         regions.told.insert(region.id(), Told { id, taken: sender });
         let mut out = BytesMut::new();
-        put_region(&mut out, id, region.len() as u64);
-        self.socket.send_with(out.freeze(), Some(file));
+        let len = region.len() as u64;
+        let file = match access {
+            Access::File(file) => {
+                put_region(&mut out, id, len);
+                Some(file)
+            }
+            Access::Address(metadata) => {
+                put_region_at(&mut out, id, region.address() as u64, len, &metadata);
+                None
+            }
+        };
+        self.socket.send_with(out.freeze(), file);
         // The peer's mapping holds the memory; it is to go when the region goes.
         let (link, key, freed) = (Arc::downgrade(self), region.id(), region.freed());
         tokio::spawn(async move {
@@ -208,7 +290,7 @@ impl Link {
             }
             // Used up after four thousand million pushes on one link; the few in flight by then are recent.
             lanes.next_id = lanes.next_id.wrapping_add(1);
-            let lane = Arc::new(Lane::new(lanes.next_id, push.clone(), first));
+            let lane = Arc::new(Lane::new(lanes.next_id, push.clone(), first, self.kind()));
             lanes.open.insert(lane.id, lane.clone());
             lane
         };
@@ -312,8 +394,8 @@ impl Link {
 }
 
 /// The task of a link: reads and writes until it is over, and then fails what it carries.
-pub(super) async fn run(link: Arc<Link>, lost: impl Future<Output = PushError> + Send, stop: watch::Receiver<bool>) {
-    tracing::info!(peer = %link.peer, "kv blocks go to this peer by shared memory");
+pub(crate) async fn run(link: Arc<Link>, lost: impl Future<Output = PushError> + Send, stop: watch::Receiver<bool>) {
+    tracing::info!(peer = %link.peer, kind = %link.kind(), "kv blocks go to this peer over a link");
     /// Ends the link if the runtime stops, too.
     struct End(Arc<Link>);
     impl Drop for End {
@@ -341,7 +423,7 @@ pub(super) async fn run(link: Arc<Link>, lost: impl Future<Output = PushError> +
             .await
             .unwrap_or_else(|_| lost_link(detail)),
     };
-    tracing::debug!(peer = %link.0.peer, %error, "shared memory link ended");
+    tracing::debug!(peer = %link.0.peer, kind = %link.0.kind(), %error, "link ended");
     link.0.end(&error);
 }
 
@@ -355,11 +437,12 @@ impl Drop for OpenLane<'_> {
 }
 
 impl Lane {
-    fn new(id: u32, push: Arc<Outgoing>, lane: push::Lane) -> Self {
+    fn new(id: u32, push: Arc<Outgoing>, lane: push::Lane, kind: TransportKind) -> Self {
         Self {
             id,
             push,
             lane,
+            kind,
             state: Mutex::new((Flow::new(Instant::now()), Vec::new())),
             broke: Mutex::default(),
             broken: Notify::new(),
@@ -376,7 +459,9 @@ impl Lane {
         let mut state = lock(&self.state);
         let (flow, pieces) = &mut *state;
         loop {
-            let step = flow.next(pieces, Instant::now(), |batch| self.lane.take_to_fetch(batch));
+            let step = flow.next(pieces, Instant::now(), |batch| {
+                self.lane.take_to_fetch(batch, self.kind)
+            });
             let mut out = BytesMut::new();
             match step {
                 Step::Pull => put_pull(&mut out, self.id, pieces),
@@ -397,6 +482,7 @@ mod tests {
     use crate::push::Push;
     use crate::push_state::PushLimits;
     use bytes::Bytes;
+    use tokio::net::UnixStream;
 
     /// A push that is given up while the receiver copies: its blocks may be overwritten by then, so the answer that
     /// would have let it finish must not.
@@ -420,7 +506,7 @@ mod tests {
             push.writer().write(0..64, 0).unwrap();
             let mut finishing = Box::pin(push.finish(Bytes::new()));
             assert!(futures_util::poll!(&mut finishing).is_pending());
-            let lane = Lane::new(1, out, first);
+            let lane = Lane::new(1, out, first, TransportKind::SharedMemory);
             lane.advance(&socket);
             if given_up {
                 drop(finishing);

@@ -1,121 +1,66 @@
-//! The owner's side: accepts connections on the Unix socket, checks who they are, and lands the pushes that arrive. A
-//! task per link reads frames and never waits for a copy.
+//! The receiver's side: lands the pushes that arrive on a link. A task per link reads frames and never waits for a copy.
 
 use super::copiers::Copiers;
 use super::frames::{Body, Frame, FrameDecoder, Open, put_region_reply, put_reply};
 use super::landing::Landing;
-use super::mapping::Mapping;
 use super::socket::{READ_BYTES, Socket};
-use super::ticket::{Ticket, Tickets};
-use super::{ASK_BYTES, MAGIC, same_user, stopped};
+use super::source::Source;
+use super::stopped;
+use crate::nixl::{Nixl, NixlPeer};
+use crate::shared_memory::Mapping;
+use crate::transport::TransportKind;
 use crate::window_table::{Claimed, WindowTable};
 use crate::wire::Reply;
 use crate::{AbortReason, Refusal, TransferLimits, WindowError};
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use rustix::fd::OwnedFd;
 use std::collections::{HashMap, VecDeque};
-use std::io;
 use std::sync::Arc;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
 /// Regions one link may have mapped: a worker has one.
-pub(super) const REGIONS_MAX: usize = 64;
+pub(crate) const REGIONS_MAX: usize = 64;
 
 /// Batches up to this long are copied at once by the task that reads them; waking a thread would take as long.
 const INLINE_BYTES_MAX: u64 = 256 << 10;
 
-/// What accepting takes.
+/// What receiving takes.
 #[derive(Clone)]
-pub(super) struct Accepting {
-    pub(super) tickets: Arc<Tickets>,
-    pub(super) copiers: Arc<Copiers>,
-    pub(super) table: Arc<WindowTable>,
-    pub(super) limits: Arc<TransferLimits>,
-    pub(super) stop: watch::Receiver<bool>,
+pub(crate) struct Receiving {
+    pub(crate) copiers: Arc<Copiers>,
+    pub(crate) table: Arc<WindowTable>,
+    pub(crate) limits: Arc<TransferLimits>,
+    /// Set for links whose regions are reached by address.
+    pub(crate) nixl: Option<Arc<Nixl>>,
+    pub(crate) stop: watch::Receiver<bool>,
 }
 
-/// Accepts until told to stop.
-pub(super) async fn accept(listener: UnixListener, accepting: Accepting) {
-    let slots = Arc::new(Semaphore::new(accepting.limits.connections_max));
-    let mut stop = std::pin::pin!(stopped(accepting.stop.clone()));
-    loop {
-        let accepted = tokio::select! {
-            biased;
-            () = &mut stop => return,
-            accepted = listener.accept() => accepted,
-        };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "a connection for shared memory could not be accepted");
-                // Out of descriptors, as a rule; accepting again at once would spin.
-                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        let Ok(slot) = slots.clone().try_acquire_owned() else {
-            tracing::warn!(
-                max = accepting.limits.connections_max,
-                "a connection for shared memory was refused: too many"
-            );
-            continue;
-        };
-        let accepting = accepting.clone();
-        tokio::spawn(async move {
-            let limit = accepting.limits.handshake_timeout;
-            match tokio::time::timeout(limit, admit(stream, &accepting)).await {
-                Ok(Ok((stream, ticket))) => serve(stream, ticket, accepting).await,
-                Ok(Err(error)) => tracing::warn!(%error, "a connection for shared memory was refused"),
-                Err(_) => {
-                    tracing::warn!("a connection for shared memory was refused: it did not say who it is in time")
-                }
-            }
-            drop(slot);
-        });
-    }
-}
-
-/// Lets in whoever runs as the same user and has a ticket.
-async fn admit(mut stream: UnixStream, accepting: &Accepting) -> io::Result<(UnixStream, Ticket)> {
-    if !same_user(&stream)? {
-        return Err(io::Error::other("it runs as another user"));
-    }
-    let mut question = [0; ASK_BYTES];
-    stream.read_exact(&mut question).await?;
-    let ticket = question
-        .split_first_chunk()
-        .filter(|(magic, _)| **magic == MAGIC)
-        .and_then(|(_, rest)| rest.split_first_chunk::<16>())
-        .and_then(|(ticket, rest)| accepting.tickets.redeem(ticket, rest.try_into().ok()?))
-        .ok_or_else(|| io::Error::other("it has no valid ticket"))?;
-    let mut answer = ticket.owner_secret.to_vec();
-    answer.extend_from_slice(&accepting.limits.pushes_per_connection_max.to_le_bytes());
-    stream.write_all(&answer).await?;
-    Ok((stream, ticket))
-}
-
-/// Lands pushes until the link ends.
-async fn serve(stream: UnixStream, mut ticket: Ticket, accepting: Accepting) {
-    let peer = ticket.peer.clone();
-    tracing::info!(%peer, "kv blocks arrive from this peer by shared memory");
-    let socket = Arc::new(Socket::new(stream));
+/// Lands pushes until the link ends, or `void` resolves: the connection it belongs to is gone.
+pub(crate) async fn serve(
+    socket: Arc<Socket>,
+    peer: Arc<str>,
+    kind: TransportKind,
+    void: impl Future<Output = ()>,
+    receiving: Receiving,
+) {
+    tracing::info!(%peer, %kind, "kv blocks can arrive from this peer over a link");
     let mut inbound = Inbound {
         socket: socket.clone(),
-        peer: ticket.peer.clone(),
-        accepting: accepting.clone(),
+        peer: peer.clone(),
+        kind,
+        receiving: receiving.clone(),
+        nixl_peer: None,
         regions: HashMap::new(),
         landings: HashMap::new(),
     };
     let detail = tokio::select! {
         biased;
-        () = stopped(accepting.stop.clone()) => "this agent was closed".to_owned(),
+        () = stopped(receiving.stop.clone()) => "this agent was closed".to_owned(),
         error = inbound.read() => error,
         error = socket.flush() => error.to_string(),
-        () = ticket.void() => "its connection ended".to_owned(),
+        () = void => "its connection ended".to_owned(),
     };
-    tracing::debug!(%peer, detail, "shared memory link ended");
+    tracing::debug!(%peer, %kind, detail, "link ended");
     for landing in inbound.landings.into_values() {
         landing.broken(detail.clone());
     }
@@ -125,8 +70,11 @@ async fn serve(stream: UnixStream, mut ticket: Ticket, accepting: Accepting) {
 struct Inbound {
     socket: Arc<Socket>,
     peer: Arc<str>,
-    accepting: Accepting,
-    regions: HashMap<u32, Arc<Mapping>>,
+    kind: TransportKind,
+    receiving: Receiving,
+    /// The process that the regions are in, where they are reached by address.
+    nixl_peer: Option<Arc<NixlPeer>>,
+    regions: HashMap<u32, Arc<Source>>,
     landings: HashMap<u32, Arc<Landing>>,
 }
 
@@ -142,17 +90,21 @@ impl Inbound {
                 Err(error) => return error.to_string(),
             }
             loop {
-                let taken = decoder.next().and_then(|frame| match frame {
-                    Some(frame) => self.take(frame, &mut descriptors).map(|()| true),
-                    None => Ok(false),
-                });
-                match taken {
-                    Ok(true) => {}
-                    Ok(false) => break,
-                    Err(breach) => {
-                        tracing::warn!(breach, "shared memory link ended: the peer broke the protocol");
-                        return breach.into();
-                    }
+                let taken = match decoder.next() {
+                    Ok(Some(Frame {
+                        id,
+                        body: Body::RegionAt { base, len, metadata },
+                    })) => self.region_at(id, base, len, metadata).await,
+                    Ok(Some(frame)) => self.take(frame, &mut descriptors),
+                    Ok(None) => break,
+                    Err(breach) => Err(breach),
+                };
+                if let Err(breach) = taken {
+                    tracing::warn!(breach, kind = %self.kind, "link ended: the peer broke the protocol");
+                    return breach.into();
+                }
+                if self.nixl_peer.as_ref().is_some_and(|peer| !peer.usable()) {
+                    return "its memory cannot be read any more".into();
                 }
             }
         }
@@ -165,8 +117,11 @@ impl Inbound {
                 let file = descriptors
                     .pop_front()
                     .ok_or("it names a region and sends no descriptor")?;
-                self.region(id, &file, len)
+                let source = Mapping::new(&file, len).map(Source::Mapping);
+                self.region(id, source)
             }
+            // Taken where there is time to wait.
+            Body::RegionAt { .. } => Ok(()),
             Body::Forget => {
                 self.regions.remove(&id);
                 Ok(())
@@ -178,7 +133,7 @@ impl Inbound {
                     let small = pieces.bytes() <= INLINE_BYTES_MAX;
                     let idle = landing.queue(pieces)?;
                     if idle && (!small || landing.copy_next()) {
-                        self.accepting.copiers.submit(landing.clone());
+                        self.receiving.copiers.submit(landing.clone());
                     }
                     Ok(())
                 }
@@ -208,18 +163,35 @@ impl Inbound {
         }
     }
 
-    fn region(&mut self, id: u32, file: &OwnedFd, len: u64) -> Result<(), &'static str> {
+    /// A region by its address: the library learns of it on a thread that may wait.
+    async fn region_at(&mut self, id: u32, base: u64, len: u64, metadata: Bytes) -> Result<(), &'static str> {
+        let nixl = self.receiving.nixl.clone();
+        let nixl = nixl.ok_or("it names a region by its address on a link for shared memory")?;
+        let known = self.nixl_peer.clone();
+        let loaded = tokio::task::spawn_blocking(move || nixl.peer(&metadata, known)).await;
+        let source = match loaded {
+            Ok(Ok(peer)) => {
+                self.nixl_peer = Some(peer.clone());
+                Source::remote(peer, base, len)
+            }
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err("this agent was closed".into()),
+        };
+        self.region(id, source)
+    }
+
+    fn region(&mut self, id: u32, source: Result<Source, String>) -> Result<(), &'static str> {
         if self.regions.contains_key(&id) {
             return Err("it names two regions alike");
         }
-        let mapping = match Mapping::new(file, len) {
+        let source = match source {
             Ok(_) if self.regions.len() >= REGIONS_MAX => Err(format!("{REGIONS_MAX} regions are mapped, the most")),
             other => other,
         };
         let mut out = BytesMut::new();
-        match mapping {
-            Ok(mapping) => {
-                self.regions.insert(id, Arc::new(mapping));
+        match source {
+            Ok(source) => {
+                self.regions.insert(id, Arc::new(source));
                 put_region_reply(&mut out, id, Ok(()));
             }
             Err(sentence) => {
@@ -238,12 +210,12 @@ impl Inbound {
             lane,
             region,
         } = open;
-        let mapping = self
+        let source = self
             .regions
             .get(&region)
             .ok_or("it pushes from a region that it has not named")?;
         // A refused push is forgotten by the sender's next word, or here.
-        let max = self.accepting.limits.pushes_per_connection_max as usize;
+        let max = self.receiving.limits.pushes_per_connection_max as usize;
         if self.landings.len() >= max {
             self.landings.retain(|_, landing| !landing.over());
         }
@@ -253,7 +225,7 @@ impl Inbound {
         if self.landings.contains_key(&id) {
             return Err("it names two pushes alike");
         }
-        let table = &self.accepting.table;
+        let table = &self.receiving.table;
         match table.claim(window, push, lane) {
             Ok(Claimed::Window(cell)) => {
                 let landing = Landing::new(
@@ -261,7 +233,7 @@ impl Inbound {
                     (cell, lane),
                     self.peer.clone(),
                     table.clone(),
-                    mapping.clone(),
+                    source.clone(),
                     self.socket.clone(),
                 );
                 let landing = Arc::new(landing);

@@ -13,7 +13,7 @@ use crate::window_state::Finish;
 use std::time::Instant;
 
 /// PULLs that a push may have under way: enough that a copying thread never waits for the next one.
-pub(super) const PULLS_AHEAD: usize = 4;
+pub(crate) const PULLS_AHEAD: usize = 4;
 
 /// A PULL is full when it asks for this many bytes: some hundreds of µs of copying, beside which a round trip between two
 /// processes is small. Giving up does not wait for it: the receiver looks at its window before every chunk.
@@ -21,7 +21,7 @@ const PULL_BYTES: usize = 16 << 20;
 
 /// One push's way over a link.
 #[derive(Debug)]
-pub(super) struct Flow {
+pub(crate) struct Flow {
     /// Pieces taken from the push; those before `next` are sent.
     batch: Vec<Descriptor>,
     next: usize,
@@ -37,7 +37,7 @@ pub(super) struct Flow {
 
 /// What to send.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Step {
+pub(crate) enum Step {
     /// PULL the pieces.
     Pull,
     /// FINISH, if the push is still alive.
@@ -47,7 +47,7 @@ pub(super) enum Step {
 }
 
 impl Flow {
-    pub(super) fn new(now: Instant) -> Self {
+    pub(crate) fn new(now: Instant) -> Self {
         Self {
             batch: Vec::new(),
             next: 0,
@@ -61,7 +61,7 @@ impl Flow {
     }
 
     /// What to send next. `pieces` receives those of a PULL; `take` fetches the next batch from the push.
-    pub(super) fn next(
+    pub(crate) fn next(
         &mut self,
         pieces: &mut Vec<Descriptor>,
         now: Instant,
@@ -115,7 +115,7 @@ impl Flow {
     }
 
     /// The receiver answers a PULL: `bytes` have landed in all.
-    pub(super) fn landed(&mut self, bytes: u64, now: Instant) -> Result<(), &'static str> {
+    pub(crate) fn landed(&mut self, bytes: u64, now: Instant) -> Result<(), &'static str> {
         if self.unanswered == 0 || bytes < self.landed || bytes > self.asked {
             return Err("it counts bytes that were not sent");
         }
@@ -126,7 +126,7 @@ impl Flow {
     }
 
     /// Since when the receiver has owed an answer, if it does.
-    pub(super) fn waiting_since(&self) -> Option<Instant> {
+    pub(crate) fn waiting_since(&self) -> Option<Instant> {
         (self.unanswered > 0 || self.finishing).then_some(self.progress)
     }
 }

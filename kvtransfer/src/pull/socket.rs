@@ -1,8 +1,10 @@
-//! A Unix stream socket that carries frames and, now and then, a descriptor. Sending never waits: what the socket does
-//! not take at once is queued, within a bound, and sent by [`Socket::flush`].
+//! What a link's frames travel on: a Unix stream socket, which also carries a descriptor now and then, or a stream of an
+//! authenticated QUIC connection. Sending never waits: what is not taken at once is queued, within a bound, and sent by
+//! [`Socket::flush`].
 
 use crate::window_table::lock;
 use bytes::{Buf, Bytes};
+use quinn::{RecvStream, SendStream};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -23,13 +25,19 @@ const QUEUE_BYTES_MAX: usize = 16 << 20;
 const UNCLAIMED_MAX: usize = 4;
 
 /// Bytes read at once: frames are small.
-pub(super) const READ_BYTES: usize = 64 << 10;
+pub(crate) const READ_BYTES: usize = 64 << 10;
 
 /// One end of a link.
-pub(super) struct Socket {
-    stream: UnixStream,
+pub(crate) struct Socket {
+    wire: Wire,
     queue: Mutex<Queue>,
     queued: Notify,
+}
+
+enum Wire {
+    Unix(UnixStream),
+    /// Each half is used by one task: [`Socket::flush`] and [`Socket::receive`].
+    Quic(tokio::sync::Mutex<SendStream>, tokio::sync::Mutex<RecvStream>),
 }
 
 #[derive(Default)]
@@ -41,21 +49,30 @@ struct Queue {
 }
 
 impl Socket {
-    pub(super) fn new(stream: UnixStream) -> Self {
+    pub(crate) fn new(stream: UnixStream) -> Self {
+        Self::over(Wire::Unix(stream))
+    }
+
+    /// Over a QUIC stream. Descriptors given to it are dropped.
+    pub(crate) fn quic(send: SendStream, recv: RecvStream) -> Self {
+        Self::over(Wire::Quic(send.into(), recv.into()))
+    }
+
+    fn over(wire: Wire) -> Self {
         Self {
-            stream,
+            wire,
             queue: Mutex::default(),
             queued: Notify::new(),
         }
     }
 
     /// Sends `bytes`, in order with everything else. A failure ends [`Socket::flush`].
-    pub(super) fn send(&self, bytes: impl Into<Bytes>) {
+    pub(crate) fn send(&self, bytes: impl Into<Bytes>) {
         self.send_with(bytes.into(), None);
     }
 
     /// Sends `bytes` and a descriptor that arrives with the first of them.
-    pub(super) fn send_with(&self, bytes: Bytes, descriptor: Option<OwnedFd>) {
+    pub(crate) fn send_with(&self, bytes: Bytes, descriptor: Option<OwnedFd>) {
         let mut queue = lock(&self.queue);
         if queue.broken.is_some() {
             return;
@@ -74,7 +91,7 @@ impl Socket {
     }
 
     /// Sends what is queued whenever there is room; runs until that fails.
-    pub(super) async fn flush(&self) -> io::Error {
+    pub(crate) async fn flush(&self) -> io::Error {
         loop {
             self.queued.notified().await;
             loop {
@@ -90,21 +107,34 @@ impl Socket {
                 if empty {
                     break;
                 }
-                if let Err(error) = self.stream.writable().await {
+                let sent = match &self.wire {
+                    Wire::Unix(stream) => stream.writable().await,
+                    Wire::Quic(send, _) => self.send_first(send).await,
+                };
+                if let Err(error) = sent {
                     return error;
                 }
             }
         }
     }
 
+    async fn send_first(&self, send: &tokio::sync::Mutex<SendStream>) -> io::Result<()> {
+        let first = lock(&self.queue).items.front().map(|(bytes, _)| bytes.clone());
+        let Some(bytes) = first else { return Ok(()) };
+        let len = bytes.len();
+        send.lock().await.write_chunk(bytes).await?;
+        let mut queue = lock(&self.queue);
+        queue.items.pop_front();
+        queue.bytes -= len;
+        Ok(())
+    }
+
     fn drain(&self, queue: &mut Queue) {
+        let Wire::Unix(stream) = &self.wire else { return };
         while queue.broken.is_none()
             && let Some((bytes, descriptor)) = queue.items.front_mut()
         {
-            match self
-                .stream
-                .try_io(Interest::WRITABLE, || send(&self.stream, bytes, descriptor.as_ref()))
-            {
+            match stream.try_io(Interest::WRITABLE, || send(stream, bytes, descriptor.as_ref())) {
                 Ok(sent) => {
                     // It has gone with the first byte.
                     *descriptor = None;
@@ -122,13 +152,14 @@ impl Socket {
     }
 
     /// Waits for bytes and descriptors. No bytes: the peer has closed its end.
-    pub(super) async fn receive(&self, buffer: &mut [u8], descriptors: &mut VecDeque<OwnedFd>) -> io::Result<usize> {
+    pub(crate) async fn receive(&self, buffer: &mut [u8], descriptors: &mut VecDeque<OwnedFd>) -> io::Result<usize> {
+        let stream = match &self.wire {
+            Wire::Unix(stream) => stream,
+            Wire::Quic(_, recv) => return Ok(recv.lock().await.read(buffer).await?.unwrap_or(0)),
+        };
         loop {
-            self.stream.readable().await?;
-            match self
-                .stream
-                .try_io(Interest::READABLE, || receive(&self.stream, buffer, descriptors))
-            {
+            stream.readable().await?;
+            match stream.try_io(Interest::READABLE, || receive(stream, buffer, descriptors)) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Ok(_) if descriptors.len() > UNCLAIMED_MAX => {
                     return Err(io::Error::other("it sends descriptors that nobody asked for"));

@@ -11,11 +11,10 @@
 
 use super::flow::PULLS_AHEAD;
 use super::frames::{Pieces, put_reply};
-use super::mapping::Mapping;
 use super::socket::Socket;
+use super::source::{Part, Source};
 use crate::incoming::given_up;
 use crate::limits::FRAME_BYTES_MAX;
-use crate::storage::Memory;
 use crate::window_state::{Finish, Phase};
 use crate::window_table::{WindowCell, WindowTable, lock};
 use crate::wire::{LaneKey, Reply};
@@ -26,17 +25,14 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-/// Bytes copied under one hold of the window's lock: closing a window waits for no more, some tens of µs.
-const CHUNK_BYTES: usize = 256 << 10;
-
 /// A push that lands.
-pub(super) struct Landing {
+pub(crate) struct Landing {
     id: u32,
     window: Arc<WindowCell>,
     lane: LaneKey,
     peer: Arc<str>,
     table: Arc<WindowTable>,
-    mapping: Arc<Mapping>,
+    source: Arc<Source>,
     socket: Arc<Socket>,
     queue: Mutex<Queue>,
     over: AtomicBool,
@@ -51,13 +47,13 @@ struct Queue {
 }
 
 impl Landing {
-    /// The landing of push `id`, whose `lane` has claimed `window` and which reads from `mapping`.
-    pub(super) fn new(
+    /// The landing of push `id`, whose `lane` has claimed `window` and which reads from `source`.
+    pub(crate) fn new(
         id: u32,
         (window, lane): (Arc<WindowCell>, LaneKey),
         peer: Arc<str>,
         table: Arc<WindowTable>,
-        mapping: Arc<Mapping>,
+        source: Arc<Source>,
         socket: Arc<Socket>,
     ) -> Self {
         Self {
@@ -66,7 +62,7 @@ impl Landing {
             lane,
             peer,
             table,
-            mapping,
+            source,
             socket,
             queue: Mutex::default(),
             over: AtomicBool::new(false),
@@ -77,7 +73,7 @@ impl Landing {
     ///
     /// # Errors
     /// A breach of the protocol: more batches than a push may ask for at once.
-    pub(super) fn queue(&self, pieces: Pieces) -> Result<bool, &'static str> {
+    pub(crate) fn queue(&self, pieces: Pieces) -> Result<bool, &'static str> {
         let mut queue = lock(&self.queue);
         if queue.batches.len() >= PULLS_AHEAD {
             return Err("it asks for more at once than a push may");
@@ -87,7 +83,7 @@ impl Landing {
     }
 
     /// Copies one batch and answers it. True if another waits, and the caller is to go on.
-    pub(super) fn copy_next(&self) -> bool {
+    pub(crate) fn copy_next(&self) -> bool {
         let next = {
             let mut queue = lock(&self.queue);
             let next = queue.batches.pop_front();
@@ -118,7 +114,10 @@ impl Landing {
 
     /// Bytes copied, and the push's total if they complete its window.
     fn copy(&self, pieces: &Pieces) -> Result<(u64, Option<u64>), Refusal> {
+        self.source.prepare(&self.window.memory())?;
         let (mut bytes, mut complete) = (0, None);
+        let (mut run, mut run_bytes) = (Vec::new(), 0);
+        let chunk = self.source.chunk_bytes();
         for piece in pieces.iter() {
             let len = u64::from(piece.len);
             if piece.len as usize > FRAME_BYTES_MAX {
@@ -130,30 +129,50 @@ impl Landing {
                 offset: piece.local,
                 len,
             };
-            if !self.mapping.contains(piece.local, len) {
+            if !self.source.contains(piece.local, len) {
                 return Err(out_of_range);
             }
-            for done in (0..piece.len as usize).step_by(CHUNK_BYTES) {
-                let part = CHUNK_BYTES.min(piece.len as usize - done);
-                self.window
-                    .land_with(self.lane, start + done, part, |memory| match memory {
-                        Memory::Host(region) => {
-                            self.mapping
-                                .copy_to(piece.local + done as u64, region, start + done, part)
-                        }
-                        memory => self
-                            .mapping
-                            .copy_through(piece.local + done as u64, memory, start + done, part),
-                    })?;
+            let mut done = 0;
+            while done < piece.len as usize {
+                let part = (chunk - run_bytes).min(piece.len as usize - done);
+                run.push(Part {
+                    local: piece.local + done as u64,
+                    target: start + done,
+                    len: part,
+                });
+                done += part;
+                run_bytes += part;
+                if run_bytes == chunk {
+                    complete = self.copy_run(&run)?.or(complete);
+                    run.clear();
+                    run_bytes = 0;
+                }
             }
-            complete = self.window.cover(self.lane, start..start + piece.len as usize)?;
             bytes += len;
+        }
+        if !run.is_empty() {
+            complete = self.copy_run(&run)?.or(complete);
         }
         Ok((bytes, complete))
     }
 
+    /// Copies at most a chunk, under one hold of the window's lock.
+    fn copy_run(&self, run: &[Part]) -> Result<Option<u64>, Refusal> {
+        let places = run.iter().map(|part| (part.target, part.len));
+        self.window
+            .land_with(self.lane, self.source.transport(), places, |memory| {
+                self.source.copy_to(run, memory)
+            })?;
+        let mut complete = None;
+        for part in run {
+            let covered = self.window.cover(self.lane, part.target..part.target + part.len)?;
+            complete = covered.or(complete);
+        }
+        Ok(complete)
+    }
+
     /// The push says it is complete.
-    pub(super) fn finish(&self, finish: Finish) {
+    pub(crate) fn finish(&self, finish: Finish) {
         let complete = matches!(self.window.phase(), Phase::Completed(_));
         let room = if finish.notify && !complete {
             self.table.inbox().room()
@@ -179,13 +198,13 @@ impl Landing {
     }
 
     /// The push ended for `cause`, and its window with it. Nothing is said of it.
-    pub(super) fn lost(&self, cause: WindowError) {
+    pub(crate) fn lost(&self, cause: WindowError) {
         self.end();
         self.window.fail(cause);
     }
 
     /// The link ended, or this lane of the push, which may go on over another.
-    pub(super) fn broken(&self, detail: String) {
+    pub(crate) fn broken(&self, detail: String) {
         self.end();
         let peer = self.peer.to_string();
         let cause = WindowError::PeerLost { peer, detail };
@@ -193,7 +212,7 @@ impl Landing {
     }
 
     /// Says at once if the window is given up on this side. Resolves when the window is over.
-    pub(super) async fn watch(self: Arc<Self>) {
+    pub(crate) async fn watch(self: Arc<Self>) {
         let refusal = self
             .window
             .until(|phase| match phase {
@@ -225,7 +244,7 @@ impl Landing {
     }
 
     /// Whether the last word is spoken.
-    pub(super) fn over(&self) -> bool {
+    pub(crate) fn over(&self) -> bool {
         self.over.load(Relaxed)
     }
 

@@ -14,7 +14,7 @@ use tokio::runtime::Handle;
 const THREADS_MAX: usize = 2;
 
 /// The copying threads of one agent.
-pub(super) struct Copiers {
+pub(crate) struct Copiers {
     work: Mutex<Work>,
     threads_max: usize,
     runtime: Handle,
@@ -28,7 +28,7 @@ struct Work {
 }
 
 impl Copiers {
-    pub(super) fn new(runtime: Handle) -> Self {
+    pub(crate) fn new(runtime: Handle) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             work: Mutex::default(),
@@ -39,7 +39,7 @@ impl Copiers {
 
     /// Has the batches of `landing` copied, starting a thread if there may be another. The caller has seen to it that
     /// `landing` is submitted once at a time.
-    pub(super) fn submit(self: &Arc<Self>, landing: Arc<Landing>) {
+    pub(crate) fn submit(self: &Arc<Self>, landing: Arc<Landing>) {
         let mut work = lock(&self.work);
         work.ready.push_back(landing);
         if work.threads < self.threads_max {
