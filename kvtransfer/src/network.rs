@@ -117,7 +117,7 @@ impl Network {
                     connection = tcp.connect(peer) => match connection {
                         Ok(connection) => Some((tcp, session, connection)),
                         Err(error) => {
-                            tracing::info!(%peer, %error, "no tcp to this peer for now; its pushes go over QUIC");
+                            tracing::info!(%peer, %error, "no tcp to this peer; its pushes go over QUIC for 15 s, then tcp is tried again");
                             session.tcp_failed();
                             None
                         }
