@@ -3,31 +3,17 @@
 
 mod support;
 
-use baton_engine::{MockConfig, MockEngine, MockTiming};
+use baton_engine::{MockConfig, MockEngine};
 use baton_proto::worker::{FinishReason, Generate};
 use baton_worker::WorkerRole;
 use std::collections::HashMap;
 use std::time::Duration;
-use support::{Answer, Cell, Gateway, request, within};
+use support::{Answer, Cell, Gateway, request, slow_engine, within};
 
 const REQUESTS: u64 = 300;
 
 fn engine() -> MockEngine {
     slow_engine(Duration::ZERO)
-}
-
-/// An engine whose every step takes this long.
-fn slow_engine(step: Duration) -> MockEngine {
-    let timing = MockTiming {
-        step,
-        ..MockTiming::default()
-    };
-    MockEngine::new(MockConfig {
-        total_blocks: 512,
-        timing,
-        ..MockConfig::default()
-    })
-    .expect("a valid mock")
 }
 
 async fn run_all(gateway: &Gateway, requests: impl Iterator<Item = Generate>) -> HashMap<String, Answer> {

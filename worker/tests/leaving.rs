@@ -2,25 +2,10 @@
 
 mod support;
 
-use baton_engine::{MockConfig, MockEngine, MockTiming};
 use baton_proto::worker::{FinishReason, Generate};
 use baton_worker::WorkerRole;
 use std::time::{Duration, Instant};
-use support::{Cell, request, within};
-
-/// An engine whose every step takes this long.
-fn engine(step: Duration) -> MockEngine {
-    let timing = MockTiming {
-        step,
-        ..MockTiming::default()
-    };
-    MockEngine::new(MockConfig {
-        total_blocks: 512,
-        timing,
-        ..MockConfig::default()
-    })
-    .expect("a valid mock")
-}
+use support::{Cell, request, slow_engine as engine, within};
 
 fn long(n: u64, tokens: u32) -> Generate {
     Generate {

@@ -4,7 +4,7 @@
 // Each test binary compiles its own copy and uses a part of it.
 #![allow(dead_code)]
 
-use baton_engine::MockEngine;
+use baton_engine::{MockConfig, MockEngine, MockTiming};
 use baton_identity::{Authority, Identity, Role};
 use baton_proto::cluster::cluster_server::{Cluster, ClusterServer};
 use baton_proto::cluster::{
@@ -33,6 +33,20 @@ pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(TIMEOUT, future)
         .await
         .unwrap_or_else(|_| panic!("{what}: not within {TIMEOUT:?}"))
+}
+
+/// An engine whose every step takes this long.
+pub fn slow_engine(step: Duration) -> MockEngine {
+    let timing = MockTiming {
+        step,
+        ..MockTiming::default()
+    };
+    MockEngine::new(MockConfig {
+        total_blocks: 512,
+        timing,
+        ..MockConfig::default()
+    })
+    .expect("a valid mock")
 }
 
 /// What a coordinator has heard of a worker.
