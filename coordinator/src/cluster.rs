@@ -176,7 +176,14 @@ impl Cluster {
             worker: Some(register.clone()),
             at_unix_ms: unix_ms(),
         });
-        let epoch = match self.store.propose(Command { kind: Some(kind) }).await? {
+        let epoch = match self
+            .store
+            .propose(Command {
+                kind: Some(kind),
+                ..Command::default()
+            })
+            .await?
+        {
             Applied::Registered { epoch } => epoch,
             other => {
                 return Err(RaftStoreError::Stopped(format!(
@@ -322,7 +329,10 @@ impl Cluster {
             reason,
             at_unix_ms: unix_ms(),
         });
-        let command = Command { kind: Some(kind) };
+        let command = Command {
+            kind: Some(kind),
+            ..Command::default()
+        };
         for attempt in 1..=REMOVE_ATTEMPTS_MAX {
             match self.store.propose(command.clone()).await {
                 Ok(_) => return,

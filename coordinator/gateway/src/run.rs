@@ -341,6 +341,7 @@ impl Draft {
             started_unix_ms: self.opened.arrived_unix_ms,
             settled_unix_ms: unix_ms(),
             attempts: self.placement.attempts,
+            ..UsageRecord::default()
         }
     }
 }

@@ -14,12 +14,8 @@ use std::sync::Arc;
 pub(crate) const LOG: TableDefinition<u64, &[u8]> = TableDefinition::new("log");
 /// Single values, under the names of [`meta`].
 pub(crate) const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
-/// Worker id to `WorkerRecord` (protobuf).
-pub(crate) const WORKERS: TableDefinition<&str, &[u8]> = TableDefinition::new("workers");
-/// Record number, from 1 without gaps, to `UsageRecord` (protobuf).
-pub(crate) const USAGE: TableDefinition<u64, &[u8]> = TableDefinition::new("usage");
-/// Request id to record number.
-pub(crate) const USAGE_IDS: TableDefinition<&str, u64> = TableDefinition::new("usage_ids");
+/// The state machine's tables: see `baton_state::keys`.
+pub(crate) const STATE: TableDefinition<&[u8], &[u8]> = TableDefinition::new("state");
 
 /// Keys of [`META`].
 pub(crate) mod meta {
@@ -30,13 +26,10 @@ pub(crate) mod meta {
     /// Index and term of the last entry deleted from the log.
     pub(crate) const TRUNCATED: &str = "truncated";
     pub(crate) const APPLIED: &str = "applied";
-    /// Hash chained over all applied commands and their outcomes.
-    pub(crate) const HASH: &str = "hash";
-    pub(crate) const LAST_EPOCH: &str = "last_epoch";
 }
 
 /// Format of the file; raised when older code would misread it.
-pub(crate) const FORMAT: u64 = 1;
+pub(crate) const FORMAT: u64 = 2;
 /// Page cache of the store in bytes: the working set is the log's tail and the ends of two trees.
 const CACHE_BYTES: usize = 32 << 20;
 

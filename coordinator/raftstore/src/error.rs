@@ -1,5 +1,6 @@
 //! What can go wrong with the store, each with the way out.
 
+use baton_state::{Refused, TablesError};
 use redb::{CommitError, DatabaseError, SetDurabilityError, StorageError, TableError, TransactionError};
 use std::path::PathBuf;
 
@@ -71,17 +72,9 @@ pub enum RaftStoreError {
     /// Leadership changed while the command was under way. It may still be applied; repeating it is safe.
     #[error("the leader changed before the proposal was committed; it may still be, and repeating it is safe")]
     LeaderChanged,
-    /// The command is refused by its content. Nothing changed.
-    #[error("the command is invalid: {0}")]
-    Invalid(String),
-    /// Another record was settled under the same request id. Nothing changed.
-    #[error("request {request_id} is already settled, with other contents, as record {sequence}")]
-    UsageConflict {
-        /// The request id.
-        request_id: String,
-        /// Number of the record that stands.
-        sequence: u64,
-    },
+    /// The state machine refused the command. Nothing changed.
+    #[error(transparent)]
+    Refused(#[from] Refused),
     /// The store stopped after an earlier failure, or a bug.
     #[error("the store has stopped: {0}")]
     Stopped(String),
@@ -154,6 +147,16 @@ impl From<CommitError> for RaftStoreError {
 impl From<SetDurabilityError> for RaftStoreError {
     fn from(error: SetDurabilityError) -> Self {
         Self::Disk(error.to_string())
+    }
+}
+
+impl From<TablesError> for RaftStoreError {
+    fn from(error: TablesError) -> Self {
+        match error {
+            TablesError::Full => Self::DiskFull,
+            TablesError::Medium(reason) => Self::Disk(reason),
+            TablesError::Corrupt(reason) => Self::Stopped(reason),
+        }
     }
 }
 

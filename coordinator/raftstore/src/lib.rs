@@ -1,12 +1,12 @@
 //! The Raft group of coordinators and its durable state: who is in the cluster, and what every request cost.
 //!
 //! raft-rs' `RawNode` is driven by one thread over one redb file that holds the log, Raft's hard state and
-//! configuration, and the tables the commands build. A command is answered after it is logged durably, committed and
+//! configuration, and the tables the commands build (`baton-state` says how). A command is answered after it is logged durably, committed and
 //! applied; commands that arrive while one fsync runs share the next.
 //!
 //! ```text
 //! RaftStore::propose ──queue──▶ thread ──▶ Node (RawNode, no clock, no channel) ──▶ one redb file
-//!        ▲                        │                                   log · hard state · workers · usage · hash
+//!        ▲                        │                                   log · hard state · state tables
 //!        └────────answer──────────┘
 //! ```
 //!
@@ -18,17 +18,18 @@ mod config;
 mod database;
 mod error;
 mod log;
-mod machine;
 mod node;
 mod queries;
 mod raft_log_drain;
 mod snapshot;
 mod store;
+mod tables;
 
+pub use baton_state::Applied;
+pub use baton_state::view::Settled;
 pub use config::RaftStoreConfig;
 pub use error::RaftStoreError;
-pub use machine::Applied;
-pub use queries::{Position, Settled};
+pub use queries::Position;
 pub use raft::eraftpb::Message;
 pub use store::{Peers, RaftStore, Status};
 

@@ -3,7 +3,7 @@
 
 use crate::RaftStoreError;
 use crate::config::RaftStoreConfig;
-use crate::database::{FORMAT, LOG, META, Store, USAGE, USAGE_IDS, WORKERS, meta, number};
+use crate::database::{FORMAT, LOG, META, STATE, Store, meta, number};
 use crate::snapshot;
 use protobuf::Message as _;
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
@@ -262,9 +262,7 @@ fn found(store: &Store, config: &RaftStoreConfig) -> Result<(), RaftStoreError> 
         return Err(store.corrupt("it holds another program's tables"));
     }
     txn.open_table(LOG)?;
-    txn.open_table(WORKERS)?;
-    txn.open_table(USAGE)?;
-    txn.open_table(USAGE_IDS)?;
+    txn.open_table(STATE)?;
     let hard_state = HardState {
         commit: FIRST.0,
         term: FIRST.1,

@@ -6,10 +6,11 @@ use crate::config::{
     APPLY_BYTES_MAX, COMMAND_BYTES_MAX, INFLIGHT_MESSAGES_MAX, MESSAGE_BYTES_MAX, RaftStoreConfig,
     UNCOMMITTED_BYTES_MAX,
 };
-use crate::database::Store;
-use crate::log::LogStore;
-use crate::machine::{Machine, Outcome};
+use crate::database::{Store, meta};
+use crate::log::{LogStore, put};
 use crate::raft_log_drain::logger;
+use crate::tables::StateTxn;
+use baton_state::{Outcome, Refused};
 use protobuf::Message as _;
 use raft::eraftpb::{ConfChange, ConfChangeV2, Entry, EntryType, Message};
 use raft::{Config, RawNode, StateRole};
@@ -91,10 +92,8 @@ impl Node {
     /// Takes a command into the log of the leader, if there is one. Nothing is durable before [`process`](Self::process).
     pub(crate) fn propose(&mut self, command: Vec<u8>) -> Result<ProposalId, RaftStoreError> {
         if command.is_empty() || command.len() > COMMAND_BYTES_MAX {
-            return Err(RaftStoreError::Invalid(format!(
-                "it has {} bytes; 1 to {COMMAND_BYTES_MAX} are taken",
-                command.len()
-            )));
+            let reason = format!("it has {} bytes; 1 to {COMMAND_BYTES_MAX} are taken", command.len());
+            return Err(Refused::Invalid(reason).into());
         }
         let id = self.next_id;
         let context = [self.life.to_le_bytes(), id.to_le_bytes()].concat();
@@ -174,7 +173,7 @@ impl Node {
         let hard_state = self.raw.raft.hard_state();
         let store = self.raw.store().store.clone();
         let txn = store.write_derived()?;
-        let mut machine = Machine::open(&store, &txn)?;
+        let mut tables = StateTxn::open(&txn)?;
         let mut changes = Vec::new();
         let mut answers = Vec::new();
         for entry in committed {
@@ -182,7 +181,7 @@ impl Node {
             match entry.get_entry_type() {
                 _ if entry.data.is_empty() => {}
                 EntryType::EntryNormal => {
-                    let outcome = machine.apply(&entry.data)?;
+                    let outcome = baton_state::apply(&mut tables, entry.index, &entry.data)?;
                     if let Some(id) = self.own_proposal(&entry) {
                         answers.push((id, outcome));
                     }
@@ -190,7 +189,8 @@ impl Node {
                 EntryType::EntryConfChange | EntryType::EntryConfChangeV2 => changes.push(entry),
             }
         }
-        machine.finish(last)?;
+        drop(tables);
+        put(&txn, meta::APPLIED, &last.to_le_bytes())?;
         self.raw.store().put_hard_state(&txn, &hard_state)?;
         txn.commit()?;
         self.raw.mut_store().committed(hard_state);

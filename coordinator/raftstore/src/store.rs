@@ -1,11 +1,13 @@
 //! The thread around a [`Node`], and the handle to it. The thread owns the clock; callers queue and wait.
 
 use crate::database::{Store, contain_panic, panic_text};
-use crate::machine::{Applied, Outcome};
 use crate::node::{Node, ProposalId};
-use crate::queries::{self, Position, Settled};
+use crate::queries::{self, Position};
+use crate::tables::StateView;
 use crate::{RaftStoreConfig, RaftStoreError};
 use baton_proto::state::{Command, UsageRecord, WorkerRecord};
+use baton_state::view::{self, Settled};
+use baton_state::{Applied, Tables};
 use prost::Message as _;
 use raft::eraftpb::Message;
 use std::collections::HashMap;
@@ -60,8 +62,11 @@ pub struct Status {
     pub batch_ms_total: u64,
 }
 
+/// What a caller of `propose` waits for.
+type Answer = Result<Applied, RaftStoreError>;
+
 enum Input {
-    Propose(Vec<u8>, oneshot::Sender<Outcome>),
+    Propose(Vec<u8>, oneshot::Sender<Answer>),
     Message(Box<Message>),
     Stop,
 }
@@ -184,26 +189,37 @@ impl RaftStore {
         queries::position(&self.shared.open_store()?)
     }
 
+    /// One consistent version of the applied state, to read with [`baton_state::view`].
+    pub fn state(&self) -> Result<impl Tables + use<>, RaftStoreError> {
+        StateView::open(&self.shared.open_store()?)
+    }
+
     /// The registered workers, by id.
     pub fn workers(&self) -> Result<Vec<WorkerRecord>, RaftStoreError> {
-        queries::workers(&self.shared.open_store()?)
+        Ok(view::workers(&self.state()?)?)
     }
 
     /// The record settled for a request.
     pub fn usage(&self, request_id: &str) -> Result<Option<Settled>, RaftStoreError> {
-        queries::usage(&self.shared.open_store()?, request_id)
+        Ok(view::usage(&self.state()?, request_id)?)
     }
 
     /// Settled records after `sequence`, oldest first, at most `limit` and at most 1000.
     pub fn usage_after(&self, sequence: u64, limit: usize) -> Result<Vec<Settled>, RaftStoreError> {
-        queries::usage_after(&self.shared.open_store()?, sequence, limit)
+        Ok(view::usage_after(&self.state()?, sequence, limit)?)
     }
 
     /// Settles a usage record: durable on `Ok`, idempotent by request id. Returns its number.
     pub async fn settle(&self, record: UsageRecord) -> Result<u64, RaftStoreError> {
         use baton_proto::state::{SettleUsage, command};
         let kind = command::Kind::SettleUsage(SettleUsage { record: Some(record) });
-        match self.propose(Command { kind: Some(kind) }).await? {
+        match self
+            .propose(Command {
+                kind: Some(kind),
+                ..Command::default()
+            })
+            .await?
+        {
             Applied::Settled { sequence } => Ok(sequence),
             other => Err(RaftStoreError::Stopped(format!(
                 "a settlement was answered with {other:?}"
@@ -252,7 +268,7 @@ impl Drop for Shared {
 struct Runner {
     node: Node,
     peers: Box<dyn Peers>,
-    waiting: HashMap<ProposalId, oneshot::Sender<Outcome>>,
+    waiting: HashMap<ProposalId, oneshot::Sender<Answer>>,
     status: Arc<Mutex<Status>>,
     start: Instant,
     tick: Duration,
@@ -322,7 +338,7 @@ impl Runner {
         self.report();
         for (id, outcome) in progress.answers {
             if let Some(waiting) = self.waiting.remove(&id) {
-                let _ = waiting.send(outcome);
+                let _ = waiting.send(outcome.map_err(RaftStoreError::from));
             }
         }
         for id in progress.orphans {

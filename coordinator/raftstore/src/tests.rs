@@ -23,7 +23,10 @@ pub(crate) fn register(id: &str) -> Command {
         worker: Some(worker),
         at_unix_ms: 7,
     });
-    Command { kind: Some(kind) }
+    Command {
+        kind: Some(kind),
+        ..Command::default()
+    }
 }
 
 pub(crate) fn remove(id: &str, epoch: u64) -> Command {
@@ -33,7 +36,10 @@ pub(crate) fn remove(id: &str, epoch: u64) -> Command {
         reason: "test".into(),
         at_unix_ms: 8,
     });
-    Command { kind: Some(kind) }
+    Command {
+        kind: Some(kind),
+        ..Command::default()
+    }
 }
 
 pub(crate) fn settle(id: &str, tokens: u32) -> Command {
@@ -43,7 +49,10 @@ pub(crate) fn settle(id: &str, tokens: u32) -> Command {
         ..UsageRecord::default()
     };
     let kind = command::Kind::SettleUsage(SettleUsage { record: Some(record) });
-    Command { kind: Some(kind) }
+    Command {
+        kind: Some(kind),
+        ..Command::default()
+    }
 }
 
 /// A node of a group of one, leading.
@@ -63,5 +72,5 @@ pub(crate) fn run(node: &mut Node, command: &Command) -> Result<Applied, RaftSto
     let id = node.propose(command.encode_to_vec())?;
     let progress = node.process()?;
     let answer = progress.answers.into_iter().find(|(answered, _)| *answered == id);
-    answer.expect("a group of one answers in the same batch").1
+    Ok(answer.expect("a group of one answers in the same batch").1?)
 }

@@ -2,6 +2,7 @@
 
 use super::{register, remove, settle};
 use crate::{Applied, RaftStore, RaftStoreConfig, RaftStoreError};
+use baton_state::Refused;
 use std::sync::Arc;
 
 fn open(dir: &std::path::Path) -> Result<RaftStore, RaftStoreError> {
@@ -31,7 +32,7 @@ async fn what_was_answered_is_there_after_a_restart() {
     );
     assert!(matches!(
         store.propose(settle("r", 6)).await,
-        Err(RaftStoreError::UsageConflict { sequence: 1, .. })
+        Err(RaftStoreError::Refused(Refused::UsageConflict { sequence: 1, .. }))
     ));
     assert_eq!(
         store.propose(register("w")).await.unwrap(),

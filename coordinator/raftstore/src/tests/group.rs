@@ -5,7 +5,9 @@ use super::{register, settle};
 use crate::database::Store;
 use crate::node::Node;
 use crate::queries::{self, Position};
+use crate::tables::StateView;
 use crate::{Applied, RaftStoreConfig};
+use baton_state::view;
 use prost::Message as _;
 use raft::eraftpb::Message;
 use std::collections::VecDeque;
@@ -124,7 +126,7 @@ fn members_agree_and_a_lost_leader_is_replaced() {
         group
             .stores
             .iter()
-            .all(|store| queries::usage(store, "lost").unwrap().is_none())
+            .all(|store| view::usage(&StateView::open(store).unwrap(), "lost").unwrap().is_none())
     );
 }
 

@@ -3,7 +3,9 @@
 use super::disk::Disk;
 use super::{lone_node, register, remove, run, settle};
 use crate::database::Store;
+use crate::tables::StateView;
 use crate::{Applied, RaftStoreError, queries};
+use baton_state::{Refused, view};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 
@@ -61,7 +63,7 @@ proptest! {
                     let answer = run(&mut node, &settle(&id, *tokens));
                     match known {
                         Some(at) if usage[at].1 != *tokens => {
-                            let conflict = matches!(answer, Err(RaftStoreError::UsageConflict { sequence, .. })
+                            let conflict = matches!(answer, Err(RaftStoreError::Refused(Refused::UsageConflict { sequence, .. }))
                                 if sequence == at as u64 + 1);
                             prop_assert!(conflict);
                         }
@@ -90,14 +92,14 @@ proptest! {
             // The log stays bounded: what is kept, and the batch not yet deleted.
             prop_assert!(node.applied() - node.first_index() <= 8 + 8 / 4 + 2);
         }
-        let found: BTreeMap<String, u64> = queries::workers(&store).unwrap().into_iter()
+        let found: BTreeMap<String, u64> = view::workers(&StateView::open(&store).unwrap()).unwrap().into_iter()
             .map(|record| (record.worker.unwrap().worker_id, record.epoch)).collect();
         prop_assert_eq!(found, workers);
-        let found: Vec<(String, u32)> = queries::usage_after(&store, 0, 1000).unwrap().into_iter()
+        let found: Vec<(String, u32)> = view::usage_after(&StateView::open(&store).unwrap(), 0, 1000).unwrap().into_iter()
             .map(|settled| (settled.record.request_id, settled.record.completion_tokens)).collect();
         prop_assert_eq!(&found, &usage);
         for (at, (id, _)) in usage.iter().enumerate() {
-            prop_assert_eq!(queries::usage(&store, id).unwrap().unwrap().sequence, at as u64 + 1);
+            prop_assert_eq!(view::usage(&StateView::open(&store).unwrap(), id).unwrap().unwrap().sequence, at as u64 + 1);
         }
     }
 
@@ -128,18 +130,27 @@ proptest! {
 fn nonsense_is_refused_and_changes_nothing_else() {
     let store = Store::on(Disk::default()).unwrap();
     let mut node = lone_node(&store, 0, 1000).unwrap();
-    for command in [baton_proto::state::Command { kind: None }, register(""), settle("", 1)] {
+    for command in [baton_proto::state::Command::default(), register(""), settle("", 1)] {
         if prost::Message::encoded_len(&command) == 0 {
-            assert!(matches!(run(&mut node, &command), Err(RaftStoreError::Invalid(_))));
+            assert!(matches!(
+                run(&mut node, &command),
+                Err(RaftStoreError::Refused(Refused::Invalid(_)))
+            ));
             continue;
         }
-        assert!(matches!(run(&mut node, &command), Err(RaftStoreError::Invalid(_))));
+        assert!(matches!(
+            run(&mut node, &command),
+            Err(RaftStoreError::Refused(Refused::Invalid(_)))
+        ));
     }
     let long = settle(&"x".repeat(70_000), 1);
-    assert!(matches!(run(&mut node, &long), Err(RaftStoreError::Invalid(_))));
+    assert!(matches!(
+        run(&mut node, &long),
+        Err(RaftStoreError::Refused(Refused::Invalid(_)))
+    ));
     assert!(node.propose(vec![0xff; 10]).is_ok());
     let answers = node.process().unwrap().answers;
-    assert!(matches!(answers[..], [(_, Err(RaftStoreError::Invalid(_)))]));
+    assert!(matches!(answers[..], [(_, Err(Refused::Invalid(_)))]));
     assert_eq!(
         run(&mut node, &settle("r", 1)).unwrap(),
         Applied::Settled { sequence: 1 }

@@ -1,0 +1,37 @@
+//! Which workers are members, each under an epoch that fences its earlier lives.
+
+use crate::keys;
+use crate::outcome::{Applied, Outcome, Refused};
+use crate::tables::{TablesError, TablesMut};
+use crate::view;
+use baton_proto::state::{RegisterWorker, RemoveWorker, WorkerRecord};
+use prost::Message as _;
+
+pub(crate) fn register(tables: &mut dyn TablesMut, command: RegisterWorker) -> Result<Outcome, TablesError> {
+    let Some(worker) = command.worker else {
+        return Ok(Err(Refused::invalid("a registration without a worker")));
+    };
+    if worker.worker_id.is_empty() {
+        return Ok(Err(Refused::invalid("a registration without a worker id")));
+    }
+    let epoch = view::last_epoch(tables)? + 1;
+    tables.put(keys::LAST_EPOCH, &epoch.to_le_bytes())?;
+    let key = keys::named(keys::WORKERS, &worker.worker_id);
+    let record = WorkerRecord {
+        worker: Some(worker),
+        epoch,
+        registered_unix_ms: command.at_unix_ms,
+        ..WorkerRecord::default()
+    };
+    tables.put(&key, &record.encode_to_vec())?;
+    Ok(Ok(Applied::Registered { epoch }))
+}
+
+pub(crate) fn remove(tables: &mut dyn TablesMut, command: &RemoveWorker) -> Result<Outcome, TablesError> {
+    let current = view::worker(tables, &command.worker_id)?;
+    let removed = current.is_some_and(|record| record.epoch == command.epoch);
+    if removed {
+        tables.delete(&keys::named(keys::WORKERS, &command.worker_id))?;
+    }
+    Ok(Ok(Applied::Removed { removed }))
+}
