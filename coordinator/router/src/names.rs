@@ -1,7 +1,7 @@
 //! Names of a prompt's blocks, without hashing again what was hashed a moment ago: agents and conversations send the same
 //! beginning over and over.
 //!
-//! A prompt is cut into *groups* of [`GROUP_TOKENS`] tokens, or one block where blocks are larger. A group's *key* is the
+//! A prompt is cut into *groups* of 1,024 tokens (`GROUP_TOKENS`), or one block where blocks are larger. A group's *key* is the
 //! BLAKE3 hash of its tokens, keyed by the key before it; the first is keyed by all else that names depend on (model,
 //! tenant, block size). So a key stands for everything up to its group's end, as a name does, and names found under it
 //! are those that would be computed: bit by bit, for nobody can make two prefixes meet. Keys are cheap, because BLAKE3
