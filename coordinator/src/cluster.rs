@@ -411,7 +411,7 @@ impl Cluster {
     ) -> Result<Placed, PlaceError> {
         let started = Instant::now();
         let kinds = Routing::kinds(self.registry().serving(model, self.now_ms()).map(|(worker, _)| worker));
-        let names = Names::compute(kinds, &generate.cache_salt, &generate.prompt);
+        let names = self.routing.names(kinds, &generate.cache_salt, &generate.prompt);
         let ask = Ask {
             prompt_tokens: generate.prompt.len(),
             max_tokens: generate.max_tokens as usize,

@@ -8,10 +8,10 @@
 use crate::metrics::RouterMetrics;
 use crate::registry::{State, Worker};
 use baton_gateway::WorkerRole;
-use baton_proto::block_hash;
 use baton_proto::cluster::{self, BlockEvents};
 use baton_router::{
-    Ask, BlockUpdate, Candidate, Choice, Estimate, Policy, Prefix, Prefixes, Rates, Role, Router, Seat, Tier, Verdict,
+    Ask, BlockUpdate, Candidate, Choice, Estimate, Namer, Policy, Prefix, Prefixes, Rates, Role, Router, Seat, Tier,
+    Verdict,
 };
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -49,6 +49,7 @@ struct Seated {
 #[derive(Clone)]
 pub(crate) struct Routing {
     inner: Arc<RwLock<Inner>>,
+    namer: Arc<Namer>,
     metrics: RouterMetrics,
 }
 
@@ -63,6 +64,7 @@ impl Routing {
                 router: Router::new(policy),
                 seats: HashMap::new(),
             })),
+            namer: Arc::default(),
             metrics,
         }
     }
@@ -143,6 +145,21 @@ impl Routing {
         kinds
     }
 
+    /// Names the full blocks of a prompt for each kind of worker, but for the block with the last token, which is always
+    /// computed. Takes none of the router's locks.
+    pub(crate) fn names(&self, kinds: Vec<Kind>, salt: &[u8], prompt: &[u32]) -> Names {
+        let all_but_last = &prompt[..prompt.len().saturating_sub(1)];
+        let named = kinds.into_iter().map(|(digest, size)| {
+            let names = match <&[u8; 32]>::try_from(digest.as_slice()) {
+                Ok(digest) => self.namer.names(digest, salt, all_but_last, size),
+                // A worker that tells no digest is cold.
+                Err(_) => Arc::from([]),
+            };
+            ((digest, size), names)
+        });
+        Names(named.collect())
+    }
+
     /// What each worker has of the prompt.
     pub(crate) fn look_up<'n>(&self, names: &'n Names, now_ms: u64) -> Found<'n> {
         let inner = self.read();
@@ -220,26 +237,6 @@ impl Routing {
 }
 
 impl Names {
-    /// Names the full blocks of a prompt for each kind of worker, but for the block with the last token, which is always
-    /// computed: some 0.1 ms for 8k tokens.
-    pub(crate) fn compute(kinds: Vec<Kind>, salt: &[u8], prompt: &[u32]) -> Self {
-        let named = kinds.into_iter().map(|kind| {
-            let names = match <&[u8; 32]>::try_from(kind.0.as_slice()) {
-                Ok(digest) if kind.1 > 0 && !prompt.is_empty() => {
-                    let size = kind.1 as usize;
-                    let full = (prompt.len() - 1) / size * size;
-                    let root = block_hash::cache_root(digest, salt);
-                    let chain = block_hash::chain(&root, &prompt[..full], size);
-                    chain.iter().map(block_hash::short).collect()
-                }
-                // A worker that tells no digest is cold.
-                _ => Arc::from([]),
-            };
-            (kind, names)
-        });
-        Self(named.collect())
-    }
-
     fn of(&self, kind: &Kind) -> Option<&[u64]> {
         let found = self.0.iter().find(|(known, _)| known == kind);
         found.map(|(_, names)| &**names)

@@ -24,14 +24,46 @@ pub fn chain(root: &[u8], tokens: &[u32], block_size: usize) -> Vec<BlockHash> {
         .collect()
 }
 
-/// The hash of one full block after `parent`.
+/// The hash of one full block after `parent`: BLAKE3 keyed by the parent, over the tokens in little-endian order. A block
+/// of 16 tokens is one compression that way; the parent as part of the message would make it two.
 pub fn next(parent: &BlockHash, block: &[u32]) -> BlockHash {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(parent);
-    for token in block {
-        hasher.update(&token.to_le_bytes());
+    let mut key = [0; 32];
+    key[..16].copy_from_slice(parent);
+    key[16..].copy_from_slice(BLOCK_KEY);
+    let hash = keyed(&key, block);
+    let mut out = [0; 16];
+    out.copy_from_slice(&hash[..16]);
+    out
+}
+
+/// The second half of a block's key: no other use of BLAKE3 here has it.
+const BLOCK_KEY: &[u8; 16] = b"baton kv block 2";
+
+/// BLAKE3 of tokens, in little-endian order, under a key. Some thousand tokens at once are hashed several times faster per
+/// token than block by block, because BLAKE3 reads 1 KiB chunks in parallel.
+pub fn keyed(key: &[u8; 32], tokens: &[u32]) -> [u8; 32] {
+    /// A block of 16 tokens.
+    const ONE: usize = 16;
+    /// As many chunks as AVX2 reads at once.
+    const MANY: usize = 2048;
+    if tokens.len() <= ONE {
+        return *blake3::keyed_hash(key, bytes(tokens, &mut [0; 4 * ONE])).as_bytes();
     }
-    truncate(hasher.finalize())
+    let mut hasher = blake3::Hasher::new_keyed(key);
+    let mut buffer = [0; 4 * MANY];
+    for tokens in tokens.chunks(MANY) {
+        hasher.update(bytes(tokens, &mut buffer));
+    }
+    *hasher.finalize().as_bytes()
+}
+
+/// The tokens' bytes, in a buffer that has room for them.
+fn bytes<'b>(tokens: &[u32], buffer: &'b mut [u8]) -> &'b [u8] {
+    let out = &mut buffer[..4 * tokens.len()];
+    for (bytes, token) in out.chunks_exact_mut(4).zip(tokens) {
+        bytes.copy_from_slice(&token.to_le_bytes());
+    }
+    out
 }
 
 /// The parent of the first block, for `root` (see [`chain`]).
@@ -82,6 +114,13 @@ mod tests {
             for (i, (a, b)) in hashes.iter().zip(&other).enumerate() {
                 prop_assert_eq!(a == b, at >= (i + 1) * size);
             }
+        }
+
+        /// Long messages are hashed in pieces; the result is that of the whole.
+        #[test]
+        fn a_keyed_hash_is_blake3_of_the_bytes(tokens in prop::collection::vec(any::<u32>(), 0..5000)) {
+            let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
+            prop_assert_eq!(keyed(&[7; 32], &tokens), *blake3::keyed_hash(&[7; 32], &bytes).as_bytes());
         }
 
         #[test]

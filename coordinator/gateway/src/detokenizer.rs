@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock};
 
-use tokenizers::{DecoderWrapper, Tokenizer};
+use tokenizers::{DecoderWrapper, Model, Tokenizer};
 
 /// Tokens of a window that may wait for a character to become complete. A character has at most four bytes, so a window
 /// that still ends in a replacement character after this many holds bytes that are no UTF-8, and is shown as it is.
@@ -25,13 +25,14 @@ impl TokenTexts {
     pub fn new(tokenizer: Tokenizer) -> Self {
         let byte_level = matches!(tokenizer.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
         let bytes = byte_level.then(|| {
-            let ids = tokenizer.get_vocab(true).into_values().max().map_or(0, |last| last + 1);
+            let ids = ids_end(&tokenizer);
             let (mut bytes, mut starts) = (Vec::new(), Vec::with_capacity(ids as usize + 1));
             for id in 0..ids {
                 starts.push(bytes.len() as u32);
                 append_bytes(&tokenizer, id, &mut bytes);
             }
             starts.push(bytes.len() as u32);
+            bytes.shrink_to_fit();
             (bytes, starts)
         });
         Self { tokenizer, bytes }
@@ -93,6 +94,17 @@ impl Detokenizer {
             Mode::Window { ids, read } => window_delta(&self.texts.tokenizer, ids, read, true),
         }
     }
+}
+
+/// One more than the largest id. Where the model's ids have no holes they are counted, because asking for the vocabulary makes
+/// a copy of tens of megabytes, most of which the allocator keeps from then on.
+fn ids_end(tokenizer: &Tokenizer) -> u32 {
+    let model = tokenizer.get_vocab_size(false) as u32;
+    if !(0..model).all(|id| tokenizer.get_model().id_to_token(id).is_some()) {
+        return tokenizer.get_vocab(true).into_values().max().map_or(0, |last| last + 1);
+    }
+    let added = tokenizer.get_added_tokens_decoder().into_keys().max();
+    model.max(added.map_or(0, |last| last + 1))
 }
 
 fn append_bytes(tokenizer: &Tokenizer, id: u32, out: &mut Vec<u8>) {
@@ -193,7 +205,7 @@ static BYTE_OF_CHAR: LazyLock<HashMap<char, u8>> = LazyLock::new(|| {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::test_support::{byte_level_tokenizer, sentencepiece_tokenizer};
+    use crate::test_support::{byte_level_json, byte_level_tokenizer, sentencepiece_tokenizer};
     use proptest::prelude::*;
 
     fn streamed(tokenizer: &Arc<TokenTexts>, ids: &[u32]) -> String {
@@ -201,6 +213,22 @@ mod tests {
         let mut text: String = ids.iter().map(|&id| detokenizer.push(id)).collect();
         text += &detokenizer.finish();
         text
+    }
+
+    #[test]
+    fn the_end_of_the_ids_is_found_with_holes_and_without() {
+        let largest = |tokenizer: &Tokenizer| tokenizer.get_vocab(true).into_values().max().unwrap();
+        for mut tokenizer in [byte_level_tokenizer(), sentencepiece_tokenizer()] {
+            assert_eq!(ids_end(&tokenizer), largest(&tokenizer) + 1);
+            let more = tokenizers::AddedToken::from("<more>", true);
+            tokenizer.add_special_tokens([more]).unwrap();
+            assert_eq!(ids_end(&tokenizer), largest(&tokenizer) + 1);
+        }
+        let mut json = byte_level_json();
+        let vocab = json["model"]["vocab"].as_object_mut().unwrap();
+        *vocab.values_mut().next_back().unwrap() = 1000.into();
+        let holes = Tokenizer::from_bytes(json.to_string()).unwrap();
+        assert_eq!((ids_end(&holes), largest(&holes)), (1001, 1000));
     }
 
     static BYTE_LEVEL: LazyLock<Arc<TokenTexts>> = LazyLock::new(|| Arc::new(TokenTexts::new(byte_level_tokenizer())));

@@ -24,7 +24,8 @@ const SENTINELS: std::ops::RangeInclusive<char> = '\u{fdd0}'..='\u{fdef}';
 /// The control tokens of a model's tokenizer.
 pub(crate) struct ControlTokens {
     tokens: Vec<ControlToken>,
-    ids: HashSet<u32>,
+    /// Sorted.
+    ids: Vec<u32>,
     matcher: AhoCorasick,
     /// Proper beginnings and endings of their spellings, and the longest of them in bytes.
     beginnings: HashSet<String>,
@@ -91,6 +92,7 @@ impl ControlTokens {
             let cuts = texts.flat_map(|text| text.char_indices().skip(1).map(move |(at, _)| pick(text, at)));
             cuts.map(str::to_owned).collect()
         };
+        // `added` was in order of ids.
         Ok(Self {
             ids: tokens.iter().map(|token| token.id).collect(),
             beginnings: parts(|text, at| &text[..at]),
@@ -232,7 +234,7 @@ impl ControlTokens {
             }
         }
         widen(&mut all, &text);
-        let expected = all.iter().filter(|cut| self.ids.contains(&cut.token.id)).count();
+        let expected = all.iter().filter(|cut| self.is_control(cut.token.id)).count();
         let mut ids = Vec::with_capacity(text.len() / 3);
         let mut at = 0;
         for cut in &all {
@@ -254,7 +256,16 @@ impl ControlTokens {
     }
 
     fn count(&self, ids: &[u32]) -> usize {
-        ids.iter().filter(|id| self.ids.contains(id)).count()
+        ids.iter().filter(|id| self.is_control(**id)).count()
+    }
+
+    /// Asked for every token of a prompt, and mostly answered by one of two comparisons: control tokens lie together at an
+    /// end of the vocabulary.
+    fn is_control(&self, id: u32) -> bool {
+        let (Some(first), Some(last)) = (self.ids.first(), self.ids.last()) else {
+            return false;
+        };
+        (*first..=*last).contains(&id) && self.ids.binary_search(&id).is_ok()
     }
 }
 

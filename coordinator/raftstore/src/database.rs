@@ -30,8 +30,9 @@ pub(crate) mod meta {
 
 /// Format of the file; raised when older code would misread it.
 pub(crate) const FORMAT: u64 = 2;
-/// Page cache of the store in bytes: the working set is the log's tail and the ends of two trees.
-const CACHE_BYTES: usize = 32 << 20;
+/// Page cache of the store in bytes: the working set is the log's tail, the ends of two trees and the upper pages of a
+/// third. What is not in it is mostly in the kernel's.
+const CACHE_BYTES: usize = 8 << 20;
 
 /// The open file. Cheap to clone.
 #[derive(Clone)]

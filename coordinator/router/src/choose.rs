@@ -53,16 +53,17 @@ pub fn choose(candidates: &[Candidate<'_>], ask: &Ask, policy: &Policy, overhead
         let remote = remote.filter(|remote| pays(streams, local, *remote, ask, &means, policy));
         let work = remote.unwrap_or(local);
         let wrong_role = streams.role == Role::Prefill;
+        let room_s = streams.room_s(ask);
         let key = (
             streams.doubtful,
             !streams.fits(ask),
             wrong_role,
-            streams.cost_us(work, ask, &means, policy),
+            streams.cost_us(work, room_s, &means, policy),
             streams.streams,
             Reverse(streams.available_blocks),
             streams.id,
         );
-        let late = work.total_s() + streams.room_s(ask) > policy.busy_s;
+        let late = work.total_s() + room_s > policy.busy_s;
         let any_role = (key.0, key.1, late, key.3, key.4, key.5, key.6);
         if best.as_ref().is_none_or(|(least, _, _)| key < *least) {
             best = Some((key, index, late));

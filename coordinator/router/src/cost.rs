@@ -246,6 +246,9 @@ impl Candidate<'_> {
     /// Loading the cached blocks that are in lower tiers; no longer than computing them would take, which is also the
     /// answer where loading was never measured.
     fn load_s(&self, means: &Means) -> f64 {
+        if self.prefix.lower == [0; Tier::LOWER] {
+            return 0.0;
+        }
         let block = |count: u32| f64::from(count);
         let compute_s = f64::from(self.block_size) / self.prefill_rate(means);
         let tiers = self.prefix.lower.iter().zip(self.rates.load_bytes_per_s);
@@ -307,11 +310,11 @@ impl Candidate<'_> {
         }
     }
 
-    /// What the worker costs, in microseconds, if its prompt takes `work`: see the module. Whole numbers, so that what is
-    /// equal for all purposes is a tie.
-    pub(crate) fn cost_us(&self, work: Work, ask: &Ask, means: &Means, policy: &Policy) -> u64 {
+    /// What the worker costs, in microseconds, if its prompt takes `work` and [`room_s`](Self::room_s) is as given: see the
+    /// module. Whole numbers, so that what is equal for all purposes is a tie.
+    pub(crate) fn cost_us(&self, work: Work, room_s: f64, means: &Means, policy: &Policy) -> u64 {
         let streams_s = policy.stream * f64::from(self.streams) * self.step_s(means);
-        let cost_s = work.wait_s + (1.0 + policy.stay) * work.own_s + streams_s + self.room_s(ask);
+        let cost_s = work.wait_s + (1.0 + policy.stay) * work.own_s + streams_s + room_s;
         // A float beyond the range saturates.
         (cost_s * 1e6) as u64
     }

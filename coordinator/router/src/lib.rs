@@ -2,6 +2,7 @@
 //! clock, no randomness; equal inputs give equal choices, so a simulation routes exactly as production does.
 //!
 //! ```text
+//! tokens ─▶ names (chained, salted; known prefixes from a cache)
 //! block events ─▶ feed ─▶ index ──┐ look_up(names) ─▶ Prefixes ─▶ Candidate::prefix ─┐
 //! placements ──▶ recent ──────────┘                                                  ▼
 //! measured first tokens ─▶ calibration ───────────────────────────────▶ choose(candidates, ask) ─▶ Choice
@@ -13,8 +14,8 @@
 //!    worker that registers anew gets a new seat: nothing of its earlier life is found under it.
 //! 2. [`Router::apply`] every message of block events; ask the worker for a resync where it answers
 //!    [`Verdict::Resync`]. Call [`Router::sweep`] now and then.
-//! 3. For a request: [`Router::look_up`] the names of its prompt's blocks (first eight bytes of each chained hash), fill
-//!    [`Candidate::prefix`] from [`Prefixes::of`], and [`Router::choose`]. [`Estimate::ttft_s`] of the answer is the
+//! 3. For a request: [`Router::look_up`] the names of its prompt's blocks (first eight bytes of each chained hash, by
+//!    [`Namer::names`]), fill [`Candidate::prefix`] from [`Prefixes::of`], and [`Router::choose`]. [`Estimate::ttft_s`] of the answer is the
 //!    predicted time to the first token; [`Router::predicted_ttft`] gives only that, for admission.
 //! 4. [`Router::placed`] what was sent; [`Router::first_token`] when its first token came.
 //!
@@ -28,6 +29,7 @@ pub mod choose;
 pub mod cost;
 pub mod feed;
 pub mod index;
+pub mod names;
 mod owners;
 mod recent;
 pub mod router;
@@ -37,4 +39,5 @@ pub use choose::Choice;
 pub use cost::{Ask, Candidate, Estimate, Policy, Prefix, Rates, Role};
 pub use feed::{BlockUpdate, Verdict};
 pub use index::{Index, IndexStats, Matches, Slot, Tier};
+pub use names::Namer;
 pub use router::{Prefixes, Router, RouterStats, Seat};

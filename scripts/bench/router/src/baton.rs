@@ -1,23 +1,11 @@
 //! baton's router: the match alone, and whole decisions.
 
 use crate::{Report, mix, names, runs, timed};
-use baton_router::{Ask, BlockUpdate, Candidate, Choice, Policy, Prefixes, Rates, Role, Router, Seat, Tier, Verdict};
+use baton_router::{
+    Ask, BlockUpdate, Candidate, Choice, Namer, Policy, Prefixes, Rates, Role, Router, Seat, Tier, Verdict,
+};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
-
-/// Names a prompt of 8,192 tokens as the coordinator does.
-fn chain(tokens: &[u32]) -> u64 {
-    let mut parent = [0u8; 16];
-    for block in tokens.chunks_exact(16) {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&parent);
-        for token in block {
-            hasher.update(&token.to_le_bytes());
-        }
-        parent.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
-    }
-    u64::from(parent[0])
-}
 
 pub fn run(workers: u64, blocks: u64, event_blocks: u64, full: &mut dyn FnMut()) -> Report {
     let mut router = Router::new(Policy::default());
@@ -69,9 +57,26 @@ pub fn run(workers: u64, blocks: u64, event_blocks: u64, full: &mut dyn FnMut())
         }
     };
     let (decisions, _) = timed(workers, blocks, |names| decide(names, &mut prefixes));
-    let tokens: Vec<u32> = (0..8192).collect();
+    // Prompts of 8,192 tokens, named as the coordinator does: one that nobody has sent before, and one whose first
+    // 7,900 tokens came a moment ago (the turn before, an agent's instructions).
+    let namer = Namer::default();
+    let mut tokens: Vec<u32> = (0..8192).collect();
+    let (naming, _) = timed(workers, blocks, |_| {
+        tokens[0] += 1;
+        namer.names(&[7; 32], b"tenant", black_box(&tokens), 16).len() as u64
+    });
+    let (naming_known, _) = timed(workers, blocks, |_| {
+        tokens[7900] += 1;
+        namer.names(&[7; 32], b"tenant", black_box(&tokens), 16).len() as u64
+    });
     let (with_names, _) = timed(workers, blocks, |names| {
-        black_box(chain(black_box(&tokens)));
+        tokens[0] += 1;
+        black_box(namer.names(&[7; 32], b"tenant", black_box(&tokens), 16));
+        decide(names, &mut prefixes)
+    });
+    let (with_known_names, _) = timed(workers, blocks, |names| {
+        tokens[7900] += 1;
+        black_box(namer.names(&[7; 32], b"tenant", black_box(&tokens), 16));
         decide(names, &mut prefixes)
     });
     // What a departing worker costs: the call that makes its blocks invisible, and each step of the sweep after it.
@@ -98,7 +103,10 @@ pub fn run(workers: u64, blocks: u64, event_blocks: u64, full: &mut dyn FnMut())
         times: vec![
             ("match", matches),
             ("decision", decisions),
+            ("naming", naming),
+            ("naming_known", naming_known),
             ("decision_with_naming", with_names),
+            ("decision_with_known_naming", with_known_names),
             ("leave", leaves),
             ("sweep_step", sweeps),
         ],
