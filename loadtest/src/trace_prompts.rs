@@ -46,8 +46,7 @@ pub fn pieces(request: &TraceRequest) -> impl Iterator<Item = Piece> {
 /// The prompt of request `number` in words, `words_per_token` for each recorded token and at most `words_max`.
 pub fn words(request: &TraceRequest, number: u64, seed: u64, words_per_token: f64, words_max: usize) -> String {
     let (mut text, mut tokens, mut words) = (String::new(), 0u64, 0usize);
-    let mut own = 0;
-    for piece in pieces(request) {
+    for (place, piece) in pieces(request).enumerate() {
         tokens += u64::from(piece.tokens);
         let until = ((tokens as f64 * words_per_token).round() as usize).clamp(1, words_max.max(1));
         let count = until - words;
@@ -55,9 +54,8 @@ pub fn words(request: &TraceRequest, number: u64, seed: u64, words_per_token: f6
         match piece.name {
             Some(name) => append_words(&mut text, seed, BLOCK_STREAM + name % BLOCK_STREAM, count),
             // One request has fewer than 2^24 pieces, and a trace fewer than 2^32 requests.
-            None => append_words(&mut text, seed, number << 24 | own, count),
+            None => append_words(&mut text, seed, number << 24 | place as u64, count),
         }
-        own += 1;
     }
     text
 }

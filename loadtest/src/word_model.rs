@@ -1,4 +1,4 @@
-//! A model directory without a model, for load tests: each word that [`crate::prompt`] sends is one token, the chat template adds
+//! A model directory without a model, for load tests: each word of the prompts made here is one token, the chat template adds
 //! none, and the context is a million tokens. So a replayed prompt has exactly the tokens that its trace records, and shares
 //! whole KV blocks with others where the trace says so. Only for mock workers, which read no weights.
 
