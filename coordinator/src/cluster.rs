@@ -104,7 +104,11 @@ impl Cluster {
             heartbeat_interval_ms: config.heartbeat_interval_ms.into(),
             lost_after_ms: config.lost_after_ms.into(),
         });
-        let routing = Routing::new(config.prefill_threshold_tokens, RouterMetrics::default());
+        let routing = Routing::new(
+            config.prefill_threshold_tokens,
+            config.routing.mode(),
+            RouterMetrics::default(),
+        );
         let cluster = Self {
             metrics: Metrics::new(store.clone(), routing.clone()),
             routing,

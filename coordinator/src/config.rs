@@ -1,6 +1,7 @@
 //! The coordinator's configuration file, one documented field per setting.
 
 use crate::CoordinatorError;
+use baton_router::Mode;
 use serde::Deserialize;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -29,6 +30,10 @@ pub struct CoordinatorConfig {
     /// prompt is, always.
     #[serde(default = "default_prefill_threshold_tokens")]
     pub prefill_threshold_tokens: usize,
+    /// How the worker that streams a request is chosen: `cache-aware`, or for comparison `least-loaded`, `round-robin` or
+    /// `random`.
+    #[serde(default)]
+    pub routing: RoutingMode,
     /// How often workers report, in milliseconds.
     #[serde(default = "default_heartbeat_interval_ms")]
     pub heartbeat_interval_ms: u32,
@@ -57,6 +62,33 @@ pub struct CoordinatorConfig {
     pub gateway: baton_gateway::GatewayConfig,
 }
 
+/// The ways to choose a worker ([`baton_router::mode`]), as configured.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RoutingMode {
+    /// By cached blocks, load and measured rates.
+    #[default]
+    CacheAware,
+    /// The worker with the fewest streams.
+    LeastLoaded,
+    /// One after another.
+    RoundRobin,
+    /// Any.
+    Random,
+}
+
+impl RoutingMode {
+    pub(crate) fn mode(self) -> Mode {
+        match self {
+            Self::CacheAware => Mode::CacheAware,
+            Self::LeastLoaded => Mode::LeastLoaded,
+            Self::RoundRobin => Mode::RoundRobin,
+            // Any seed will do: it only has to be unlike the workers' order.
+            Self::Random => Mode::Random { seed: 0 },
+        }
+    }
+}
+
 /// A model that the API offers.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -78,6 +110,7 @@ impl CoordinatorConfig {
             identity_dir,
             models,
             prefill_threshold_tokens: default_prefill_threshold_tokens(),
+            routing: RoutingMode::default(),
             heartbeat_interval_ms: default_heartbeat_interval_ms(),
             lost_after_ms: default_lost_after_ms(),
             requests_per_worker_max: default_requests_per_worker_max(),

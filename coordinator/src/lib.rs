@@ -26,7 +26,7 @@ mod request;
 mod router;
 mod server;
 
-pub use config::{CoordinatorConfig, ModelConfig};
+pub use config::{CoordinatorConfig, ModelConfig, RoutingMode};
 pub use error::CoordinatorError;
 pub use server::{Ready, run};
 

@@ -14,7 +14,7 @@ use baton_raftstore::{RaftStore, RaftStoreConfig};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::TcpIncoming;
@@ -30,6 +30,9 @@ const REPORT_BYTES_MAX: usize = 64 << 10;
 const STREAMS_PER_CONNECTION_MAX: u32 = 8;
 /// At the end, how long tasks may take to notice.
 const TASKS_WAIT: Duration = Duration::from_secs(2);
+/// Connections that the kernel holds until they are accepted; it cuts this at its own limit (4096 on Linux). The usual 128 is
+/// overrun by a few hundred clients that come at once, and whoever is dropped tries again after a whole second.
+const BACKLOG: u32 = 4096;
 
 /// Where a coordinator serves, once it does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,8 +51,8 @@ pub async fn run(
 ) -> Result<(), CoordinatorError> {
     config.validate()?;
     let identity = Identity::load(&config.identity_dir, &config.name)?;
-    let http = bind(config.http_addr, "API").await?;
-    let joining = bind(config.cluster_addr, "cluster").await?;
+    let http = bind(config.http_addr, "API")?;
+    let joining = bind(config.cluster_addr, "cluster")?;
     let bound = Ready {
         http_addr: local_addr(&http, config.http_addr, "API")?,
         cluster_addr: local_addr(&joining, config.cluster_addr, "cluster")?,
@@ -152,12 +155,47 @@ async fn load(config: &CoordinatorConfig) -> Result<(Vec<ServedModel>, RaftStore
         .map_err(|error| CoordinatorError::Cluster(error.to_string()))?
 }
 
-async fn bind(addr: SocketAddr, purpose: &'static str) -> Result<TcpListener, CoordinatorError> {
-    let bound = TcpListener::bind(addr).await;
-    bound.map_err(|source| CoordinatorError::Bind { addr, purpose, source })
+/// As `TcpListener::bind`, with a longer queue.
+fn listen(addr: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = match addr {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    // A coordinator that restarts takes its port although old connections linger; elsewhere this would mean to share it.
+    #[cfg(unix)]
+    socket.set_reuseaddr(true)?;
+    socket.bind(addr)?;
+    socket.listen(BACKLOG)
+}
+
+fn bind(addr: SocketAddr, purpose: &'static str) -> Result<TcpListener, CoordinatorError> {
+    listen(addr).map_err(|source| CoordinatorError::Bind { addr, purpose, source })
 }
 
 fn local_addr(listener: &TcpListener, addr: SocketAddr, purpose: &'static str) -> Result<SocketAddr, CoordinatorError> {
     let local = listener.local_addr();
     local.map_err(|source| CoordinatorError::Bind { addr, purpose, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Three hundred clients connect before one is accepted, and none waits for a second try.
+    #[tokio::test]
+    async fn a_burst_of_connections_is_held() {
+        let held_max = std::fs::read_to_string("/proc/sys/net/core/somaxconn");
+        if held_max.is_ok_and(|text| text.trim().parse::<u32>().is_ok_and(|max| max < 512)) {
+            eprintln!("skipped: this kernel holds fewer");
+            return;
+        }
+        let listener = listen(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a free port");
+        let addr = listener.local_addr().expect("bound");
+        let mut clients = Vec::new();
+        for _ in 0..300 {
+            let client = tokio::time::timeout(Duration::from_secs(30), tokio::net::TcpStream::connect(addr));
+            clients.push(client.await.expect("the kernel holds it").expect("connected"));
+        }
+        assert_eq!(clients.len(), 300);
+    }
 }

@@ -6,7 +6,8 @@
 //! moment a request *should* have been sent, so a server that stalls cannot hide behind a generator that waits for it
 //! (coordinated omission).
 //!
-//! [`simulate`] replays a trace against a whole cluster in virtual time instead.
+//! [`simulate`] replays a trace against a whole cluster in virtual time instead. Both make their prompts in one place,
+//! `trace_prompts`, and say what an infinite cache would have hit.
 //!
 //! Deliberately absent: TLS (measure the server, not a proxy: only `http://`), HTTP/2 (one connection per request in
 //! flight is what OpenAI clients do and keeps requests independent), and, outside of [`simulate`], any knowledge of
@@ -26,6 +27,8 @@ mod sse;
 mod tally;
 mod target;
 mod trace;
+mod trace_prompts;
+pub mod word_model;
 
 pub use client::{Client, Completion, Failure, FailureKind, Usage};
 pub use error::BenchError;
@@ -35,3 +38,4 @@ pub use run::run;
 pub use sse::{SseError, SseParser};
 pub use target::Target;
 pub use trace::{Trace, TraceFormat, TraceRequest, parse_trace};
+pub use trace_prompts::CacheBound;

@@ -32,6 +32,12 @@ pub struct BenchOptions {
     pub temperature: f64,
     /// Seed of prompts, arrivals and (offset by the request's number) sampling.
     pub seed: u64,
+    /// A request is good if its first token comes within this; `None` sets no such limit.
+    pub ttft_target: Option<Duration>,
+    /// ... and the mean time between its tokens is at most this.
+    pub tpot_target: Option<Duration>,
+    /// Tokens per KV block of the server, for what an infinite cache would hit.
+    pub block_size: usize,
     /// Requests sent one after the other before the clock starts; not counted.
     pub warmup: usize,
     /// A request that takes longer has failed.
@@ -140,6 +146,9 @@ impl BenchOptions {
             ignore_eos: false,
             temperature: 0.0,
             seed: 0,
+            ttft_target: None,
+            tpot_target: None,
+            block_size: 16,
             warmup: 0,
             request_timeout: Duration::from_secs(600),
             progress: ProgressStyle::Silent,
@@ -196,6 +205,9 @@ impl BenchOptions {
             return refuse("--length-jitter", lengths.jitter, "give a number from 0 to below 1");
         }
         positive("--words-per-token", lengths.words_per_token)?;
+        if !(1..=8192).contains(&self.block_size) {
+            return refuse("--block-size", self.block_size, "16 is usual, 1 to 8192 are taken");
+        }
         if !self.temperature.is_finite() || self.temperature < 0.0 {
             return refuse("--temperature", self.temperature, "give 0 or a positive number");
         }

@@ -5,7 +5,7 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 /// Short, common words: one token each, with their space, in most vocabularies.
-const WORDS: [&str; 64] = [
+pub(crate) const WORDS: [&str; 64] = [
     "the", "time", "year", "people", "way", "day", "man", "thing", "world", "life", "hand", "part", "child", "eye",
     "place", "work", "week", "case", "point", "company", "number", "group", "problem", "fact", "good", "new", "first",
     "last", "long", "great", "little", "own", "other", "old", "right", "big", "high", "small", "large", "next",

@@ -33,10 +33,21 @@ pub struct Report {
     pub input_tokens: u64,
     /// Of those, tokens whose KV was cached.
     pub cached_tokens: u64,
+    /// The same as a share of the prompt tokens, 0 to 1.
+    pub hit_rate: f64,
+    /// What an infinite cache would have hit of the part of the trace that was replayed; only where prompts have the lengths
+    /// recorded, and those are what the server counts.
+    pub hit_rate_bound: Option<f64>,
     /// Tokens of completed answers.
     pub output_tokens: u64,
+    /// Events with content of completed answers: a server may put several tokens into one.
+    pub output_chunks: u64,
     /// Completed requests whose answer brought no usage, so that chunks were counted as tokens.
     pub answers_without_usage: u64,
+    /// Share of the requests sent whose answer met the targets; where none were given, of those answered.
+    pub good_share: f64,
+    /// The same per second.
+    pub goodput_per_s: f64,
     /// Completed requests per second.
     pub requests_per_s: f64,
     /// Output tokens per second.
@@ -96,6 +107,8 @@ pub struct Heading {
     pub load: String,
     /// See [`Report::seed`].
     pub seed: u64,
+    /// See [`Report::hit_rate_bound`].
+    pub hit_rate_bound: Option<f64>,
 }
 
 impl Report {
@@ -119,8 +132,13 @@ impl Report {
             requests_unfinished: tally.sent - tally.completed - tally.failed(),
             input_tokens: tally.input_tokens,
             cached_tokens: tally.cached_tokens,
+            hit_rate: tally.cached_tokens as f64 / tally.input_tokens.max(1) as f64,
+            hit_rate_bound: heading.hit_rate_bound,
             output_tokens: tally.output_tokens,
+            output_chunks: tally.chunks,
             answers_without_usage: tally.without_usage,
+            good_share: tally.good as f64 / tally.sent.max(1) as f64,
+            goodput_per_s: per_s(tally.good),
             requests_per_s: per_s(tally.completed),
             output_tokens_per_s: per_s(tally.output_tokens),
             total_tokens_per_s: per_s(tally.output_tokens + tally.input_tokens),
@@ -173,10 +191,16 @@ impl fmt::Display for Report {
         writeln!(f)?;
         writeln!(
             f,
-            "tokens     {} in ({} cached), {} out{}",
+            "tokens     {} in ({} cached, {:.2} %{}), {} out in {} chunks{}",
             self.input_tokens,
             self.cached_tokens,
+            self.hit_rate * 100.0,
+            match self.hit_rate_bound {
+                None => String::new(),
+                Some(bound) => format!(" of at most {:.2} %", bound * 100.0),
+            },
             self.output_tokens,
+            self.output_chunks,
             match self.answers_without_usage {
                 0 => String::new(),
                 some => format!(" ({some} answers without usage: their chunks were counted)"),
@@ -184,8 +208,12 @@ impl fmt::Display for Report {
         )?;
         writeln!(
             f,
-            "rates      {:.2} requests/s, {:.1} output tokens/s, {:.1} tokens/s in all\n",
-            self.requests_per_s, self.output_tokens_per_s, self.total_tokens_per_s
+            "rates      {:.2} requests/s ({:.2} good, {:.1} %), {:.1} output tokens/s, {:.1} tokens/s in all\n",
+            self.requests_per_s,
+            self.goodput_per_s,
+            self.good_share * 100.0,
+            self.output_tokens_per_s,
+            self.total_tokens_per_s
         )?;
         writeln!(
             f,

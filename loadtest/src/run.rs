@@ -5,7 +5,8 @@ use crate::options::{BenchOptions, Load};
 use crate::progress::{Counts, Progress};
 use crate::report::{Heading, Report};
 use crate::schedule::{Arrivals, Planned, Workload};
-use crate::tally::Tally;
+use crate::tally::{Tally, Targets};
+use crate::trace_prompts::CacheBound;
 use crate::{BenchError, Target};
 use bytes::Bytes;
 use serde_json::json;
@@ -13,9 +14,13 @@ use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, interval, sleep_until};
+
+/// Bodies of an open loop that are made and not yet sent, beyond those in flight: more than traces have arriving at once, and
+/// some 10 MB of long prompts.
+const BODIES_AHEAD: usize = 64;
 
 /// Runs a benchmark to its end, or until `stop` resolves: then the report covers what there is.
 pub async fn run(options: BenchOptions, stop: impl Future<Output = ()>) -> Result<Report, BenchError> {
@@ -34,13 +39,18 @@ pub async fn run(options: BenchOptions, stop: impl Future<Output = ()>) -> Resul
         model: model.clone(),
         load: describe(&options),
         seed: options.seed,
+        hit_rate_bound: hit_rate_bound(&options),
+    };
+    let targets = Targets {
+        ttft: options.ttft_target,
+        tpot: options.tpot_target,
     };
     let shared = Arc::new(Shared {
         workload: Workload::new(&options),
         client,
         model,
         options,
-        tally: Mutex::default(),
+        tally: Mutex::new(Tally::new(targets)),
         next: AtomicU64::new(0),
     });
     tokio::pin!(stop);
@@ -184,13 +194,22 @@ async fn closed(shared: &Arc<Shared>, concurrency: usize, started: Instant) {
 async fn open(shared: &Arc<Shared>, arrivals: Arrivals, in_flight_max: usize, started: Instant) {
     let slots = Arc::new(Semaphore::new(in_flight_max));
     let mut requests = JoinSet::new();
-    for at in arrivals {
-        let intended = started + at;
-        let Some(number) = shared.next(intended, started) else {
-            break;
-        };
-        // Made before its time comes, so that making it does not delay it.
-        let body = shared.body(&shared.workload.request(number));
+    // Made before their time comes, several ahead, so that making them delays none, not even those that arrive at once.
+    let (made, mut bodies) = mpsc::channel(BODIES_AHEAD);
+    let maker = shared.clone();
+    let making = tokio::task::spawn_blocking(move || {
+        for at in arrivals {
+            let intended = started + at;
+            let Some(number) = maker.next(intended, started) else {
+                break;
+            };
+            let body = maker.body(&maker.workload.request(number));
+            if made.blocking_send((intended, body)).is_err() {
+                break;
+            }
+        }
+    });
+    while let Some((intended, body)) = bodies.recv().await {
         sleep_until(intended).await;
         let Ok(slot) = slots.clone().acquire_owned().await else {
             break;
@@ -203,7 +222,31 @@ async fn open(shared: &Arc<Shared>, arrivals: Arrivals, in_flight_max: usize, st
         // Finished tasks leave the set, which therefore holds at most `in_flight_max` and a few.
         while requests.try_join_next().is_some() {}
     }
+    // It has made all, or cannot give any more away.
+    drop(bodies);
+    let _ = making.await;
     while requests.join_next().await.is_some() {}
+}
+
+/// What an infinite cache would hit, where the prompts sent are those of the trace.
+fn hit_rate_bound(options: &BenchOptions) -> Option<f64> {
+    let Load::Replay {
+        trace, length_scale, ..
+    } = &options.load
+    else {
+        return None;
+    };
+    let lengths = &options.lengths;
+    let as_recorded = *length_scale == 1.0 && lengths.words_per_token == 1.0 && options.stop.duration.is_none();
+    let requests = options
+        .stop
+        .requests
+        .map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
+    let requests = requests.min(trace.requests.len());
+    let whole = trace.requests[..requests]
+        .iter()
+        .all(|r| r.input_tokens as usize <= lengths.input_words_max);
+    (as_recorded && whole).then(|| CacheBound::of(trace, requests, options.block_size).rate())
 }
 
 fn describe(options: &BenchOptions) -> String {

@@ -3,15 +3,14 @@
 
 use crate::options::{BenchOptions, Lengths, Load};
 use crate::prompt::append_words;
-use crate::trace::{HASH_BLOCK_TOKENS, TraceRequest};
+use crate::trace::TraceRequest;
+use crate::trace_prompts;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::time::Duration;
 
 /// Stream of the words that all prompts share; far from request numbers and hash ids.
 const SHARED_STREAM: u64 = u64::MAX;
-/// Streams of trace blocks start here, so that they never meet request numbers.
-const BLOCK_STREAM: u64 = 1 << 62;
 /// Stream of the words that pad a prompt before its own begin.
 const WARMUP_STREAM: u64 = 1 << 61;
 
@@ -108,16 +107,8 @@ impl Workload {
 
     fn replayed(&self, number: u64, recorded: &TraceRequest, scale: f64) -> Planned {
         let words_per_token = scale * self.lengths.words_per_token;
-        let total = (f64::from(recorded.input_tokens) * words_per_token).round() as usize;
-        let mut left = total.clamp(1, self.lengths.input_words_max.max(1));
-        let block = ((f64::from(HASH_BLOCK_TOKENS) * words_per_token).round() as usize).max(1);
-        let mut prompt = String::new();
-        for id in &recorded.hash_ids {
-            let words = block.min(left);
-            append_words(&mut prompt, self.seed, BLOCK_STREAM + id % BLOCK_STREAM, words);
-            left -= words;
-        }
-        append_words(&mut prompt, self.seed, number, left);
+        let words_max = self.lengths.input_words_max;
+        let prompt = trace_prompts::words(recorded, number, self.seed, words_per_token, words_max);
         let output_tokens = (f64::from(recorded.output_tokens) * scale).round() as u32;
         self.planned(number, prompt, output_tokens)
     }

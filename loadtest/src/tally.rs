@@ -35,6 +35,20 @@ pub struct Tally {
     pub output_tokens: u64,
     /// Answers whose tokens had to be counted as chunks.
     pub without_usage: u64,
+    /// Events with content.
+    pub chunks: u64,
+    /// Answers within the targets.
+    pub good: u64,
+    targets: Targets,
+}
+
+/// What makes an answer good.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Targets {
+    /// Longest time to first token.
+    pub ttft: Option<Duration>,
+    /// Longest mean time per further token.
+    pub tpot: Option<Duration>,
 }
 
 impl Default for Tally {
@@ -53,11 +67,22 @@ impl Default for Tally {
             cached_tokens: 0,
             output_tokens: 0,
             without_usage: 0,
+            chunks: 0,
+            good: 0,
+            targets: Targets::default(),
         }
     }
 }
 
 impl Tally {
+    /// An empty one.
+    pub fn new(targets: Targets) -> Self {
+        Self {
+            targets,
+            ..Self::default()
+        }
+    }
+
     /// A request goes out `delay` later than it should.
     pub fn sent(&mut self, delay: Duration) {
         self.sent += 1;
@@ -101,10 +126,15 @@ impl Tally {
             }
         };
         self.output_tokens += tokens;
-        if tokens > 1 {
-            let rest = completion.total.saturating_sub(completion.first);
-            record(&mut self.tpot, rest / u32::try_from(tokens - 1).unwrap_or(u32::MAX));
+        self.chunks += completion.chunks;
+        let rest = completion.total.saturating_sub(completion.first);
+        let tpot = rest.checked_div(u32::try_from(tokens.saturating_sub(1)).unwrap_or(u32::MAX));
+        if let Some(tpot) = tpot {
+            record(&mut self.tpot, tpot);
         }
+        let within = |time: Duration, target: Option<Duration>| target.is_none_or(|target| time <= target);
+        let good = within(completion.first, self.targets.ttft) && within(tpot.unwrap_or_default(), self.targets.tpot);
+        self.good += u64::from(good);
     }
 }
 

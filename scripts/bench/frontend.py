@@ -86,10 +86,10 @@ def lists_a_model(url):
 class Baton:
     name = "baton"
 
-    def __init__(self, args, work):
+    def __init__(self, args, work, profile="instant"):
         data = os.path.join(work, "baton")
         command = [args.baton, "mock", "--workers", str(args.workers), "--port", "0", "--data-dir", data]
-        command += ["--model", args.model, "--profile", "instant"]
+        command += ["--model", args.model, "--profile", profile]
         log = open(os.path.join(work, "baton.log"), "w")
         self.process = subprocess.Popen(["taskset", "-c", args.server_core, *command], stdout=log, stderr=log)
         ready = os.path.join(data, "ready.json")
@@ -108,7 +108,7 @@ class Baton:
 class Dynamo:
     name = "dynamo"
 
-    def __init__(self, args, work):
+    def __init__(self, args, work, speed=("--speedup-ratio", "0")):
         env = os.environ | {"DYN_DISCOVERY_BACKEND": "file", "DYN_FILE_KV": os.path.join(work, "kv"), "DYN_LOG": "warn"}
         planes = ["--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq"]
         port = str(args.dynamo_port)
@@ -118,7 +118,7 @@ class Dynamo:
             subprocess.Popen(core + module + planes, stdout=log, stderr=log, env=env)
             for module in (
                 ["dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", port, "--router-mode", args.dynamo_router],
-                ["dynamo.mocker", "--model-path", args.model, "--num-workers", str(args.workers), "--speedup-ratio", "0",
+                ["dynamo.mocker", "--model-path", args.model, "--num-workers", str(args.workers), *speed,
                  "--block-size", "16", "--num-gpu-blocks-override", "27000"],
             )
         ]
@@ -160,11 +160,15 @@ def measure(args, server, case, flags, requests):
         "requests_per_s": report["requests_per_s"],
         "output_tokens_per_s": report["output_tokens_per_s"],
         # Tokens that a server sends together are one chunk.
-        "chunks_per_s": (report["itl_ms"]["count"] + report["ttft_ms"]["count"]) / report["duration_s"],
+        "chunks_per_s": report["output_chunks"] / report["duration_s"],
+        "chunks_per_token": report["output_chunks"] / max(report["output_tokens"], 1),
+        "itl_p50_ms": report["itl_ms"]["p50"],
+        "itl_p99_ms": report["itl_ms"]["p99"],
         "input_tokens_per_s": report["input_tokens"] / report["duration_s"],
         "input_tokens_per_request": report["input_tokens"] / max(report["requests_completed"], 1),
         "output_tokens_per_request": report["output_tokens"] / max(report["requests_completed"], 1),
         "ttft_p50_ms": report["ttft_ms"]["p50"],
+        "ttft_p99_ms": report["ttft_ms"]["p99"],
         "e2e_p50_ms": report["e2e_ms"]["p50"],
         "e2e_p99_ms": report["e2e_ms"]["p99"],
         "front_cpu_ms_per_request": (cpu_seconds(server.front) - before[0]) / count * 1e3,

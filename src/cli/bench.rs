@@ -127,6 +127,21 @@ pub struct BenchArgs {
     #[arg(long, value_name = "SECONDS", value_parser = seconds, default_value = "600", help_heading = "Requests")]
     pub request_timeout: Duration,
 
+    /// A good request has its first token within this many milliseconds ...
+    #[arg(long, value_name = "MS", value_parser = millis, help_heading = "Report")]
+    pub ttft_target: Option<Duration>,
+    /// ... and needs at most this many, on average, for each further one
+    #[arg(long, value_name = "MS", value_parser = millis, help_heading = "Report")]
+    pub tpot_target: Option<Duration>,
+    /// Tokens per KV block of the server, for what an infinite cache would have hit of a trace
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        default_value_t = 16,
+        requires = "trace",
+        help_heading = "Report"
+    )]
+    pub block_size: usize,
     /// Print the report as JSON
     #[arg(long, help_heading = "Report")]
     pub json: bool,
@@ -144,6 +159,13 @@ fn seconds(text: &str) -> Result<Duration, String> {
         .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
         .filter(|duration| !duration.is_zero())
         .ok_or_else(|| "give a positive number of seconds".to_owned())
+}
+
+fn millis(text: &str) -> Result<Duration, String> {
+    let ms = text.parse::<f64>().ok();
+    ms.and_then(|ms| Duration::try_from_secs_f64(ms / 1e3).ok())
+        .filter(|duration| !duration.is_zero())
+        .ok_or_else(|| "give a positive number of milliseconds".to_owned())
 }
 
 impl BenchArgs {
@@ -187,6 +209,9 @@ impl BenchArgs {
             ignore_eos: self.ignore_eos,
             temperature: self.temperature,
             seed: self.seed,
+            ttft_target: self.ttft_target,
+            tpot_target: self.tpot_target,
+            block_size: self.block_size,
             warmup: self.warmup,
             request_timeout: self.request_timeout,
             progress: match (self.quiet, std::io::stderr().is_terminal()) {

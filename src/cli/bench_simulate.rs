@@ -29,6 +29,10 @@ pub struct BenchSimulateArgs {
     /// Replay this many times faster than recorded
     #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
     pub speed: f64,
+    /// Shorten arrivals and steps by this factor, but not the delays of heartbeats and block events: what a live replay does
+    /// when `baton bench` and `baton mock` have this speed
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
+    pub time_scale: f64,
     /// Seed of the policies
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
@@ -87,6 +91,7 @@ pub fn run(args: BenchSimulateArgs) -> anyhow::Result<ExitCode> {
                 batch_tokens_max: args.batch_tokens_max,
                 seqs_max: args.seqs_max,
                 speed: args.speed,
+                time_scale: args.time_scale,
                 requests_max: args.requests.unwrap_or(usize::MAX),
                 event_delay: Duration::from_millis(args.event_delay),
                 ttft_target: Duration::from_millis(args.ttft_target),

@@ -36,6 +36,14 @@ pub struct MockArgs {
     #[arg(long, value_name = "N", default_value_t = 256, help_heading = "Workers")]
     pub seqs_max: usize,
 
+    /// How the worker that streams a request is chosen
+    #[arg(long, value_name = "MODE", default_value = "cache-aware", value_parser = ["cache-aware", "least-loaded", "round-robin", "random"])]
+    pub routing: String,
+
+    /// Instead of a model's: a vocabulary in which each word of `baton bench` is one token, no template, and a context of a
+    /// million tokens, so that replayed prompts have the lengths recorded
+    #[arg(long, conflicts_with = "model")]
+    pub word_model: bool,
     /// Directory with config.json, tokenizer and chat template, or a GGUF file; weights are not read [default: the
     /// bundled demo model's]
     #[arg(long, value_name = "DIR|FILE.gguf")]

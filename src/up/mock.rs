@@ -26,6 +26,8 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+/// Name of the model in which a word is a token.
+const WORD_MODEL: &str = "words";
 /// Name of the workers' line in the progress display.
 const WORKERS: &str = "workers";
 /// Time for a registration; they run side by side, so hundreds take a few seconds in all.
@@ -124,6 +126,14 @@ impl Hosted {
 async fn serve(args: &MockArgs, data: &DataDir, processes: &mut Supervisor, hosted: &mut Hosted) -> anyhow::Result<()> {
     let workers = args.workers();
     let (model_path, default_name) = match &args.model {
+        None if args.word_model => {
+            let files = baton_loadtest::word_model::files();
+            let files = files.each_ref().map(|(name, text)| (*name, text.as_bytes()));
+            (
+                model_dir::place(&data.models(), WORD_MODEL, &files)?,
+                WORD_MODEL.to_owned(),
+            )
+        }
         None => (demo::extract(&data.models())?, demo::NAME.to_owned()),
         Some(path) => (path.clone(), super::plan::model_name(&path.to_string_lossy(), path)),
     };
@@ -150,6 +160,7 @@ async fn serve(args: &MockArgs, data: &DataDir, processes: &mut Supervisor, host
         "identity_dir": utf8(&data.identity()),
         "models": [{"name": model_name, "path": utf8(&model_path)}],
     });
+    config["routing"] = json!(args.routing);
     if let Some(tokens) = args.prefill_threshold {
         config["prefill_threshold_tokens"] = json!(tokens);
     }
@@ -248,6 +259,13 @@ fn worker_config(
     model_name: &str,
     coordinator: SocketAddr,
 ) -> WorkerConfig {
+    let config = WorkerConfig::new(
+        name.to_owned(),
+        model_path.to_owned(),
+        model_name.to_owned(),
+        vec![coordinator],
+        data.identity(),
+    );
     WorkerConfig {
         worker_id: name.to_owned(),
         role,
@@ -260,13 +278,12 @@ fn worker_config(
         kv_bytes: args.kv_mem.unwrap_or(args.profile.kv_bytes),
         batch_tokens_max: args.batch_tokens_max,
         seqs_max: args.seqs_max,
-        ..WorkerConfig::new(
-            name.to_owned(),
-            model_path.to_owned(),
-            model_name.to_owned(),
-            vec![coordinator],
-            data.identity(),
-        )
+        // The pace of streams is that of the machine pretended to be.
+        step_target_ms: match args.speed > 0.0 {
+            true => ((config.step_target_ms as f64 / args.speed).round() as u64).max(1),
+            false => config.step_target_ms,
+        },
+        ..config
     }
 }
 

@@ -53,6 +53,11 @@ impl MetricConstructor<Histogram> for Buckets {
 const TTFT_S: &[f64] = &[
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 ];
+/// Fine where a front end's own time lies; the upper end is a wait for admission.
+const OUTSIDE_S: &[f64] = &[
+    0.0001, 0.00015, 0.0002, 0.00025, 0.0003, 0.00035, 0.0004, 0.00045, 0.0005, 0.0006, 0.0007, 0.0008, 0.0009, 0.001,
+    0.0015, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0,
+];
 const ITL_S: &[f64] = &[
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0,
 ];
@@ -73,6 +78,7 @@ pub(crate) struct Metrics {
     preemptions: ByModel<Gauge>,
     tiers: TierMetrics,
     ttft: HistogramByModel,
+    outside: HistogramByModel,
     itl: HistogramByModel,
     e2e: HistogramByModel,
     prompt_tokens: ByModel<Counter>,
@@ -101,6 +107,7 @@ impl Metrics {
             workers: Family::default(),
             preemptions: Family::default(),
             ttft: Family::new_with_constructor(Buckets(TTFT_S)),
+            outside: Family::new_with_constructor(Buckets(OUTSIDE_S)),
             itl: Family::new_with_constructor(Buckets(ITL_S)),
             e2e: Family::new_with_constructor(Buckets(E2E_S)),
             prompt_tokens: Family::default(),
@@ -144,6 +151,11 @@ impl Metrics {
             "baton:time_to_first_token_seconds",
             "From the request's arrival to its first token",
             this.ttft.clone(),
+        );
+        registry.register(
+            "baton:time_to_first_token_outside_workers_seconds",
+            "Of the time to first token of ended requests, what no worker's queue or prefill took: gateway, admission, wire",
+            this.outside.clone(),
         );
         registry.register(
             "baton:inter_token_latency_seconds",
@@ -205,6 +217,12 @@ impl Metrics {
 
     pub fn first_token(&self, model: &str, after: Duration) {
         self.ttft.get_or_create(&label(model)).observe(after.as_secs_f64());
+    }
+
+    /// The first token of an ended request came `after` its arrival, of which its workers had it for `at_workers`.
+    pub fn outside_workers(&self, model: &str, after: Duration, at_workers: Duration) {
+        let outside = after.saturating_sub(at_workers);
+        self.outside.get_or_create(&label(model)).observe(outside.as_secs_f64());
     }
 
     pub fn next_tokens(&self, model: &str, after: Duration) {

@@ -60,6 +60,7 @@ pub(crate) struct Run<B: Backend> {
     placement: Placement,
     /// Tokens whose text was handed to the connection: what a client that hangs up is billed for.
     delivered: u32,
+    first_token_at: Option<Instant>,
     last_tokens_at: Option<Instant>,
     permit: Option<OwnedSemaphorePermit>,
     settled: bool,
@@ -109,6 +110,7 @@ impl<B: Backend> Run<B> {
             finish: None,
             placement: Placement::default(),
             delivered: 0,
+            first_token_at: None,
             last_tokens_at: None,
             permit: Some(permit),
             settled: false,
@@ -132,6 +134,7 @@ impl<B: Backend> Run<B> {
         let reason = event.finish.as_ref().map(Finish::reason);
         let mut text = self.reader.push(&event.tokens, reason == Some(FinishReason::Stop));
         if let Some(finish) = event.finish {
+            self.time_outside(&finish);
             self.finish = Some(finish);
             self.placement = self
                 .generation
@@ -258,6 +261,20 @@ impl<B: Backend> Run<B> {
         }
     }
 
+    /// What the first token took beyond the worker that streamed to the end; a request that moved had others before it, and
+    /// tells nothing.
+    fn time_outside(&self, finish: &Finish) {
+        let moved = self
+            .generation
+            .as_ref()
+            .is_some_and(|generation| generation.placement().attempts > 1);
+        if let Some(first) = self.first_token_at.filter(|_| !moved) {
+            let at_workers = Duration::from_micros(finish.queued_us.saturating_add(finish.prefill_us));
+            let metrics = &self.ledger.metrics;
+            metrics.outside_workers(&self.opened.model, first - self.opened.arrived, at_workers);
+        }
+    }
+
     fn time(&mut self, tokens: usize) {
         if tokens == 0 {
             return;
@@ -265,7 +282,10 @@ impl<B: Backend> Run<B> {
         let now = Instant::now();
         let metrics = &self.ledger.metrics;
         match self.last_tokens_at.replace(now) {
-            None => metrics.first_token(&self.opened.model, now - self.opened.arrived),
+            None => {
+                self.first_token_at = Some(now);
+                metrics.first_token(&self.opened.model, now - self.opened.arrived);
+            }
             Some(last) => metrics.next_tokens(&self.opened.model, now - last),
         }
     }

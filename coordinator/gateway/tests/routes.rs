@@ -108,6 +108,7 @@ async fn metrics_have_vllms_names() {
         "baton:num_requests_waiting{model_name=\"m\"} 2\n",
         "baton:kv_cache_usage_perc{model_name=\"m\"} 0.25\n",
         "baton:time_to_first_token_seconds_count{model_name=\"m\"} 1\n",
+        "baton:time_to_first_token_outside_workers_seconds_count{model_name=\"m\"} 1\n",
         "baton:inter_token_latency_seconds_count{model_name=\"m\"} 5\n",
         "baton:e2e_request_latency_seconds_count{model_name=\"m\"} 1\n",
         "baton:prompt_tokens_total{model_name=\"m\"} 21\n",

@@ -81,6 +81,17 @@ pub fn choose(candidates: &[Candidate<'_>], ask: &Ask, policy: &Policy, overhead
     place(candidates, decode, ask, &means, policy, overheads)
 }
 
+/// The rest of the choice, for a worker that is to stream: whether and where the prompt is computed for it.
+pub(crate) fn place_at(
+    candidates: &[Candidate<'_>],
+    decode: usize,
+    ask: &Ask,
+    policy: &Policy,
+    overheads: &Overheads,
+) -> Choice {
+    place(candidates, decode, ask, &Means::of(candidates), policy, overheads)
+}
+
 fn place(
     candidates: &[Candidate<'_>],
     decode: usize,

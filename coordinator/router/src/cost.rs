@@ -26,6 +26,7 @@
 
 use crate::calibration::Overheads;
 use crate::index::Tier;
+use crate::mode::Mode;
 
 /// Prompt tokens per second before any worker has measured: a small model on a few CPU cores.
 pub const PREFILL_TOKENS_PER_S_PRIOR: f64 = 2000.0;
@@ -50,6 +51,8 @@ pub enum Role {
 /// How the router weighs.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Policy {
+    /// By what the worker that streams is chosen; what follows weighs only in [`Mode::CacheAware`], and in predictions.
+    pub mode: Mode,
     /// Uncached suffixes longer than this go to a prefill worker while rates are not measured. 0: all go, always.
     pub prefill_threshold_tokens: usize,
     /// How many times its own prefill work a request is charged on top, for work that a cache would have saved the cluster.
@@ -69,6 +72,7 @@ pub struct Policy {
 impl Default for Policy {
     fn default() -> Self {
         Self {
+            mode: Mode::default(),
             prefill_threshold_tokens: 256,
             stay: 1.0,
             stream: 1.0,

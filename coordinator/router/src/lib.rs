@@ -19,7 +19,7 @@
 //!    predicted time to the first token; [`Router::predicted_ttft`] gives only that, for admission.
 //! 4. [`Router::placed`] what was sent; [`Router::first_token`] when its first token came.
 //!
-//! The cost model is in [`cost`], the rules of the choice in [`mod@choose`], what of a worker's events is believed in
+//! The cost model is in [`cost`], the rules of the choice in [`mod@choose`], ways to choose without them in [`mode`], what of a worker's events is believed in
 //! [`feed`], and the index in [`index`]. Figures and their derivation are in `docs/routing.md`.
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
@@ -29,6 +29,7 @@ pub mod choose;
 pub mod cost;
 pub mod feed;
 pub mod index;
+pub mod mode;
 pub mod names;
 mod owners;
 mod recent;
@@ -39,5 +40,6 @@ pub use choose::Choice;
 pub use cost::{Ask, Candidate, Estimate, Policy, Prefix, Rates, Role};
 pub use feed::{BlockUpdate, Verdict};
 pub use index::{Index, IndexStats, Matches, Slot, Tier};
+pub use mode::Mode;
 pub use names::Namer;
 pub use router::{Prefixes, Router, RouterStats, Seat};

@@ -4,11 +4,12 @@
 //! makes what was kept of an earlier holder worthless. Not here: ids, addresses, connections.
 
 use crate::calibration::Overheads;
-use crate::choose::{Choice, choose};
+use crate::choose::{Choice, choose, place_at};
 use crate::cost::{Ask, Candidate, Policy, Prefix};
 use crate::feed::{BlockUpdate, Feed, Verdict};
 use crate::index::{Index, IndexStats, Matches};
 use crate::recent::Recent;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Workers whose lower tiers are counted exactly per request: the best ones. For the others a block in a lower tier
@@ -45,6 +46,8 @@ pub struct Router {
     recent: Recent<Seat>,
     overheads: Overheads,
     resyncs: u64,
+    /// Choices made, for modes that take turns.
+    turn: AtomicU64,
 }
 
 /// Figures for metrics.
@@ -74,6 +77,7 @@ impl Router {
             recent: Recent::new(),
             overheads: Overheads::default(),
             resyncs: 0,
+            turn: AtomicU64::new(0),
         }
     }
 
@@ -170,12 +174,19 @@ impl Router {
 
     /// Chooses among candidates, whose `prefix` is from [`look_up`](Self::look_up).
     pub fn choose(&self, candidates: &[Candidate<'_>], ask: &Ask) -> Choice {
-        choose(candidates, ask, &self.policy, &self.overheads)
+        self.choose_in_turn(candidates, ask, self.turn.fetch_add(1, Ordering::Relaxed))
+    }
+
+    fn choose_in_turn(&self, candidates: &[Candidate<'_>], ask: &Ask, turn: u64) -> Choice {
+        match self.policy.mode.pick(candidates, turn) {
+            Some(decode) => place_at(candidates, decode, ask, &self.policy, &self.overheads),
+            None => choose(candidates, ask, &self.policy, &self.overheads),
+        }
     }
 
     /// The time to first token that the best placement would have; `None` if there is none.
     pub fn predicted_ttft(&self, candidates: &[Candidate<'_>], ask: &Ask) -> Option<Duration> {
-        match self.choose(candidates, ask) {
+        match self.choose_in_turn(candidates, ask, self.turn.load(Ordering::Relaxed)) {
             Choice::Place { estimate, .. } => Duration::try_from_secs_f64(estimate.ttft_s).ok(),
             Choice::Full | Choice::Nobody => None,
         }

@@ -11,14 +11,12 @@
 //!                        └───────────── News (after a delay) ◀── block events
 //! ```
 
-mod cache_aware;
 mod policy;
-mod prompts;
 mod report;
+mod routed;
 mod worker;
 
 pub use policy::{Ask, Placement, Policy, PolicyKind, WorkerLoad, WorkerView};
-pub use prompts::CacheBound;
 pub use report::{SimulationReport, table};
 
 use crate::BenchError;
@@ -26,10 +24,11 @@ use crate::BenchError;
 mod tests;
 
 use crate::trace::Trace;
+pub use crate::trace_prompts::CacheBound;
+use crate::trace_prompts::Prompts;
 use baton_engine::{BlockEvents, MockProfile};
 use baton_proto::block_hash;
 use baton_proto::block_hash::cache_root;
-use prompts::Prompts;
 use report::Tally;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -59,6 +58,9 @@ pub struct SimulationOptions {
     pub seqs_max: usize,
     /// Replay this many times faster than recorded.
     pub speed: f64,
+    /// Arrivals and steps are this many times faster, heartbeats and news are not: what a live replay in less time does
+    /// (`baton bench --speed` against `baton mock --speed`). Targets shrink with it; times are reported as they then are.
+    pub time_scale: f64,
     /// Requests of the trace at most.
     pub requests_max: usize,
     /// Until block events reach the router.
@@ -82,6 +84,7 @@ impl Default for SimulationOptions {
             batch_tokens_max: 2048,
             seqs_max: 256,
             speed: 1.0,
+            time_scale: 1.0,
             requests_max: usize::MAX,
             event_delay: Duration::from_millis(10),
             ttft_target: Duration::from_secs(2),
@@ -116,6 +119,9 @@ impl SimulationOptions {
         }
         if !(self.speed.is_finite() && self.speed > 0.0) {
             return wrong("--speed", self.speed.to_string(), "give a positive factor");
+        }
+        if !(self.time_scale.is_finite() && self.time_scale > 0.0) {
+            return wrong("--time-scale", self.time_scale.to_string(), "give a positive factor");
         }
         Ok(())
     }
@@ -184,12 +190,13 @@ pub fn simulate(
         seqs_max: options.seqs_max,
         // A trace is replayed whole; refusing would flatter the latencies.
         waiting_max: usize::MAX,
+        step_target: baton_engine::STEP_TARGET_DEFAULT.div_f64(options.time_scale),
         ..SimWorker::config(options.block_size, total_blocks)
     };
     let root = cache_root(&config.model_digest, &[]);
     let timing = options.profile.timing();
     let workers: Result<Vec<_>, _> = (0..options.workers)
-        .map(|_| SimWorker::new(config.clone(), timing))
+        .map(|_| SimWorker::new(config.clone(), timing, options.time_scale))
         .collect();
     let workers = workers.map_err(|error| BenchError::Simulation(error.to_string()))?;
     let requests = trace.requests.len().min(options.requests_max);
@@ -270,14 +277,18 @@ impl Simulation<'_> {
     }
 
     fn arrive_at(&mut self, request: usize) {
-        let at = self.trace.requests[request].at.div_f64(self.options.speed);
+        let at = self.trace.requests[request]
+            .at
+            .div_f64(self.options.speed * self.options.time_scale);
         self.schedule(at, Kind::Arrival(request));
     }
 
     fn arrive(&mut self, index: usize) {
         let request = &self.trace.requests[index];
         let prompt = self.prompts.tokens(request);
-        let hashes = block_hash::chain(&self.root, &prompt, self.options.block_size);
+        // As a coordinator does: the block with the last token is computed in any case.
+        let named = (prompt.len() - 1) / self.options.block_size * self.options.block_size;
+        let hashes = block_hash::chain(&self.root, &prompt[..named], self.options.block_size);
         let (prompt_tokens, output_tokens) = (prompt.len(), request.output_tokens.max(1) as usize);
         let ask = Ask {
             request: index,
@@ -346,7 +357,10 @@ impl Simulation<'_> {
                     .checked_div(flight.tokens - 1)
                     .unwrap_or_default();
                 tally.completed += 1;
-                tally.good += u64::from(ttft <= options.ttft_target && tpot <= options.tpot_target);
+                tally.good += u64::from(
+                    ttft <= options.ttft_target.div_f64(options.time_scale)
+                        && tpot <= options.tpot_target.div_f64(options.time_scale),
+                );
                 tally.prompt_tokens += flight.prompt_tokens as u64;
                 tally.cached_tokens += cached as u64;
                 tally.output_tokens += u64::from(flight.tokens);

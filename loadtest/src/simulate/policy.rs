@@ -1,15 +1,14 @@
-//! Where requests go, in a simulation: the seam between the simulated cluster and a router, and three simple routers to
-//! compare with.
+//! Where requests go, in a simulation: the seam between the simulated cluster and a router, and the names of the modes of
+//! baton's own.
 //!
 //! A policy sees what a coordinator sees: its own placements at once, workers' block events and loads with a delay. It
 //! sees no clock but the time it is told.
 
 use super::SimulationOptions;
-use super::cache_aware::CacheAware;
+use super::routed::Routed;
 use baton_engine::BlockEvents;
 use baton_proto::block_hash::BlockHash;
-use rand::rngs::SmallRng;
-use rand::{Rng, SeedableRng};
+use baton_router::Mode;
 use std::time::Duration;
 
 /// A request to be placed.
@@ -80,7 +79,7 @@ pub enum PolicyKind {
     RoundRobin,
     /// The one with the fewest requests.
     LeastLoaded,
-    /// baton's own router.
+    /// By caches, rates and load.
     CacheAware,
 }
 
@@ -100,12 +99,13 @@ impl PolicyKind {
 
     /// A fresh one for such a cluster.
     pub fn build(self, options: &SimulationOptions) -> Box<dyn Policy> {
-        match self {
-            Self::Random => Box::new(Random(SmallRng::seed_from_u64(options.seed))),
-            Self::RoundRobin => Box::new(RoundRobin(0)),
-            Self::LeastLoaded => Box::new(LeastLoaded),
-            Self::CacheAware => Box::new(CacheAware::new(options)),
-        }
+        let mode = match self {
+            Self::Random => Mode::Random { seed: options.seed },
+            Self::RoundRobin => Mode::RoundRobin,
+            Self::LeastLoaded => Mode::LeastLoaded,
+            Self::CacheAware => Mode::CacheAware,
+        };
+        Box::new(Routed::new(options, mode))
     }
 }
 
@@ -115,39 +115,5 @@ impl std::str::FromStr for PolicyKind {
     fn from_str(name: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|kind| kind.name() == name);
         found.ok_or_else(|| format!("there are {}", Self::ALL.map(Self::name).join(", ")))
-    }
-}
-
-/// A worker, by a policy that knows of no cache.
-fn cold(worker: usize, ask: &Ask<'_>) -> Placement {
-    Placement {
-        worker,
-        uncached_tokens: ask.prompt_tokens,
-    }
-}
-
-struct Random(SmallRng);
-
-impl Policy for Random {
-    fn choose(&mut self, ask: &Ask<'_>, workers: &[WorkerView]) -> Placement {
-        cold(self.0.random_range(0..workers.len()), ask)
-    }
-}
-
-struct RoundRobin(usize);
-
-impl Policy for RoundRobin {
-    fn choose(&mut self, ask: &Ask<'_>, workers: &[WorkerView]) -> Placement {
-        self.0 = (self.0 + 1) % workers.len();
-        cold(self.0, ask)
-    }
-}
-
-struct LeastLoaded;
-
-impl Policy for LeastLoaded {
-    fn choose(&mut self, ask: &Ask<'_>, workers: &[WorkerView]) -> Placement {
-        let least = workers.iter().enumerate().min_by_key(|(_, worker)| worker.requests);
-        cold(least.map_or(0, |(index, _)| index), ask)
     }
 }

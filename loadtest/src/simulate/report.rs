@@ -1,8 +1,8 @@
 //! What a simulation found, as data, JSON and a table.
 
 use super::SimulationOptions;
-use super::prompts::CacheBound;
 use crate::report::Latency;
+use crate::trace_prompts::CacheBound;
 use baton_engine::MockProfile;
 use hdrhistogram::Histogram;
 use serde::Serialize;
@@ -62,6 +62,8 @@ pub struct SimulationReport {
     pub block_size: usize,
     /// Speed of the replay.
     pub speed: f64,
+    /// How many times shorter all times are than those of the machine pretended to be.
+    pub time_scale: f64,
     /// Seed of the policy.
     pub seed: u64,
     /// Virtual time from the first arrival to the last token.
@@ -122,6 +124,7 @@ impl SimulationReport {
             kv_tokens: blocks * options.block_size as u64 * options.workers as u64,
             block_size: options.block_size,
             speed: options.speed,
+            time_scale: options.time_scale,
             seed: options.seed,
             duration_s: end.as_secs_f64(),
             requests_completed: tally.completed,

@@ -2,7 +2,7 @@
 //! profile says. Deliberately no hand-over between workers: every worker is a combined one.
 
 use super::policy::WorkerLoad;
-use super::prompts::{GENERATED, VOCABULARY};
+use crate::trace_prompts::{GENERATED, VOCABULARY};
 use baton_engine::{
     BlockEvents, ConfigError, MockTiming, Output, Request, SamplingParams, Scheduler, SchedulerConfig, SeqId, StepBatch,
 };
@@ -15,6 +15,8 @@ use std::time::Duration;
 pub struct SimWorker {
     scheduler: Scheduler,
     timing: MockTiming,
+    /// Steps take this many times less.
+    time_scale: f64,
     jobs: HashMap<SeqId, Job>,
     step: Option<(StepBatch, Duration)>,
     generated: u32,
@@ -48,12 +50,13 @@ pub struct Token {
 
 impl SimWorker {
     /// An idle worker.
-    pub fn new(config: SchedulerConfig, timing: MockTiming) -> Result<Self, ConfigError> {
+    pub fn new(config: SchedulerConfig, timing: MockTiming, time_scale: f64) -> Result<Self, ConfigError> {
         let mut scheduler = Scheduler::new(config)?;
         scheduler.enable_block_events();
         Ok(Self {
             scheduler,
             timing,
+            time_scale,
             jobs: HashMap::new(),
             step: None,
             generated: 0,
@@ -106,7 +109,7 @@ impl SimWorker {
         if plan.batch.is_empty() {
             return None;
         }
-        let took = self.timing.step_time(&plan.batch);
+        let took = self.timing.step_time(&plan.batch).div_f64(self.time_scale);
         self.step = Some((plan.batch, took));
         Some(took)
     }

@@ -1,11 +1,11 @@
-//! baton's own router, driven as a coordinator drives it: block events into its index, heartbeats and placements into its
+//! baton's own router, in any of its modes, driven as a coordinator drives it: block events into its index, heartbeats and placements into its
 //! candidates, measured first tokens into its calibration.
 
 use super::SimulationOptions;
 use super::policy::{Ask, Placement, Policy, WorkerLoad, WorkerView};
 use baton_engine::{BlockEvent, BlockEvents};
 use baton_proto::block_hash::BlockHash;
-use baton_router::{BlockUpdate, Candidate, Choice, Prefixes, Rates, Role, Router, Seat, Tier, Verdict};
+use baton_router::{BlockUpdate, Candidate, Choice, Mode, Prefixes, Rates, Role, Router, Seat, Tier, Verdict};
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
@@ -16,12 +16,21 @@ struct Known {
     /// Number of the next message of block events.
     number: u64,
     load: WorkerLoad,
-    /// Prompt tokens placed there since that load was told.
-    placed_tokens: u64,
+    /// Uncached prompt tokens placed there whose first token has not come.
+    pending_tokens: u64,
+}
+
+/// A request that was placed.
+struct Waiting {
+    worker: usize,
+    uncached_tokens: u64,
+    placed: Duration,
+    /// What the model said of its first token.
+    modelled_s: f64,
 }
 
 /// See the module.
-pub struct CacheAware {
+pub struct Routed {
     router: Router,
     workers: Vec<Known>,
     total_blocks: u32,
@@ -29,8 +38,8 @@ pub struct CacheAware {
     kv_bytes_per_block: u64,
     prefixes: Prefixes,
     names: Vec<u64>,
-    /// When a request was placed, and what the model said of its first token.
-    waiting: HashMap<usize, (Duration, f64)>,
+    /// Requests without a first token.
+    waiting: HashMap<usize, Waiting>,
 }
 
 /// The first eight bytes of a block's name, as on the wire.
@@ -43,16 +52,19 @@ fn millis(now: Duration) -> u64 {
     u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
 
-impl CacheAware {
+impl Routed {
     /// A router of workers that are all there and all cold.
-    pub fn new(options: &SimulationOptions) -> Self {
-        let mut router = Router::new(baton_router::Policy::default());
+    pub fn new(options: &SimulationOptions, mode: Mode) -> Self {
+        let mut router = Router::new(baton_router::Policy {
+            mode,
+            ..baton_router::Policy::default()
+        });
         let workers = (0..options.workers).map(|index| Known {
             id: format!("{index:04}"),
             seat: router.join(),
             number: 1,
             load: WorkerLoad::default(),
-            placed_tokens: 0,
+            pending_tokens: 0,
         });
         let workers = workers.collect();
         let total_blocks = options.profile.blocks(options.kv_bytes, options.block_size);
@@ -69,7 +81,7 @@ impl CacheAware {
     }
 }
 
-impl Policy for CacheAware {
+impl Policy for Routed {
     fn choose(&mut self, ask: &Ask<'_>, workers: &[WorkerView]) -> Placement {
         self.names.clear();
         self.names.extend(ask.hashes.iter().map(name));
@@ -86,7 +98,7 @@ impl Policy for CacheAware {
                 prefix: self.prefixes.of(known.seat),
                 streams: u32::try_from(view.requests).unwrap_or(u32::MAX),
                 prefilling: 0,
-                pending_prompt_tokens: known.load.pending_prompt_tokens + known.placed_tokens,
+                pending_prompt_tokens: known.load.pending_prompt_tokens.max(known.pending_tokens),
                 available_blocks: known.load.available_blocks.min(self.total_blocks),
                 total_blocks: self.total_blocks,
                 block_size: self.block_size,
@@ -113,8 +125,15 @@ impl Policy for CacheAware {
         };
         self.router
             .placed(self.workers[decode].seat, &self.names, estimate.ttft_s, now_ms);
-        self.workers[decode].placed_tokens += estimate.uncached_tokens as u64;
-        self.waiting.insert(ask.request, (ask.now, estimate.modelled_s));
+        let uncached_tokens = estimate.uncached_tokens as u64;
+        self.workers[decode].pending_tokens += uncached_tokens;
+        let waiting = Waiting {
+            worker: decode,
+            uncached_tokens,
+            placed: ask.now,
+            modelled_s: estimate.modelled_s,
+        };
+        self.waiting.insert(ask.request, waiting);
         Placement {
             worker: decode,
             uncached_tokens: estimate.uncached_tokens,
@@ -139,12 +158,13 @@ impl Policy for CacheAware {
 
     fn load(&mut self, worker: usize, load: WorkerLoad) {
         self.workers[worker].load = load;
-        self.workers[worker].placed_tokens = 0;
     }
 
     fn first_token(&mut self, request: usize, now: Duration) {
-        if let Some((placed, modelled_s)) = self.waiting.remove(&request) {
-            self.router.first_token(false, modelled_s, (now - placed).as_secs_f64());
+        if let Some(waiting) = self.waiting.remove(&request) {
+            self.workers[waiting.worker].pending_tokens -= waiting.uncached_tokens;
+            let measured_s = (now - waiting.placed).as_secs_f64();
+            self.router.first_token(false, waiting.modelled_s, measured_s);
         }
     }
 }

@@ -1,9 +1,17 @@
-//! Prompts of a trace as tokens, and how much of them any cache could have held.
+//! Prompts of a trace: what they share, as tokens for a simulation and as words for a live server, and how much of them
+//! any cache could have held.
 //!
 //! A trace tells lengths and, in Mooncake's format, names of blocks of 512 tokens whose equality means an equal prefix.
-//! Token `i` of the block named `h` is `512 h + i`, so two prompts share exactly the prefixes that the trace says they
-//! share. Requests without names share nothing.
+//! [`pieces`] reads a request that way, and everything here is made of pieces:
+//!
+//! - tokens: token `i` of the block named `h` is `512 h + i`;
+//! - words: those of a block are drawn from its name, those without a name from the request's number.
+//!
+//! So two prompts share exactly the prefixes that the trace says they share, and requests without names share nothing. In
+//! words that holds to the token where the server's tokenizer makes one token of each word and its template adds none
+//! ([`crate::word_model`]); elsewhere lengths and block boundaries are shifted by what it does to them.
 
+use crate::prompt::append_words;
 use crate::trace::{HASH_BLOCK_TOKENS, Trace, TraceRequest};
 use std::collections::HashMap;
 
@@ -12,7 +20,47 @@ pub const VOCABULARY: usize = 1 << 32;
 /// First id of the upper half.
 pub const GENERATED: u32 = 1 << 31;
 
-/// Makes the prompts of a trace.
+/// Streams of the words of named blocks start here, so that they never meet request numbers.
+const BLOCK_STREAM: u64 = 1 << 62;
+
+/// A stretch of a prompt: at most [`HASH_BLOCK_TOKENS`] tokens, and the name that other prompts may share it by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Piece {
+    /// Of the whole prefix up to its end; `None` belongs to this request alone.
+    pub name: Option<u64>,
+    /// Its length.
+    pub tokens: u32,
+}
+
+/// A request's prompt, piece by piece; at least one token.
+pub fn pieces(request: &TraceRequest) -> impl Iterator<Item = Piece> {
+    let (mut left, mut names) = (request.input_tokens.max(1), request.hash_ids.iter().copied());
+    std::iter::from_fn(move || {
+        let tokens = left.min(HASH_BLOCK_TOKENS);
+        left -= tokens;
+        let name = names.next();
+        (tokens > 0).then_some(Piece { name, tokens })
+    })
+}
+
+/// The prompt of request `number` in words, `words_per_token` for each recorded token and at most `words_max`.
+pub fn words(request: &TraceRequest, number: u64, seed: u64, words_per_token: f64, words_max: usize) -> String {
+    let (mut text, mut tokens, mut words) = (String::new(), 0u64, 0usize);
+    for (place, piece) in pieces(request).enumerate() {
+        tokens += u64::from(piece.tokens);
+        let until = ((tokens as f64 * words_per_token).round() as usize).clamp(1, words_max.max(1));
+        let count = until - words;
+        words = until;
+        match piece.name {
+            Some(name) => append_words(&mut text, seed, BLOCK_STREAM + name % BLOCK_STREAM, count),
+            // One request has fewer than 2^24 pieces, and a trace fewer than 2^32 requests.
+            None => append_words(&mut text, seed, number << 24 | place as u64, count),
+        }
+    }
+    text
+}
+
+/// Makes the prompts of a trace in tokens.
 #[derive(Debug, Default)]
 pub struct Prompts {
     /// Names of the trace to numbers from 0, so that tokens stay small whatever the names are.
@@ -24,23 +72,18 @@ pub struct Prompts {
 impl Prompts {
     /// The prompt of a request, at least one token. Requests are asked for in the order of the trace, each once.
     pub fn tokens(&mut self, request: &TraceRequest) -> Vec<u32> {
-        let len = request.input_tokens.max(1) as usize;
-        let mut tokens = Vec::with_capacity(len);
-        let mut names = request.hash_ids.iter();
-        while tokens.len() < len {
-            let number = match names.next() {
-                Some(name) => *self.numbers.entry(*name).or_insert_with(|| {
-                    self.next += 1;
-                    self.next - 1
-                }),
-                None => {
-                    self.next += 1;
-                    self.next - 1
-                }
+        let mut tokens = Vec::with_capacity(request.input_tokens.max(1) as usize);
+        let mut new = || {
+            self.next += 1;
+            self.next - 1
+        };
+        for piece in pieces(request) {
+            let number = match piece.name {
+                Some(name) => *self.numbers.entry(name).or_insert_with(&mut new),
+                None => new(),
             };
             let first = number.wrapping_mul(HASH_BLOCK_TOKENS) % GENERATED;
-            let count = (len - tokens.len()).min(HASH_BLOCK_TOKENS as usize) as u32;
-            tokens.extend(first..first + count);
+            tokens.extend(first..first + piece.tokens);
         }
         tokens
     }
@@ -64,19 +107,15 @@ impl CacheBound {
         let mut bound = Self::default();
         for request in trace.requests.iter().take(requests) {
             let len = request.input_tokens.max(1);
-            let (mut shared, mut at, mut whole) = (0, 0, true);
-            for name in &request.hash_ids {
-                let here = HASH_BLOCK_TOKENS.min(len - at);
-                let before = known.entry(*name).or_default();
+            let (mut shared, mut whole) = (0, true);
+            for Piece { name, tokens } in pieces(request) {
+                let Some(name) = name else { break };
+                let before = known.entry(name).or_default();
                 if whole {
-                    shared += here.min(*before);
+                    shared += tokens.min(*before);
                     whole = *before == HASH_BLOCK_TOKENS;
                 }
-                *before = here.max(*before);
-                at += here;
-                if at == len {
-                    break;
-                }
+                *before = tokens.max(*before);
             }
             let reusable = (len - 1).min(shared) / block_size as u32 * block_size as u32;
             bound.prompt_tokens += u64::from(len);
@@ -120,6 +159,29 @@ mod tests {
         assert_eq!(distinct.len(), 276 + 176 + 600);
         assert!(distinct.iter().all(|token| *token < GENERATED));
         assert_eq!(prompts.tokens(&request(0, &[])).len(), 1);
+    }
+
+    #[test]
+    fn words_share_what_the_trace_says() {
+        let of =
+            |number, input_tokens, hash_ids: &[u64]| words(&request(input_tokens, hash_ids), number, 1, 1.0, 1 << 20);
+        let (a, b, c) = (
+            of(0, 1300, &[7, 8, 9]),
+            of(1, 1200, &[7, 8, 1 << 60]),
+            of(2, 1300, &[7]),
+        );
+        let split = |text: &'static str| text.split(' ').collect::<Vec<_>>();
+        let [a, b, c] = [a, b, c].map(|text| split(text.leak()));
+        assert_eq!((a.len(), b.len(), c.len()), (1300, 1200, 1300));
+        let common = |x: &[&str], y: &[&str]| x.iter().zip(y).take_while(|(x, y)| x == y).count();
+        // The words after a shared prefix are drawn anew; a few may be the same by chance.
+        assert!((1024..1034).contains(&common(&a, &b)), "{}", common(&a, &b));
+        assert!((512..522).contains(&common(&a, &c)), "{}", common(&a, &c));
+        assert_ne!(c[512..1024], c[1024..][..276], "no piece repeats another");
+        assert_ne!(of(2, 600, &[]), of(3, 600, &[]));
+        assert_eq!(of(9, 0, &[]).split(' ').count(), 1);
+        let capped = words(&request(1300, &[7, 8, 9]), 0, 1, 0.5, 400);
+        assert_eq!(capped.split(' ').count(), 400);
     }
 
     proptest! {
