@@ -3,8 +3,9 @@
 //!
 //! Locks are taken in one order, a model's queue and then the registry, and held for a decision, never for a wait.
 
-use crate::cluster::{Cluster, Placed};
+use crate::cluster::Cluster;
 use crate::metrics::Metrics;
+use crate::placement::Placed;
 use crate::registry::{Registry, State};
 use baton_admission::{
     Admission, Ask, Decision, Fleet, Outcome, Refusal, Targets, Tenant, Ticket, Used, WorkerLoad, WorkerRole,

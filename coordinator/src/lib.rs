@@ -21,6 +21,7 @@ mod error;
 mod link;
 mod mailbox;
 mod metrics;
+mod placement;
 pub mod registry;
 mod request;
 mod router;
