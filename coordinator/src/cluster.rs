@@ -61,14 +61,14 @@ pub(crate) struct Cluster {
 pub(crate) type LifeId = (String, u64);
 
 /// Where a request goes.
-struct Route {
-    decode: LifeId,
+pub(crate) struct Route {
+    pub(crate) decode: LifeId,
     prefill: Option<LifeId>,
     /// The prefill worker as the decode worker is told of it.
     peer: Option<PrefillPeer>,
     /// How the two name blocks.
-    kinds: (Kind, Option<Kind>),
-    estimate: Estimate,
+    pub(crate) kinds: (Kind, Option<Kind>),
+    pub(crate) estimate: Estimate,
 }
 
 /// The running side of one registration.
@@ -131,6 +131,10 @@ impl Cluster {
 
     pub(crate) fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    pub(crate) fn routing_metrics(&self) -> &RouterMetrics {
+        self.routing.metrics()
     }
 
     #[cfg(test)]
@@ -401,8 +405,7 @@ impl Cluster {
         avoid: &[LifeId],
     ) -> Result<Placed, PlaceError> {
         let started = Instant::now();
-        let kinds = Routing::kinds(self.registry().serving(model, self.now_ms()).map(|(worker, _)| worker));
-        let names = Names::compute(kinds, &generate.cache_salt, &generate.prompt);
+        let names = self.names(model, &generate.cache_salt, &generate.prompt);
         let ask = Ask {
             prompt_tokens: generate.prompt.len(),
             max_tokens: generate.max_tokens as usize,
@@ -412,12 +415,11 @@ impl Cluster {
         let mut unreachable: Vec<LifeId> = Vec::new();
         loop {
             let route = self.route(model, &ask, &names, started, &tried, &unreachable)?;
+            if route.estimate.waits {
+                self.hint(&route, &generate.cache_salt, &generate.prompt);
+            }
             let (decode, prefill, peer) = (route.decode, route.prefill, route.peer);
-            let link = {
-                let lives = self.lives();
-                let life = lives.get(&decode.0).filter(|life| life.epoch == decode.1);
-                life.and_then(|life| life.link.clone())
-            };
+            let link = self.link(&decode);
             generate.prefill_peer = peer;
             match link.map(|link| link.submit(generate.clone())) {
                 Some(Ok(submission)) => {
@@ -447,7 +449,20 @@ impl Cluster {
         }
     }
 
-    fn route(
+    /// How each kind of worker that serves the model names the prompt's blocks.
+    pub(crate) fn names(&self, model: &str, salt: &[u8], prompt: &[u32]) -> Names {
+        let kinds = Routing::kinds(self.registry().serving(model, self.now_ms()).map(|(worker, _)| worker));
+        Names::compute(kinds, salt, prompt)
+    }
+
+    /// The link to one life of a worker, if it stands.
+    pub(crate) fn link(&self, decode: &LifeId) -> Option<Link> {
+        let lives = self.lives();
+        let life = lives.get(&decode.0).filter(|life| life.epoch == decode.1);
+        life.and_then(|life| life.link.clone())
+    }
+
+    pub(crate) fn route(
         &self,
         model: &str,
         ask: &Ask,
