@@ -235,7 +235,7 @@ impl<B: Clone> Tiers<B> {
         match load.slowest {
             Some(tier) => self.rates.observe(tier, load.taken, took),
             // A look into the store for nothing: that is what such a look costs.
-            None if load.unsure_from == 0 => self.rates.observe(Tier::Object, 1, took),
+            None if load.unsure_from == 0 => self.rates.observe_look(took),
             None => {}
         }
         self.ask_ahead();
