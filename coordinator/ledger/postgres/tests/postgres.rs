@@ -201,7 +201,7 @@ fn the_cursor_keeps_others_out_and_a_broken_server_is_a_passing_trouble() {
         server.crash();
         let error = one.write(&to, &end, &next).await.expect_err("no server");
         assert!(error.is_passing(), "{error}");
-        let refused = connect(&address, None).await.err().expect("no server");
+        let refused = connect(&address, None).await.expect_err("no server");
         assert!(refused.is_passing(), "{refused}");
         server.run();
         let again = Sink::open(connect(&address, None).await.expect("a server"))
@@ -217,13 +217,12 @@ fn the_cursor_keeps_others_out_and_a_broken_server_is_a_passing_trouble() {
 #[test]
 fn addresses_that_are_none_are_refused() {
     runtime().block_on(async {
-        let error = connect("postgres://host:port/x", None).await.err().expect("no address");
+        let error = connect("postgres://host:port/x", None).await.expect_err("no address");
         assert!(matches!(error, SinkError::Address(_)) && !error.is_passing());
         let missing = std::path::Path::new("/nonexistent/ca.pem");
         let error = connect("postgres://localhost/x", Some(missing))
             .await
-            .err()
-            .expect("no file");
+            .expect_err("no file");
         assert!(matches!(error, SinkError::Certificates(_)), "{error}");
     });
 }
