@@ -24,7 +24,7 @@ pub use problem::{Problem, VerifyError};
 use crate::checkpoint::{self, CheckpointError};
 use crate::export::jsonl::{End, Header, Line};
 use crate::merkle::Frontier;
-use crate::totals::Totals;
+use crate::totals::{Amounts, Totals};
 use crate::{GENESIS, Hash, charge, hex, prices, row};
 use baton_proto::state::{Charge, Checkpoint, LedgerRow, Price, UsageRecord, ledger_row::Body};
 use std::collections::{HashMap, HashSet};
@@ -180,6 +180,9 @@ impl Verifier {
                         expected: describe(&expected),
                         found: describe(&stated),
                     });
+                }
+                if stated.currency.is_empty() && Amounts::of(row) != Amounts::default() {
+                    return Err(Problem::NoCurrency);
                 }
             }
             None => return Err(Problem::Body),

@@ -4,7 +4,8 @@
 //! regions, commitments and capacity do not. An hour of UTC is the charge period and a month the billing period, both by
 //! the ledger's time. The pricing unit is a million tokens, the consumed unit a token; `PricingQuantity` × `ListUnitPrice`
 //! is `ListCost` up to the rounding of a nano-unit, and it is 0 where tokens are not billed. There are no discounts, so that
-//! the four costs are the same. What has no price has the currency `XXX`, ISO 4217's for none. Columns that start with `x_`
+//! the four costs are the same. A correction is a charge of the category `Adjustment`, and of the class `Correction` if the row it
+//! amends is of an earlier billing period (or came before this export). What has no price has the currency `XXX`, ISO 4217's for none. Columns that start with `x_`
 //! are ours.
 
 use super::{Export, ExportError, Flat, date_time};
@@ -77,6 +78,9 @@ struct Class {
 pub struct Focus<W: Write> {
     out: csv::Writer<W>,
     prices: HashMap<String, Price>,
+    /// Start of the billing period of the last row, and the first row of that period as far as they came here.
+    month: String,
+    month_first: u64,
 }
 
 impl<W: Write> Focus<W> {
@@ -90,6 +94,8 @@ impl<W: Write> Focus<W> {
         Ok(Self {
             out,
             prices: HashMap::new(),
+            month: String::new(),
+            month_first: 0,
         })
     }
 
@@ -104,6 +110,9 @@ impl<W: Write> Focus<W> {
         let billed = if is_free(usage) { 0 } else { class.tokens };
         let priced = Nano(i128::from(billed) * 1_000);
         let (hour, month) = (hour(flat.row.at_unix_ms), month(flat.row.at_unix_ms));
+        let earlier = flat
+            .correction
+            .is_some_and(|amended| amended.sequence < self.month_first);
         let only_usage = |text: String| if correction { String::new() } else { text };
         let description = match flat.correction {
             Some(amended) => format!("Correction of row {}: {}", amended.sequence, amended.reason),
@@ -132,8 +141,12 @@ impl<W: Write> Focus<W> {
             currency.unwrap_or(NO_CURRENCY).to_owned(),
             month.1,
             month.0,
-            "Usage".into(),
-            if correction { "Correction".into() } else { String::new() },
+            if correction {
+                "Adjustment".into()
+            } else {
+                "Usage".into()
+            },
+            if earlier { "Correction".into() } else { String::new() },
             description,
             "Usage-Based".into(),
             hour.1,
@@ -158,7 +171,7 @@ impl<W: Write> Focus<W> {
             "baton inference".into(),
             "Generative AI".into(),
             only_usage(format!("{}/{}", usage.model, class.name)),
-            format!("{} tokens", class.name),
+            only_usage(format!("{} tokens", class.name)),
             price.map_or(String::new(), |price| format!("{}/{}", price.id, class.name)),
             usage.project_id.clone(),
             usage.project_id.clone(),
@@ -184,6 +197,11 @@ impl<W: Write> Export for Focus<W> {
 
     fn row(&mut self, row: &LedgerRow) -> Result<(), ExportError> {
         let (flat, amounts) = (Flat::of(row)?, Amounts::of(row));
+        let (start, _) = month(row.at_unix_ms);
+        if self.month != start {
+            self.month = start;
+            self.month_first = row.sequence;
+        }
         let uncached = flat.prompt_tokens.saturating_sub(flat.cached_tokens);
         let classes = [
             Class {
@@ -275,11 +293,11 @@ mod tests {
                 let nullable =
                     ["ChargeClass", "ContractedUnitPrice", "ListUnitPrice", "SkuPriceId"].contains(&column.as_str());
                 assert!(
-                    nullable || line["ChargeClass"] == "Correction" || !value.is_empty(),
+                    nullable || line["ChargeCategory"] == "Adjustment" || !value.is_empty(),
                     "{column}"
                 );
             }
-            if line["ChargeClass"] == "Correction" || line["ListUnitPrice"].is_empty() {
+            if line["ChargeCategory"] == "Adjustment" || line["ListUnitPrice"].is_empty() {
                 continue;
             }
             // Nano-units times nano-units is 10⁻¹⁸; the cost is that, rounded half to even to 10⁻⁹.
@@ -305,6 +323,27 @@ mod tests {
             (unpriced["BillingCurrency"].as_str(), unpriced["BilledCost"].as_str()),
             ("XXX", "0")
         );
+    }
+
+    #[test]
+    fn only_corrections_of_earlier_months_are_of_the_class() {
+        let mut rows = crate::tests::ledger(4).rows;
+        let classes = |rows: &[LedgerRow]| {
+            let mut out = Vec::new();
+            let mut writer = Format::Focus.writer(&mut out).expect("memory is writable");
+            rows.iter().for_each(|row| writer.row(row).expect("memory is writable"));
+            writer.finish().expect("memory is writable");
+            let mut reader = csv::Reader::from_reader(out.as_slice());
+            let lines: Vec<HashMap<String, String>> =
+                reader.deserialize().map(|line| line.expect("well-formed")).collect();
+            let corrections = lines.into_iter().filter(|line| line["ChargeCategory"] == "Adjustment");
+            corrections.map(|line| line["ChargeClass"].clone()).collect::<Vec<_>>()
+        };
+        assert_eq!(classes(&rows), [""]);
+        assert_eq!(classes(&rows[3..]), ["Correction"]);
+        // Row 4, the correction, in the next year.
+        rows[3].at_unix_ms += 40 * 24 * 3_600_000;
+        assert_eq!(classes(&rows), ["Correction"]);
     }
 
     #[test]

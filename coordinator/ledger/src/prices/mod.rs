@@ -1,4 +1,4 @@
-//! Price lists: which price holds for a request, and how lists are read and written. Prices are per million tokens and never
+//! Prices: what one must be, what it is one for, and how lists are read and written. Prices are per million tokens and never
 //! change; a new one is a new price with a later start.
 
 pub mod list;
@@ -72,39 +72,13 @@ pub fn finish(mut price: Price) -> Result<Price, PriceError> {
     Ok(price)
 }
 
-/// Whether `price` is one for this model at this time. Which tier a request is billed by is decided by [`select`].
+/// Whether `price` is one for this model at this time. Which of several holds, and for which tier, is decided where
+/// the record is settled, which pins the price's id.
 pub fn applies(price: &Price, model: &str, at_unix_ms: u64) -> bool {
     let open = price.effective_to_unix_ms == 0;
     (price.model == model || price.model == ANY_MODEL)
         && price.effective_from_unix_ms <= at_unix_ms
         && (open || at_unix_ms < price.effective_to_unix_ms)
-}
-
-/// The price of a request that starts at `at_unix_ms`. A price of the model itself goes before one for all models, one of
-/// the tier itself before one of the default tier, a later start before an earlier one; what is left is decided by the id,
-/// so that all replicas choose the same. An empty tier is the default one.
-pub fn select<'a>(
-    prices: impl IntoIterator<Item = &'a Price>,
-    model: &str,
-    service_tier: &str,
-    at_unix_ms: u64,
-) -> Option<&'a Price> {
-    let tier = if service_tier.is_empty() {
-        DEFAULT_TIER
-    } else {
-        service_tier
-    };
-    let fits = |price: &&Price| {
-        applies(price, model, at_unix_ms) && (price.service_tier == tier || price.service_tier == DEFAULT_TIER)
-    };
-    prices.into_iter().filter(fits).max_by_key(|price| {
-        (
-            price.model == model,
-            price.service_tier == tier,
-            price.effective_from_unix_ms,
-            price.id.as_str(),
-        )
-    })
 }
 
 #[cfg(test)]
@@ -124,32 +98,19 @@ mod tests {
     }
 
     #[test]
-    fn the_closest_price_holds() {
-        let prices = [
-            price("*", "default", 0, 0),
-            price("demo", "default", 10, 20),
-            price("demo", "default", 15, 0),
-            price("demo", "batch", 10, 30),
-            price("other", "batch", 0, 0),
-        ];
-        let chosen = |model: &str, tier: &str, at| {
-            let price = select(&prices, model, tier, at)?;
-            prices.iter().position(|other| other.id == price.id)
-        };
-        assert_eq!(chosen("demo", "", 9), Some(0));
-        assert_eq!(chosen("demo", "", 10), Some(1));
-        assert_eq!(chosen("demo", "default", 15), Some(2));
-        assert_eq!(chosen("demo", "default", 20), Some(2));
-        assert_eq!(chosen("demo", "batch", 29), Some(3));
-        assert_eq!(chosen("demo", "batch", 30), Some(2));
-        assert_eq!(chosen("demo", "flex", 12), Some(1));
-        assert_eq!(chosen("other", "batch", 5), Some(4));
-        assert_eq!(chosen("other", "default", 5), Some(0));
-        assert_eq!(select(&prices[1..2], "demo", "", 20), None);
-        // Whatever the order they are kept in.
-        let twins = [price("m", "default", 5, 0), price("m", "default", 5, 9)];
-        let reversed = [twins[1].clone(), twins[0].clone()];
-        assert_eq!(select(&twins, "m", "", 6), select(&reversed, "m", "", 6));
+    fn a_price_holds_for_its_model_and_time() {
+        let demo = price("demo", "default", 10, 20);
+        for (model, at, holds) in [
+            ("demo", 9, false),
+            ("demo", 10, true),
+            ("demo", 19, true),
+            ("demo", 20, false),
+            ("other", 15, false),
+        ] {
+            assert_eq!(applies(&demo, model, at), holds, "{model} at {at}");
+        }
+        let open = price("*", "default", 10, 0);
+        assert!(applies(&open, "demo", u64::MAX) && !applies(&open, "demo", 9));
     }
 
     #[test]

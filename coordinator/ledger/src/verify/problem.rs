@@ -98,6 +98,9 @@ pub enum Problem {
         /// What the row says.
         found: String,
     },
+    /// A correction of an amount without a currency.
+    #[error("it corrects an amount, but its charge does not say in which currency")]
+    NoCurrency,
     /// A request that has a row already.
     #[error("the request {0:?} has a row before this one; a request has one")]
     Twice(String),

@@ -224,6 +224,13 @@ fn forged_rows_are_named() {
         });
     });
     assert!(matches!(correction, Problem::Charge { .. }));
+    let no_currency = refuse(8, &|lines| {
+        edit(lines, 8, |row| {
+            row.charge.as_mut().expect("set").currency.clear();
+            mend(row);
+        });
+    });
+    assert!(matches!(no_currency, Problem::NoCurrency));
     let no_price = refuse(1, &|lines| drop(lines.remove(1)));
     assert!(matches!(no_price, Problem::NoPrice(_)));
 }
