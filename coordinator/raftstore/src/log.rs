@@ -11,7 +11,11 @@ use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError};
 use redb::{ReadTransaction, WriteTransaction};
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
+
+/// Bytes of the newest entries that are kept in memory: what is committed was appended a moment ago, and is applied and sent
+/// from here instead of being read and decoded again.
+const RECENT_BYTES_MAX: usize = 16 << 20;
 
 pub(crate) struct LogStore {
     pub(crate) store: Store,
@@ -21,6 +25,9 @@ pub(crate) struct LogStore {
     truncated: (u64, u64),
     /// Index and term of the last entry.
     last: (u64, u64),
+    /// The newest entries, without gaps up to `last`, and their size.
+    recent: VecDeque<Entry>,
+    recent_bytes: usize,
     /// Snapshots that raft-rs asked for and whose messages were not taken yet, by the member they are for.
     sources: RefCell<BTreeMap<u64, SnapshotSource>>,
 }
@@ -82,6 +89,8 @@ impl LogStore {
             conf_state,
             truncated,
             last,
+            recent: VecDeque::new(),
+            recent_bytes: 0,
             sources: RefCell::default(),
         };
         Ok((log, applied))
@@ -107,13 +116,36 @@ impl LogStore {
             put_hard_state(&txn, hard_state)?;
         }
         txn.commit()?;
-        if let Some(last) = entries.last() {
-            self.last = (last.index, last.term);
-        }
+        self.remember(entries);
         if let Some(hard_state) = hard_state {
             self.hard_state = hard_state.clone();
         }
         Ok(())
+    }
+
+    /// Notes what is the end of the log now.
+    fn remember(&mut self, entries: &[Entry]) {
+        let (Some(first), Some(last)) = (entries.first(), entries.last()) else {
+            return;
+        };
+        while self.recent.back().is_some_and(|entry| entry.index >= first.index) {
+            self.recent_bytes -= self.recent.pop_back().map_or(0, |entry| size(&entry));
+        }
+        for entry in entries {
+            self.recent_bytes += size(entry);
+            self.recent.push_back(entry.clone());
+        }
+        while self.recent_bytes > RECENT_BYTES_MAX {
+            self.recent_bytes -= self.recent.pop_front().map_or(0, |entry| size(&entry));
+        }
+        self.last = (last.index, last.term);
+    }
+
+    /// The entries from `low` on that are in memory, if that one is.
+    fn recent_from(&self, low: u64) -> Option<impl Iterator<Item = &Entry>> {
+        let first = self.recent.front()?.index;
+        let skip = usize::try_from(low.checked_sub(first)?).ok()?;
+        (skip < self.recent.len()).then(|| self.recent.iter().skip(skip))
     }
 
     pub(crate) fn conf_state(&self) -> &ConfState {
@@ -187,12 +219,23 @@ impl LogStore {
         txn.commit()?;
         self.truncated = (at.index, at.term);
         self.last = self.truncated;
+        self.recent.clear();
+        self.recent_bytes = 0;
         self.conf_state = at.get_conf_state().clone();
         self.hard_state = hard_state.clone();
         Ok(())
     }
 
     fn read_entries(&self, low: u64, high: u64, bytes_max: Option<u64>) -> Result<Vec<Entry>, RaftStoreError> {
+        if let Some(recent) = self.recent_from(low) {
+            let mut bytes = 0;
+            let fitting = recent.take_while(|entry| {
+                bytes += size(entry) as u64;
+                // One at least, however large.
+                entry.index < high && (entry.index == low || bytes_max.is_none_or(|max| bytes <= max))
+            });
+            return Ok(fitting.cloned().collect());
+        }
         let txn = self.store.read()?;
         let table = txn.open_table(LOG)?;
         let mut entries = Vec::new();
@@ -286,6 +329,11 @@ pub(crate) fn term_of(store: &Store, txn: &ReadTransaction, index: u64) -> Resul
 
 pub(crate) fn put_hard_state(txn: &WriteTransaction, hard_state: &HardState) -> Result<(), RaftStoreError> {
     put(txn, meta::HARD_STATE, &bytes(hard_state)?)
+}
+
+/// About what an entry takes in memory and on the wire.
+fn size(entry: &Entry) -> usize {
+    entry.data.len() + entry.context.len() + 32
 }
 
 pub(crate) fn put(txn: &WriteTransaction, key: &str, value: &[u8]) -> Result<(), RaftStoreError> {

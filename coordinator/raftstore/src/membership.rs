@@ -60,6 +60,9 @@ pub enum MembershipRefused {
         /// The leader.
         id: u64,
     },
+    /// There is nobody to lead instead.
+    #[error("no other voter is connected that could lead")]
+    NoSuccessor,
     /// No voter would be left.
     #[error("member {id} is the only voter; add another one first")]
     LastVoter {

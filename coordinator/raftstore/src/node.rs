@@ -31,7 +31,7 @@ const CAMPAIGN_TRANSFER: &[u8] = b"CampaignTransfer";
 pub(crate) enum Outgoing {
     Message(Message),
     /// A snapshot's message, and the state that goes with it. [`Node::report_snapshot`] must be told how it went.
-    Snapshot(Message, SnapshotSource),
+    Snapshot(Message, Box<SnapshotSource>),
 }
 
 /// A command that was applied, as whoever follows the state gets it.
@@ -295,7 +295,7 @@ impl Node {
             if message.get_msg_type() != MessageType::MsgSnapshot {
                 send(Outgoing::Message(message));
             } else if let Some(source) = self.raw.store().take_source(message.to) {
-                send(Outgoing::Snapshot(message, source));
+                send(Outgoing::Snapshot(message, Box::new(source)));
             }
         }
     }

@@ -12,7 +12,7 @@ use prost::Message as _;
 use raft::eraftpb::Message;
 use std::collections::HashMap;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{broadcast, oneshot, watch};
 
@@ -31,7 +31,6 @@ pub(crate) enum Input {
     Read(bool, Waiting<u64>),
     Message(Box<Message>),
     Snapshot(Box<Message>, Staged, SyncSender<Result<(), RaftStoreError>>),
-    SnapshotSent(u64, bool),
     Unreachable(u64),
     Stop,
 }
@@ -48,8 +47,9 @@ pub(crate) struct Board {
 pub(crate) struct Runner {
     node: Node,
     peers: Box<dyn Peers>,
-    /// To this thread's own queue, for transports to report to.
-    inputs: SyncSender<Input>,
+    /// How the sending of snapshots went, by the member they were for. Not in the queue: that drops what does not fit, and
+    /// raft-rs waits for this.
+    reports: Arc<Mutex<Vec<(u64, bool)>>>,
     board: Board,
     proposing: HashMap<ProposalId, Waiting<Applied>>,
     changing: HashMap<ProposalId, Waiting<()>>,
@@ -62,17 +62,11 @@ pub(crate) struct Runner {
 }
 
 impl Runner {
-    pub(crate) fn new(
-        node: Node,
-        peers: Box<dyn Peers>,
-        inputs: SyncSender<Input>,
-        board: Board,
-        tick_ms: u64,
-    ) -> Self {
+    pub(crate) fn new(node: Node, peers: Box<dyn Peers>, board: Board, tick_ms: u64) -> Self {
         let mut runner = Self {
             node,
             peers,
-            inputs,
+            reports: Arc::default(),
             board,
             proposing: HashMap::new(),
             changing: HashMap::new(),
@@ -135,6 +129,9 @@ impl Runner {
                 self.take(input);
             }
             self.ask();
+            for (to, delivered) in std::mem::take(&mut *lock(&self.reports)) {
+                self.node.report_snapshot(to, delivered);
+            }
             if now >= next_tick {
                 next_tick = now + self.tick;
                 self.sweep();
@@ -156,9 +153,7 @@ impl Runner {
                 Err(error) => drop(waiting.send(Err(error))),
             },
             Input::Transfer(to, waiting) => {
-                let to = to.or_else(|| self.node.successor()).ok_or(RaftStoreError::NoLeader);
-                let begun = to.and_then(|to| self.node.transfer(to).map(|()| to));
-                let _ = waiting.send(begun);
+                let _ = waiting.send(self.node.transfer(to));
             }
             Input::Read(lease, waiting) => self.asking[usize::from(lease)].push(waiting),
             Input::Message(message) => self.node.step(*message),
@@ -166,7 +161,6 @@ impl Runner {
                 Ok(()) => self.installing.push(waiting),
                 Err(error) => drop(waiting.send(Err(error.into()))),
             },
-            Input::SnapshotSent(to, delivered) => self.node.report_snapshot(to, delivered),
             Input::Unreachable(id) => self.node.report_unreachable(id),
             Input::Stop => {}
         }
@@ -191,12 +185,12 @@ impl Runner {
     }
 
     fn process(&mut self, began: Instant) -> Result<(), RaftStoreError> {
-        let (peers, inputs) = (&mut self.peers, &self.inputs);
+        let (peers, reports) = (&mut self.peers, &self.reports);
         let progress = self.node.process(&mut |outgoing| match outgoing {
             Outgoing::Message(message) => peers.send(message),
             Outgoing::Snapshot(message, source) => {
-                let (to, inputs) = (message.to, inputs.clone());
-                let report = Box::new(move |delivered| drop(inputs.try_send(Input::SnapshotSent(to, delivered))));
+                let (to, reports) = (message.to, reports.clone());
+                let report = Box::new(move |delivered| lock(&reports).push((to, delivered)));
                 peers.send_snapshot(OutgoingSnapshot::new(message, source, report));
             }
         })?;
@@ -296,10 +290,14 @@ impl Runner {
     }
 
     fn report_members(&mut self) {
-        let mut members = self.board.members.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut members = lock(&self.board.members);
         members.0.clone_from(self.node.members());
         members.1 = self.node.members_progress();
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn millis(duration: Duration) -> u64 {

@@ -128,7 +128,7 @@ impl RaftStore {
             followers: broadcast::Sender::new(FOLLOWED_MAX),
             failure: Arc::default(),
         };
-        let runner = Runner::new(node, Box::new(peers), inputs.clone(), board.clone(), config.tick_ms);
+        let runner = Runner::new(node, Box::new(peers), board.clone(), config.tick_ms);
         let thread = std::thread::Builder::new()
             .name("raft".into())
             .spawn(move || runner.run_contained(&queue))
@@ -326,7 +326,8 @@ impl RaftStore {
     }
 
     /// Stops the thread and closes the file, whatever clones there are; they answer "closed" from now on. What was not
-    /// answered yet may or may not be logged. Blocks for at most one batch; the file can be opened again afterwards.
+    /// answered yet may or may not be logged. Blocks for at most one batch; the file can be opened again afterwards, once
+    /// snapshots that are still under way have ended.
     pub fn close(&self) {
         self.shared.close();
     }

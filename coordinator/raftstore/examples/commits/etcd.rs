@@ -48,7 +48,9 @@ impl Client {
         client.ready().await?;
         let path = PathAndQuery::from_static("/etcdserverpb.KV/Put");
         let codec: ProstCodec<PutRequest, PutResponse> = ProstCodec::default();
-        client.unary(tonic::Request::new(PutRequest { key, value }), path, codec).await?;
+        client
+            .unary(tonic::Request::new(PutRequest { key, value }), path, codec)
+            .await?;
         Ok(())
     }
 }

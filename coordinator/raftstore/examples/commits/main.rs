@@ -48,7 +48,11 @@ impl Target {
                 };
                 store.settle(record).await?;
             }
-            Self::Etcd(client) => client.put(name.into_bytes(), vec![b'm'; PAYLOAD_BYTES + 16], id).await?,
+            Self::Etcd(client) => {
+                client
+                    .put(name.into_bytes(), vec![b'm'; PAYLOAD_BYTES + 16], id)
+                    .await?
+            }
         }
         Ok(())
     }
@@ -75,7 +79,14 @@ fn main() -> Result<(), Failure> {
     if let Some(endpoints) = options.get("etcd") {
         let endpoints: Vec<String> = endpoints.split(',').map(str::to_owned).collect();
         let client = runtime.block_on(etcd::Client::connect(&endpoints, writers))?;
-        return measure(&runtime, "etcd", Target::Etcd(client), endpoints.len() as u64, writers, seconds);
+        return measure(
+            &runtime,
+            "etcd",
+            Target::Etcd(client),
+            endpoints.len() as u64,
+            writers,
+            seconds,
+        );
     }
     let dir = options.get("dir").map_or_else(std::env::temp_dir, PathBuf::from);
     let dir = dir.join(format!("commits-{}", std::process::id()));
@@ -94,7 +105,14 @@ fn main() -> Result<(), Failure> {
         }
         std::thread::sleep(Duration::from_millis(10));
     };
-    let result = measure(&runtime, "baton", Target::Group(leader.clone()), members, writers, seconds);
+    let result = measure(
+        &runtime,
+        "baton",
+        Target::Group(leader.clone()),
+        members,
+        writers,
+        seconds,
+    );
     let status = leader.status();
     eprintln!(
         "{:.1} commands per batch, first index {}, applied {}",

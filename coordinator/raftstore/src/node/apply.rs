@@ -66,7 +66,7 @@ impl Node {
                 answers.push((id, outcome));
             }
         }
-        drop(tables);
+        tables.finish()?;
         let conf_state = change.as_ref().map(|(_, conf)| conf);
         LogStore::put_applied(&txn, last.index, &hard_state, conf_state)?;
         txn.commit()?;

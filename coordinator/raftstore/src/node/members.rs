@@ -28,12 +28,13 @@ impl Node {
         self.note_proposal(proposed).map(Some)
     }
 
-    /// Begins to hand the leadership to a voter. Nothing tells the end but [`leader_id`](Self::leader_id); a try ends after
-    /// an election timeout.
-    pub(crate) fn transfer(&mut self, to: u64) -> Result<(), RaftStoreError> {
+    /// Begins to hand the leadership to a voter, `None`: to the one that has most of the log; returns whom. Nothing tells the
+    /// end but [`leader_id`](Self::leader_id); a try ends after an election timeout.
+    pub(crate) fn transfer(&mut self, to: Option<u64>) -> Result<u64, RaftStoreError> {
         if !self.leads() {
             return Err(self.not_leader());
         }
+        let to = to.or_else(|| self.successor()).ok_or(MembershipRefused::NoSuccessor)?;
         if !self.members.voters.contains(&to) {
             return Err(MembershipRefused::NotA { id: to, role: "voter" }.into());
         }
@@ -41,15 +42,16 @@ impl Node {
             self.reads.void_for_term(self.raw.raft.term);
             self.raw.transfer_leader(to);
         }
-        Ok(())
+        Ok(to)
     }
 
-    /// The voter to which a leader that leaves should hand over: the one that has most of the log.
-    pub(crate) fn successor(&self) -> Option<u64> {
+    /// The voter to which a leader that leaves should hand over.
+    fn successor(&self) -> Option<u64> {
+        let own_id = self.raw.raft.id;
         let members = self.members_progress();
-        let others = members.iter().filter(|member| {
-            self.members.voters.contains(&member.id) && member.id != self.raw.raft.id && member.active
-        });
+        let others = members
+            .iter()
+            .filter(|member| self.members.voters.contains(&member.id) && member.id != own_id && member.active);
         others
             .max_by_key(|member| (member.matched_index, std::cmp::Reverse(member.id)))
             .map(|member| member.id)

@@ -12,12 +12,12 @@ pub(crate) type Report = Box<dyn FnOnce(bool) + Send>;
 /// failed, and Raft tries again after a heartbeat.
 pub struct OutgoingSnapshot {
     message: Message,
-    source: SnapshotSource,
+    source: Box<SnapshotSource>,
     report: Option<Report>,
 }
 
 impl OutgoingSnapshot {
-    pub(crate) fn new(message: Message, source: SnapshotSource, report: Report) -> Self {
+    pub(crate) fn new(message: Message, source: Box<SnapshotSource>, report: Report) -> Self {
         Self {
             message,
             source,

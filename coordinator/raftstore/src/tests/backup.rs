@@ -56,7 +56,7 @@ async fn what_is_cut_or_changed_anywhere_is_refused() {
     let mut file = Vec::new();
     store.save(&mut file).unwrap();
     let target = tempfile::tempdir().unwrap();
-    let mut refused = |bytes: &[u8], what: &str| match restore(&mut &bytes[..], target.path(), 1) {
+    let refused = |bytes: &[u8], what: &str| match restore(&mut &bytes[..], target.path(), 1) {
         Err(RaftStoreError::Snapshot(SnapshotError::NotABackup(_) | SnapshotError::DamagedBackup(_))) => {
             assert_eq!(std::fs::read_dir(target.path()).unwrap().count(), 0, "{what}");
         }

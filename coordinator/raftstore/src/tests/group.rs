@@ -2,7 +2,7 @@
 
 use super::net::Group;
 use super::{register, settle};
-use crate::{Applied, RaftStoreError};
+use crate::{Applied, MembershipRefused, RaftStoreError};
 use baton_state::view;
 
 #[test]
@@ -119,16 +119,16 @@ fn leadership_is_handed_over() {
     let leader = group.wait_for_leader();
     let (to, other) = (leader % 3 + 1, (leader + 1) % 3 + 1);
     assert!(matches!(
-        group.node(to).transfer(other),
+        group.node(to).transfer(Some(other)),
         Err(RaftStoreError::NotLeader { leader_id }) if leader_id == leader
     ));
     assert!(matches!(
-        group.node(leader).transfer(9),
+        group.node(leader).transfer(Some(9)),
         Err(RaftStoreError::Membership(_))
     ));
     group.commit(&settle("a", 1));
     let before_ms = group.now_ms;
-    group.node(leader).transfer(to).unwrap();
+    group.node(leader).transfer(Some(to)).unwrap();
     group.run_ms(200);
     assert_eq!(group.leader(), Some(to));
     assert!(group.now_ms - before_ms < 1000, "no election timeout was needed");
@@ -136,12 +136,21 @@ fn leadership_is_handed_over() {
     group.assert_agreement(2);
     // To a member that is away it fails, and the leader goes on.
     group.isolate(other);
-    group.node(to).transfer(other).unwrap();
+    group.node(to).transfer(Some(other)).unwrap();
     assert!(matches!(
         group.propose(to, &settle("c", 1)),
         Err(RaftStoreError::NoLeader)
     ));
     group.run_ms(2500);
     assert_eq!(group.commit(&settle("c", 1)), Applied::Settled { sequence: 3 });
-    assert_eq!(group.node(to).successor(), Some(leader));
+    // Nobody named: the one that is there.
+    assert_eq!(group.node(to).transfer(None).unwrap(), leader);
+    group.run_ms(200);
+    assert_eq!(group.leader(), Some(leader));
+    let mut alone = Group::new(1, 100);
+    let one = alone.wait_for_leader();
+    assert!(matches!(
+        alone.node(one).transfer(None),
+        Err(RaftStoreError::Membership(MembershipRefused::NoSuccessor))
+    ));
 }

@@ -64,7 +64,7 @@ fn the_old_leader_leaves_after_handing_over() {
         MembershipRefused::Leads { id: leader }
     );
     let to = leader % 3 + 1;
-    group.node(leader).transfer(to).unwrap();
+    group.node(leader).transfer(Some(to)).unwrap();
     group.run_ms(500);
     group.change(MembershipChange::Remove(leader));
     group.run_ms(500);

@@ -27,7 +27,7 @@ pub(super) struct Member {
 
 struct Stream {
     message: Message,
-    source: SnapshotSource,
+    source: Box<SnapshotSource>,
     sink: Option<SnapshotSink>,
 }
 
@@ -115,8 +115,16 @@ impl Group {
     pub(super) fn restart(&mut self, id: u64, choice: u64) -> Result<(), RaftStoreError> {
         let member = self.members.remove(&id).unwrap();
         let image = member.disk.crash_image(choice);
-        self.streams
-            .retain(|stream| stream.message.to != id && stream.message.from != id);
+        // The other ends of its streams find them broken.
+        for stream in std::mem::take(&mut self.streams) {
+            if stream.message.to == id {
+                if let Some(Member { node: Some(node), .. }) = self.members.get_mut(&stream.message.from) {
+                    node.report_snapshot(id, false);
+                }
+            } else if stream.message.from != id {
+                self.streams.push(stream);
+            }
+        }
         drop(member);
         self.start(id, Vec::new(), Disk::with(image))
     }
@@ -288,6 +296,8 @@ impl Group {
     /// Proposes at the leader and expects the answer.
     pub(super) fn commit(&mut self, command: &Command) -> Applied {
         let leader = self.wait_for_leader();
+        // Ids start anew with each life.
+        self.answers.clear();
         let id = self.propose(leader, command).unwrap();
         for _ in 0..30 {
             self.run_ms(100);

@@ -23,12 +23,12 @@ fn read_within(group: &mut Group, at: u64, lease: bool, ms: u64) -> bool {
 #[test]
 fn a_read_anywhere_sees_what_was_answered_anywhere() {
     let mut group = Group::new(3, 1000);
-    let leader = group.wait_for_leader();
-    for i in 0..10 {
+    group.wait_for_leader();
+    for i in 0..10u32 {
         group.commit(&settle(&format!("r{i}"), 1));
-        let at = i % 3 + 1;
-        assert!(read_within(&mut group, at.into(), false, 500));
-        assert_eq!(group.position(at.into()).settled, u64::from(i) + 1);
+        let at = u64::from(i) % 3 + 1;
+        assert!(read_within(&mut group, at, false, 500));
+        assert_eq!(group.position(at).settled, u64::from(i) + 1);
     }
     // Lost questions and answers are repeated.
     group.loss_percent = 30;
@@ -38,7 +38,6 @@ fn a_read_anywhere_sees_what_was_answered_anywhere() {
     group.loss_percent = 0;
     group.run_ms(2000);
     let leader_now = group.wait_for_leader();
-    let _ = leader;
     // Who is cut off answers nothing, and says so once it knows.
     group.isolate(leader_now);
     assert!(!read_within(&mut group, leader_now, false, 4000));
@@ -87,7 +86,7 @@ fn a_transfer_ends_the_lease_for_the_term() {
     assert!(read_within(&mut group, leader, true, 500));
     let away = leader % 3 + 1;
     group.isolate(away);
-    group.node(leader).transfer(away).unwrap();
+    group.node(leader).transfer(Some(away)).unwrap();
     let now_ms = group.now_ms;
     assert!(!group.node(leader).in_lease(now_ms));
     group.run_ms(3000);

@@ -16,6 +16,8 @@ fn live(group: &mut Group, victim: u64) -> Vec<String> {
             for _ in 0..200 {
                 revive(group, victim);
                 let leader = group.wait_for_leader();
+                // Ids start anew with each life.
+                group.answers.clear();
                 let Ok(id) = group.propose(leader, &settle(&name, 1)) else {
                     group.run_ms(100);
                     continue;

@@ -86,7 +86,8 @@ fn a_crash_in_the_middle_leaves_the_old_state() {
         group.restart(away, ms).unwrap();
         let after = group.position(away);
         if replaced == 0 {
-            assert_eq!(after, before, "{ms}");
+            // How far it was applied may be forgotten, what it was is not replaced.
+            assert_eq!((after.hash, after.settled), (before.hash, before.settled), "{ms}");
         } else {
             assert!(after.settled == 20, "{ms}");
         }
