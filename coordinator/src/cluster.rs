@@ -1,12 +1,15 @@
 //! The live cluster: the registry and the links behind their locks, the clock, and the tasks that carry out what the
 //! registry wants. Deliberately holds no policy: who is lost is the registry's word, who gets work the router's.
 
+mod follow;
 mod lives;
 mod placing;
 
+pub(crate) use lives::Standing;
 pub(crate) use placing::Placed;
 
 use crate::admission::Doors;
+use crate::group::Group;
 use crate::link::Link;
 use crate::metrics::{Metrics, RouterMetrics};
 use crate::registry::{Registry, RegistryConfig};
@@ -15,10 +18,10 @@ use crate::{CoordinatorConfig, CoordinatorError};
 use baton_identity::Identity;
 use baton_proto::cluster::CoordinatorOrder;
 use baton_raftstore::RaftStore;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -26,9 +29,6 @@ use tokio_util::task::TaskTracker;
 const LINK_PAUSE_MIN: Duration = Duration::from_millis(20);
 /// Longest pause between attempts at a link: below the silence after which the worker would be lost anyway.
 const LINK_PAUSE_MAX: Duration = Duration::from_millis(500);
-/// Attempts to write a removal into the replicated state. After that it stays there until the worker registers again
-/// or this coordinator restarts, which is harmless: the registry has forgotten it.
-const REMOVE_ATTEMPTS_MAX: u32 = 5;
 
 /// Why a request could not be placed now.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +42,7 @@ pub(crate) enum PlaceError {
 pub(crate) struct Cluster {
     pub(crate) config: CoordinatorConfig,
     pub(crate) store: RaftStore,
+    pub(crate) group: Arc<Group>,
     pub(crate) metrics: Metrics,
     pub(crate) doors: Doors,
     pub(crate) started_unix_s: u64,
@@ -53,6 +54,10 @@ pub(crate) struct Cluster {
     registry: Mutex<Registry>,
     /// By worker id; only lives whose registration stands.
     lives: Mutex<HashMap<String, Life>>,
+    /// Told when the registry and the replicated state may differ.
+    differs: Notify,
+    /// Registrations of which a change is on its way through Raft.
+    proposed: Mutex<HashSet<LifeId>>,
     /// Counts changes that may make room for a waiting request.
     changes: watch::Sender<u64>,
     clock: Instant,
@@ -61,13 +66,22 @@ pub(crate) struct Cluster {
 /// One registration of a worker: its id and epoch.
 pub(crate) type LifeId = (String, u64);
 
-/// The running side of one registration.
+/// The running side of one registration that is heard here.
 struct Life {
     epoch: u64,
     /// Ends the link's task and the Join session.
     over: CancellationToken,
     link: Option<Link>,
-    /// What the Join session sends to the worker.
+    /// The Join session. A later one under the same epoch takes its place.
+    session: Session,
+}
+
+/// One Join stream of a worker.
+#[derive(Clone)]
+pub(crate) struct Session {
+    /// Ends with the life, or when a later session takes its place.
+    pub(crate) over: CancellationToken,
+    /// What is sent to the worker.
     orders: Orders,
 }
 
@@ -87,6 +101,7 @@ impl Cluster {
     pub(crate) fn new(
         config: CoordinatorConfig,
         store: RaftStore,
+        group: Arc<Group>,
         identity: Identity,
         shutdown: CancellationToken,
     ) -> Result<Arc<Self>, CoordinatorError> {
@@ -105,6 +120,9 @@ impl Cluster {
             identity,
             registry: Mutex::new(registry),
             lives: Mutex::new(HashMap::new()),
+            differs: Notify::new(),
+            proposed: Mutex::new(HashSet::new()),
+            group,
             changes: watch::Sender::new(0),
             clock: Instant::now(),
             config,
@@ -113,7 +131,7 @@ impl Cluster {
         let now_ms = cluster.now_ms();
         for record in cluster.store.workers()? {
             if let Some(register) = record.worker {
-                cluster.registry().recover(register, record.epoch, now_ms);
+                cluster.registry().known(register, record.epoch, now_ms);
             }
         }
         Ok(Arc::new(cluster))

@@ -5,6 +5,9 @@ use serde::Deserialize;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+/// Members in a configuration: groups have up to five voters, and a few more while members are exchanged.
+const MEMBERS_MAX: usize = 16;
+
 /// `baton coordinator --config FILE`.
 #[derive(Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -22,6 +25,17 @@ pub struct CoordinatorConfig {
     pub cluster_addr: SocketAddr,
     /// Directory with `ca.pem`, `<name>.pem` and `<name>.key`.
     pub identity_dir: PathBuf,
+    /// This coordinator's id in its group: not 0, and for ever the same for one data directory.
+    #[serde(default = "default_node_id")]
+    pub node_id: u64,
+    /// All members of the group, this one among them; empty for a lone coordinator. Founds the group when all start with
+    /// empty data directories, all with the same list; afterwards the replicated state says who is a member, and this only
+    /// where to find them.
+    #[serde(default)]
+    pub members: Vec<MemberConfig>,
+    /// Time without a leader after which another is elected, in milliseconds: the least; a member waits up to twice as long.
+    #[serde(default = "default_election_timeout_ms")]
+    pub election_timeout_ms: u64,
     /// The models served; a worker that offers another is refused.
     pub models: Vec<ModelConfig>,
     /// Prompts of which more than this is not cached, in tokens, are computed on a prefill worker when there is one, as
@@ -57,6 +71,21 @@ pub struct CoordinatorConfig {
     pub gateway: baton_gateway::GatewayConfig,
 }
 
+/// A member of the group of coordinators.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemberConfig {
+    /// Its `node_id`.
+    pub id: u64,
+    /// Its `name`.
+    pub name: String,
+    /// Where members and workers reach it, as "host:port".
+    pub cluster_addr: String,
+    /// Base URL of its API, such as "http://10.0.0.1:8080".
+    #[serde(default)]
+    pub api_url: String,
+}
+
 /// A model that the API offers.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -76,6 +105,9 @@ impl CoordinatorConfig {
             http_addr: default_http_addr(),
             cluster_addr: default_cluster_addr(),
             identity_dir,
+            node_id: default_node_id(),
+            members: Vec::new(),
+            election_timeout_ms: default_election_timeout_ms(),
             models,
             prefill_threshold_tokens: default_prefill_threshold_tokens(),
             heartbeat_interval_ms: default_heartbeat_interval_ms(),
@@ -103,6 +135,7 @@ impl CoordinatorConfig {
                 return wrong(format!("the model name {:?} is used twice", model.name));
             }
         }
+        self.validate_group()?;
         if self.heartbeat_interval_ms < 50 {
             return wrong("heartbeat_interval_ms must be at least 50".into());
         }
@@ -122,6 +155,53 @@ impl CoordinatorConfig {
     }
 }
 
+impl CoordinatorConfig {
+    fn validate_group(&self) -> Result<(), CoordinatorError> {
+        let wrong = |message: String| Err(CoordinatorError::Config(message));
+        if self.node_id == 0 {
+            return wrong("node_id must not be 0".into());
+        }
+        if !(200..=60_000).contains(&self.election_timeout_ms) {
+            return wrong("election_timeout_ms must be from 200 to 60000".into());
+        }
+        if self.members.is_empty() {
+            return Ok(());
+        }
+        if self.members.len() > MEMBERS_MAX {
+            return wrong(format!(
+                "members has more than {MEMBERS_MAX} entries; a group has 1, 3 or 5"
+            ));
+        }
+        for (i, member) in self.members.iter().enumerate() {
+            if self.members[..i]
+                .iter()
+                .any(|other| other.id == member.id || other.name == member.name)
+            {
+                return wrong(format!("members[{i}] has the id or name of another"));
+            }
+            if member.id == 0 || baton_identity::Role::Coordinator.named(&member.name).is_none() {
+                return wrong(format!(
+                    "members[{i}] needs an id other than 0 and a name of letters, digits and '-'"
+                ));
+            }
+            if member
+                .cluster_addr
+                .parse::<tonic::codegen::http::uri::Authority>()
+                .map_or(true, |addr| addr.port_u16().is_none())
+            {
+                return wrong(format!("members[{i}].cluster_addr must be \"host:port\""));
+            }
+        }
+        match self.members.iter().find(|member| member.id == self.node_id) {
+            Some(me) if me.name == self.name => Ok(()),
+            _ => wrong(format!(
+                "members must have an entry with this coordinator's own id {} and name {:?}",
+                self.node_id, self.name
+            )),
+        }
+    }
+}
+
 impl std::fmt::Debug for CoordinatorConfig {
     /// Everything but the key.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -135,6 +215,12 @@ impl std::fmt::Debug for CoordinatorConfig {
     }
 }
 
+fn default_node_id() -> u64 {
+    1
+}
+fn default_election_timeout_ms() -> u64 {
+    600
+}
 fn default_name() -> String {
     "coordinator-0".into()
 }

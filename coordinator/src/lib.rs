@@ -18,6 +18,7 @@ mod cluster;
 mod cluster_service;
 mod config;
 mod error;
+mod group;
 mod link;
 mod mailbox;
 mod metrics;
@@ -26,7 +27,7 @@ mod request;
 mod router;
 mod server;
 
-pub use config::{CoordinatorConfig, ModelConfig};
+pub use config::{CoordinatorConfig, MemberConfig, ModelConfig};
 pub use error::CoordinatorError;
 pub use server::{Ready, run};
 

@@ -1,35 +1,65 @@
 //! The lives of workers: a registration through Raft, what is heard under it, the link that it keeps, and its end. Whose life
 //! is over is the registry's word.
 
-use super::{Cluster, DrainError, LINK_PAUSE_MAX, LINK_PAUSE_MIN, Life, Orders, REMOVE_ATTEMPTS_MAX, unix_ms};
+use super::{Cluster, DrainError, LINK_PAUSE_MAX, LINK_PAUSE_MIN, Life, Orders, Session, unix_ms};
 use crate::link::{Link, Target};
 use crate::registry::Effect;
 use baton_proto::cluster::{BlockEvents, CoordinatorOrder, Drain, Heartbeat, Register, coordinator_order};
-use baton_proto::state::{Command, RegisterWorker, RemoveWorker, command};
+use baton_proto::state::{Command, RegisterWorker, command};
 use baton_raftstore::{Applied, RaftStoreError};
+use baton_state::view;
+use std::cmp::Ordering;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
+/// Longest wait for a registration that was committed through another member to be applied here. A member that is further
+/// behind is not one to send work through; the worker comes again.
+const APPLY_WAIT: Duration = Duration::from_secs(2);
+/// Pause between two looks.
+const APPLY_LOOK: Duration = Duration::from_millis(10);
+
+/// What the applied state says of a registration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// It stands.
+    Current,
+    /// Its epoch was not given yet, as far as is known here: this member is behind, or the state is another cluster's.
+    Ahead,
+    /// It was removed.
+    Over,
+    /// Another process has registered under its id since.
+    Replaced,
+}
+
+/// Whether two registrations are of one process: the address is bound by it.
+fn is_same_process(one: &Register, other: &Register) -> bool {
+    one.addr == other.addr && one.pid == other.pid
+}
+
+pub(super) fn command(kind: command::Kind) -> Command {
+    Command {
+        at_unix_ms: unix_ms(),
+        kind: Some(kind),
+        ..Command::default()
+    }
+}
+
 impl Cluster {
-    /// Registers a worker through Raft. The token ends when this registration is over; `None` if a newer one came
-    /// first.
+    /// Registers a worker through Raft, once, whoever of the group does it. `None` if a newer registration came first.
     pub(crate) async fn register(
         self: &Arc<Self>,
         register: Register,
         orders: Orders,
-    ) -> Result<(u64, Option<CancellationToken>), RaftStoreError> {
+    ) -> Result<(u64, Option<Session>), RaftStoreError> {
         let kind = command::Kind::RegisterWorker(RegisterWorker {
-            worker: Some(register.clone()),
+            worker: Some(Register {
+                epoch: 0,
+                ..register.clone()
+            }),
             at_unix_ms: unix_ms(),
         });
-        let epoch = match self
-            .store
-            .propose(Command {
-                kind: Some(kind),
-                ..Command::default()
-            })
-            .await?
-        {
+        let epoch = match self.store.propose(command(kind)).await? {
             Applied::Registered { epoch } => epoch,
             other => {
                 return Err(RaftStoreError::Stopped(format!(
@@ -37,23 +67,90 @@ impl Cluster {
                 )));
             }
         };
-        let worker_id = register.worker_id.clone();
-        let (taken, effects) = self.registry().registered(register, epoch, self.now_ms());
-        if !taken {
-            return Ok((epoch, None));
-        }
-        tracing::info!(%worker_id, epoch, "worker registered");
-        self.carry_out(effects);
-        let over = self.shutdown.child_token();
-        let life = Life {
-            epoch,
-            over: over.clone(),
-            link: None,
-            orders,
+        tracing::info!(worker_id = %register.worker_id, epoch, "worker registered");
+        Ok((epoch, self.open_session(register, epoch, orders)))
+    }
+
+    /// A worker comes with an epoch that it got elsewhere, or before its stream broke. What it claims is checked against the
+    /// applied state, which may be a moment behind.
+    pub(crate) async fn rejoin(
+        self: &Arc<Self>,
+        register: Register,
+        orders: Orders,
+    ) -> Result<Result<Session, Standing>, RaftStoreError> {
+        let deadline = tokio::time::Instant::now() + APPLY_WAIT;
+        let standing = loop {
+            let standing = self.standing(&register)?;
+            if standing != Standing::Ahead || tokio::time::Instant::now() >= deadline {
+                break standing;
+            }
+            tokio::time::sleep(APPLY_LOOK).await;
         };
-        self.routing.join(epoch);
-        self.lives().insert(worker_id, life);
-        Ok((epoch, Some(over)))
+        if standing != Standing::Current {
+            return Ok(Err(standing));
+        }
+        let epoch = register.epoch;
+        tracing::info!(worker_id = %register.worker_id, epoch, "worker joined");
+        Ok(self.open_session(register, epoch, orders).ok_or(Standing::Over))
+    }
+
+    /// What the applied state says of the registration that `register` claims to be.
+    pub(crate) fn standing(&self, register: &Register) -> Result<Standing, RaftStoreError> {
+        let state = self.store.state()?;
+        if register.epoch > view::last_epoch(&state)? {
+            return Ok(Standing::Ahead);
+        }
+        let Some(record) = view::worker(&state, &register.worker_id)? else {
+            return Ok(Standing::Over);
+        };
+        let same = record.worker.is_some_and(|worker| is_same_process(&worker, register));
+        Ok(match record.epoch.cmp(&register.epoch) {
+            Ordering::Equal if same => Standing::Current,
+            // Its own, made through a coordinator whose answer it never got, does not shut a worker out.
+            Ordering::Greater if same => Standing::Over,
+            Ordering::Equal | Ordering::Greater => Standing::Replaced,
+            Ordering::Less => Standing::Over,
+        })
+    }
+
+    /// The worker is heard under this epoch from now on. `None` if that is over here.
+    fn open_session(self: &Arc<Self>, register: Register, epoch: u64, orders: Orders) -> Option<Session> {
+        let worker_id = register.worker_id.clone();
+        let effects = self.registry().known(register, epoch, self.now_ms());
+        self.carry_out(effects);
+        // One after the other: a loss between the two finds the life, or keeps it from being.
+        let mut lives = self.lives();
+        if !self.registry().rejoined(&worker_id, epoch, self.now_ms()) {
+            return None;
+        }
+        let session = |life: &CancellationToken| Session {
+            over: life.child_token(),
+            orders: orders.clone(),
+        };
+        let session = match lives.get_mut(&worker_id).filter(|life| life.epoch == epoch) {
+            Some(life) => {
+                life.session.over.cancel();
+                life.session = session(&life.over);
+                life.session.clone()
+            }
+            None => {
+                let over = self.shutdown.child_token();
+                let session = session(&over);
+                let life = Life {
+                    epoch,
+                    over,
+                    link: None,
+                    session: session.clone(),
+                };
+                self.routing.join(epoch);
+                lives.insert(worker_id, life);
+                session
+            }
+        };
+        drop(lives);
+        // Others may believe it lost.
+        self.differs.notify_one();
+        Some(session)
     }
 
     pub(crate) fn heartbeat(self: &Arc<Self>, worker_id: &str, epoch: u64, heartbeat: Heartbeat) {
@@ -68,7 +165,11 @@ impl Cluster {
         self.routing.block_events(epoch, events, self.now_ms())
     }
 
-    pub(crate) fn join_closed(self: &Arc<Self>, worker_id: &str, epoch: u64) {
+    /// A session's stream broke. Without effect if another session has taken its place.
+    pub(crate) fn join_closed(self: &Arc<Self>, worker_id: &str, epoch: u64, session: &Session) {
+        if session.over.is_cancelled() {
+            return;
+        }
         let effects = self.registry().join_closed(worker_id, epoch, self.now_ms());
         self.carry_out(effects);
     }
@@ -88,7 +189,7 @@ impl Cluster {
         let orders = {
             let lives = self.lives();
             let life = lives.get(worker_id).filter(|life| life.epoch == epoch);
-            life.map(|life| life.orders.clone())
+            life.map(|life| life.session.orders.clone())
         };
         let order = Drain {
             reason: "an operator asked for it".into(),
@@ -103,6 +204,13 @@ impl Cluster {
         }
     }
 
+    /// Sends an order to every worker that is heard here. One that takes none is told at its next registration.
+    pub(crate) fn order_all(&self, order: &CoordinatorOrder) {
+        for life in self.lives().values() {
+            let _ = life.session.orders.try_send(Ok(order.clone()));
+        }
+    }
+
     /// Tells the registry the time.
     pub(crate) fn tick(self: &Arc<Self>) {
         let effects = self.registry().tick(self.now_ms());
@@ -111,7 +219,7 @@ impl Cluster {
         self.poll_doors();
     }
 
-    fn carry_out(self: &Arc<Self>, effects: Vec<Effect>) {
+    pub(super) fn carry_out(self: &Arc<Self>, effects: Vec<Effect>) {
         for effect in effects {
             match effect {
                 Effect::Connect { worker_id, epoch, addr } => {
@@ -136,7 +244,7 @@ impl Cluster {
                         link.leave();
                     }
                 }
-                Effect::Remove {
+                Effect::Lost {
                     worker_id,
                     epoch,
                     reason,
@@ -145,7 +253,7 @@ impl Cluster {
                     self.metrics.workers_lost.inc();
                     self.forget_load(&worker_id);
                     self.end_life(&worker_id, epoch, "the worker is lost");
-                    self.tasks.spawn(self.clone().remove(worker_id, epoch, reason));
+                    self.differs.notify_one();
                 }
             }
         }
@@ -164,29 +272,6 @@ impl Cluster {
             life.over.cancel();
             if let Some(link) = life.link {
                 link.break_off(reason);
-            }
-        }
-    }
-
-    async fn remove(self: Arc<Self>, worker_id: String, epoch: u64, reason: String) {
-        let kind = command::Kind::RemoveWorker(RemoveWorker {
-            worker_id: worker_id.clone(),
-            epoch,
-            reason,
-            at_unix_ms: unix_ms(),
-        });
-        let command = Command {
-            kind: Some(kind),
-            ..Command::default()
-        };
-        for attempt in 1..=REMOVE_ATTEMPTS_MAX {
-            match self.store.propose(command.clone()).await {
-                Ok(_) => return,
-                Err(error) => tracing::warn!(%worker_id, attempt, %error, "a worker's removal was not committed"),
-            }
-            tokio::select! {
-                () = tokio::time::sleep(LINK_PAUSE_MAX * attempt) => {}
-                () = self.shutdown.cancelled() => return,
             }
         }
     }
