@@ -4,7 +4,7 @@ use crate::admission::refused;
 use crate::cluster::{Cluster, DrainError, PlaceError};
 use crate::request::{Running, first_generate};
 use baton_gateway::{
-    Backend, BackendError, ClusterSnapshot, CoordinatorGroup, Generation, Job, ModelInfo, WorkerStatus,
+    Backend, BackendError, ClusterSnapshot, CoordinatorGroup, Generation, GroupChange, Job, ModelInfo, WorkerStatus,
 };
 use baton_proto::state::UsageRecord;
 use baton_raftstore::RaftStoreError;
@@ -103,6 +103,22 @@ impl Backend for ClusterBackend {
         report.map_err(|error| BackendError::Unavailable {
             reason: error.to_string(),
         })
+    }
+
+    async fn change_group(&self, change: GroupChange) -> Result<(), BackendError> {
+        self.0.group.change(change).await
+    }
+
+    fn save_snapshot(&self, to: &mut dyn std::io::Write) -> Result<(), BackendError> {
+        let info = self.0.store.save(to).map_err(|error| BackendError::Unavailable {
+            reason: error.to_string(),
+        })?;
+        tracing::info!(
+            applied_index = info.applied_index,
+            bytes = info.bytes,
+            "a backup was taken"
+        );
+        Ok(())
     }
 
     fn snapshot(&self) -> ClusterSnapshot {

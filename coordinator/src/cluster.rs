@@ -5,7 +5,7 @@ mod follow;
 mod lives;
 mod placing;
 
-pub(crate) use lives::Standing;
+pub(crate) use lives::{Standing, command};
 pub(crate) use placing::Placed;
 
 use crate::admission::Doors;

@@ -33,6 +33,10 @@ pub struct CoordinatorConfig {
     /// where to find them.
     #[serde(default)]
     pub members: Vec<MemberConfig>,
+    /// This coordinator joins a group that exists, and founds none: `baton coordinators add` takes it in. Without effect once
+    /// its data directory has state.
+    #[serde(default)]
+    pub join: bool,
     /// Time without a leader after which another is elected, in milliseconds: the least; a member waits up to twice as long.
     #[serde(default = "default_election_timeout_ms")]
     pub election_timeout_ms: u64,
@@ -107,6 +111,7 @@ impl CoordinatorConfig {
             identity_dir,
             node_id: default_node_id(),
             members: Vec::new(),
+            join: false,
             election_timeout_ms: default_election_timeout_ms(),
             models,
             prefill_threshold_tokens: default_prefill_threshold_tokens(),
@@ -155,6 +160,12 @@ impl CoordinatorConfig {
     }
 }
 
+/// Whether `addr` is a "host:port" that could be connected to.
+pub(crate) fn is_host_and_port(addr: &str) -> bool {
+    addr.parse::<tonic::codegen::http::uri::Authority>()
+        .is_ok_and(|addr| addr.port_u16().is_some_and(|port| port != 0))
+}
+
 impl CoordinatorConfig {
     fn validate_group(&self) -> Result<(), CoordinatorError> {
         let wrong = |message: String| Err(CoordinatorError::Config(message));
@@ -165,7 +176,13 @@ impl CoordinatorConfig {
             return wrong("election_timeout_ms must be from 200 to 60000".into());
         }
         if self.members.is_empty() {
-            return Ok(());
+            return match self.join {
+                true => wrong("join needs members: those of the group, and this one".into()),
+                false => Ok(()),
+            };
+        }
+        if !self.join && !matches!(self.members.len(), 1 | 3 | 5) {
+            return wrong("members has to have 1, 3 or 5 entries; 2 or 4 survive no more than 1 or 3".into());
         }
         if self.members.len() > MEMBERS_MAX {
             return wrong(format!(
@@ -184,11 +201,7 @@ impl CoordinatorConfig {
                     "members[{i}] needs an id other than 0 and a name of letters, digits and '-'"
                 ));
             }
-            if member
-                .cluster_addr
-                .parse::<tonic::codegen::http::uri::Authority>()
-                .map_or(true, |addr| addr.port_u16().is_none())
-            {
+            if !is_host_and_port(&member.cluster_addr) {
                 return wrong(format!("members[{i}].cluster_addr must be \"host:port\""));
             }
         }

@@ -11,6 +11,7 @@
 //! (`baton-raftstore`), and what the members agree on (`baton-state`).
 
 mod address_book;
+mod control;
 mod inbound;
 mod lane;
 mod outbox;
@@ -23,8 +24,10 @@ pub(crate) use outbox::{Outbox, Peering};
 
 use crate::cluster::Cluster;
 use baton_proto::cluster::{CoordinatorOrder, Coordinators, coordinator_order};
-use baton_proto::state::Member;
-use baton_raftstore::RaftStore;
+use baton_proto::state::{Member, PutMember, command};
+use baton_raftstore::{RaftStore, RaftStoreError};
+use baton_state::view;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub(crate) struct Group {
@@ -34,6 +37,8 @@ pub(crate) struct Group {
     peering: Arc<Peering>,
     /// What workers were last told of the members.
     told: Mutex<Coordinators>,
+    /// This member's own entry is on its way through Raft.
+    putting: AtomicBool,
 }
 
 impl Group {
@@ -45,6 +50,7 @@ impl Group {
             book,
             peering,
             told: Mutex::default(),
+            putting: AtomicBool::new(false),
         })
     }
 
@@ -55,12 +61,12 @@ impl Group {
 
     /// The members that vote, as far as is known here.
     pub(crate) fn voters(&self) -> Vec<u64> {
-        self.book.members().into_iter().map(|member| member.id).collect()
+        self.store.members().voters
     }
 
     /// The members that do not vote yet.
     pub(crate) fn learners(&self) -> Vec<u64> {
-        Vec::new()
+        self.store.members().learners
     }
 
     /// Whether nobody else votes.
@@ -75,16 +81,51 @@ impl Group {
 
     /// Where workers find the members.
     pub(crate) fn coordinators(&self) -> Coordinators {
-        let members = self.book.members();
-        let addrs = members.into_iter().map(|member| member.cluster_addr);
+        let (members, known) = (self.store.members(), self.book.members());
+        let addrs = known.into_iter().filter(|member| members.contains(member.id));
+        let addrs = addrs.map(|member| member.cluster_addr);
         Coordinators {
             cluster_addrs: if self.is_alone() { Vec::new() } else { addrs.collect() },
             applied_index: self.store.status().applied_index,
         }
     }
 
-    /// Takes in what was applied since, and tells the workers where it changes the members.
-    pub(crate) fn follow(&self, cluster: &Cluster) {
+    /// Takes in what was applied since, and tells the workers where it changes the members. This member's own entry in the
+    /// state is put right, if there is somebody to read it.
+    pub(crate) fn follow(self: &Arc<Self>, cluster: &Cluster) -> Result<(), RaftStoreError> {
+        let recorded = view::members(&self.store.state()?)?;
+        let own = recorded.iter().find(|member| member.id == self.me.id);
+        let right = own.is_some_and(|own| {
+            let me = &self.me;
+            (&own.name, &own.cluster_addr, &own.api_url) == (&me.name, &me.cluster_addr, &me.api_url)
+        });
+        if !right && self.has_leader() && self.store.members().contains(self.me.id) {
+            let me = Member {
+                ledger_public_key: own.map(|own| own.ledger_public_key.clone()).unwrap_or_default(),
+                ..self.me.clone()
+            };
+            self.put_own(cluster, me);
+        }
+        self.book.applied(recorded);
+        self.tell_workers(cluster);
+        Ok(())
+    }
+
+    fn put_own(self: &Arc<Self>, cluster: &Cluster, me: Member) {
+        if self.putting.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let group = self.clone();
+        cluster.tasks.spawn(async move {
+            let put = command::Kind::PutMember(PutMember { member: Some(me) });
+            if let Err(error) = group.store.propose(crate::cluster::command(put)).await {
+                tracing::debug!(%error, "this member's address was not committed; it is tried again");
+            }
+            group.putting.store(false, Ordering::Release);
+        });
+    }
+
+    fn tell_workers(&self, cluster: &Cluster) {
         let now = self.coordinators();
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         if told.cluster_addrs == now.cluster_addrs {

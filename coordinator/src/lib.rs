@@ -31,5 +31,8 @@ pub use config::{CoordinatorConfig, MemberConfig, ModelConfig};
 pub use error::CoordinatorError;
 pub use server::{Ready, run};
 
+/// What brings a backup back: see `baton snapshot restore`.
+pub use baton_raftstore::{BackupInfo, RaftStoreError, restore};
+
 #[cfg(test)]
 mod tests;

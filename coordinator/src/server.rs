@@ -82,6 +82,14 @@ pub async fn run(
     tracing::info!(http = %bound.http_addr, cluster = %bound.cluster_addr, "serving");
     let _ = ready.send(bound);
 
+    // At the beginning of the end: requests that still run are settled by whoever leads then.
+    let handing_over = tokio::spawn({
+        let (group, shutdown) = (cluster.group.clone(), shutdown.clone());
+        async move {
+            shutdown.cancelled().await;
+            group.hand_over().await;
+        }
+    });
     let failed = |error: tokio::task::JoinError| CoordinatorError::Cluster(error.to_string());
     let mut result = tokio::select! {
         ended = &mut gateway => ended.map_err(failed)?.map_err(CoordinatorError::from),
@@ -92,6 +100,12 @@ pub async fn run(
     if !gateway.is_finished() {
         let ended = gateway.await.map_err(failed)?;
         result = result.and(ended.map_err(CoordinatorError::from));
+    }
+    if shutdown.is_cancelled() {
+        // Bounded by itself.
+        let _ = handing_over.await;
+    } else {
+        handing_over.abort();
     }
     over.cancel();
     cluster.tasks.close();
@@ -166,9 +180,10 @@ pub(crate) fn address_book(config: &CoordinatorConfig, bound: &Ready) -> Address
 
 /// The Raft settings that follow from the configuration.
 pub(crate) fn raft_config(config: &CoordinatorConfig) -> RaftStoreConfig {
-    let voters = match config.members.is_empty() {
-        true => vec![config.node_id],
-        false => config.members.iter().map(|member| member.id).collect(),
+    let voters = match (config.join, config.members.is_empty()) {
+        (true, _) => Vec::new(),
+        (false, true) => vec![config.node_id],
+        (false, false) => config.members.iter().map(|member| member.id).collect(),
     };
     let base = RaftStoreConfig::member(config.node_id, voters);
     RaftStoreConfig {

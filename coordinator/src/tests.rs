@@ -81,6 +81,25 @@ impl Coordinator {
         listeners.into_iter().zip(&members).map(start).collect()
     }
 
+    /// A member to be of this one's group, which is to be added.
+    async fn newcomer(&self, id: u64) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let me = MemberConfig {
+            id,
+            name: format!("coordinator-{}", id - 1),
+            cluster_addr: listener.local_addr().unwrap().to_string(),
+            api_url: String::new(),
+        };
+        let mut config = config(self._dir.path());
+        config.name.clone_from(&me.name);
+        config.node_id = id;
+        config.data_dir = self._dir.path().join(&me.name);
+        config.members = self.cluster.config.members.iter().cloned().chain([me]).collect();
+        config.join = true;
+        config.validate().unwrap();
+        Self::serve(self._dir.clone(), config, listener)
+    }
+
     fn serve(dir: Arc<tempfile::TempDir>, config: CoordinatorConfig, listener: TcpListener) -> Self {
         let authority = Authority::load_or_create(&dir.path().join("identity")).unwrap();
         let identity = authority.issue(Role::Coordinator, &config.name).unwrap();

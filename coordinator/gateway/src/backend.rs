@@ -67,6 +67,14 @@ pub trait Backend: Send + Sync + 'static {
         }
     }
 
+    /// Writes a backup of the whole durable state, as of one moment, and flushes it. Blocks.
+    fn save_snapshot(&self, to: &mut dyn std::io::Write) -> Result<(), BackendError> {
+        let _ = to;
+        Err(BackendError::Refused {
+            reason: "this backend has no state to save".into(),
+        })
+    }
+
     /// Adds the cluster's own metrics to what `/metrics` shows. Called once, at the start; names are whole, with the
     /// prefix `baton:`. Nothing by default.
     fn register_metrics(&self, registry: &mut prometheus_client::registry::Registry) {

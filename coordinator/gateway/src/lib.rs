@@ -24,6 +24,7 @@ mod routes;
 mod run;
 mod segment_cache;
 mod server;
+mod snapshot;
 mod sse;
 mod stall;
 mod stop;

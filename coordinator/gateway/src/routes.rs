@@ -18,6 +18,7 @@ use crate::coordinators;
 use crate::drain;
 use crate::gateway::Gateway;
 use crate::response::{ModelCard, ModelList};
+use crate::snapshot;
 use crate::trace::RequestNames;
 
 /// Open without a key: load balancers and orchestrators ask them, and they tell nothing but yes or no.
@@ -34,7 +35,8 @@ const INDEX: &str = "baton: an OpenAI-compatible API.\n\n\
     GET  /cluster/coordinators  the coordinators, as JSON\n\
     POST /cluster/coordinators  take a coordinator in\n\
     POST /cluster/coordinators/{id}/remove take one out\n\
-    POST /cluster/coordinators/transfer    let another one lead\n";
+    POST /cluster/coordinators/transfer    let another one lead\n\
+    GET  /cluster/snapshot      a backup of the coordinators' state\n";
 
 /// The whole application.
 pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>) -> Router {
@@ -54,6 +56,7 @@ pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>) -> Router {
         )
         .route("/cluster/coordinators/transfer", post(coordinators::transfer::<B>))
         .route("/cluster/coordinators/{id}/remove", post(coordinators::remove::<B>))
+        .route("/cluster/snapshot", get(snapshot::save::<B>))
         .fallback(unknown)
         .method_not_allowed_fallback(wrong_method)
         .layer(middleware::from_fn_with_state(gateway.clone(), envelope::<B>))

@@ -47,7 +47,9 @@ impl Cluster {
             if let Err(error) = self.compare() {
                 tracing::warn!(%error, "the replicated state cannot be read");
             }
-            self.group.follow(&self);
+            if let Err(error) = self.group.follow(&self) {
+                tracing::warn!(%error, "the members in the replicated state cannot be read");
+            }
         }
     }
 

@@ -37,7 +37,7 @@ fn is_same_process(one: &Register, other: &Register) -> bool {
     one.addr == other.addr && one.pid == other.pid
 }
 
-pub(super) fn command(kind: command::Kind) -> Command {
+pub(crate) fn command(kind: command::Kind) -> Command {
     Command {
         at_unix_ms: unix_ms(),
         kind: Some(kind),

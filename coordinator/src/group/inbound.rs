@@ -6,10 +6,11 @@ use super::address_book::AddressBook;
 use baton_identity::{Role, is_named, require_role};
 use baton_proto::raft::raft_server::Raft;
 use baton_proto::raft::{
-    ChangeReply, ChangeRequest, MemberStatus, MessagesEnd, RaftMessages, SnapshotChunk, SnapshotTaken, StatusRequest,
+    ChangeReply, ChangeRequest, MemberStatus, MessagesEnd, RaftMessages, SnapshotPiece, SnapshotTaken, StatusRequest,
 };
 use baton_proto::state::Member;
-use baton_raftstore::{Message, RaftStore};
+use baton_raftstore::{Message, RaftStoreError, SnapshotChunk};
+use prost::Message as _;
 use protobuf::Message as _;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,10 +20,8 @@ use tonic::{Request, Response, Status, Streaming};
 
 /// Time a caller has to say who it is.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
-/// Longest message in pieces, in bytes. It is gathered in memory, one at a time.
-const SNAPSHOT_BYTES_MAX: usize = 1 << 30;
 /// Longest time for a whole snapshot to come.
-const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(300);
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(1800);
 
 pub(crate) struct RaftService {
     pub(super) group: Arc<Group>,
@@ -59,9 +58,9 @@ fn introduce(book: &AddressBook, is_named: impl FnOnce(&str) -> bool, from: Opti
     Ok(member.id)
 }
 
-/// Hands a member's message to Raft, if it is what it says.
+/// A member's message, if it is what it says.
 #[allow(clippy::result_large_err)]
-fn take(store: &RaftStore, me: u64, from: u64, encoded: &[u8]) -> Result<(), Status> {
+fn read(me: u64, from: u64, encoded: &[u8]) -> Result<Message, Status> {
     let message = Message::parse_from_bytes(encoded)
         .map_err(|_| Status::invalid_argument("a message cannot be read; run the same baton release"))?;
     if message.from != from {
@@ -76,8 +75,16 @@ fn take(store: &RaftStore, me: u64, from: u64, encoded: &[u8]) -> Result<(), Sta
             message.to
         )));
     }
-    store.receive(message);
-    Ok(())
+    Ok(message)
+}
+
+/// Work on the disk.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, RaftStoreError> + Send + 'static,
+) -> Result<T, Status> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|error| Status::internal(error.to_string()))?
+        .map_err(|error| Status::failed_precondition(error.to_string()))
 }
 
 #[tonic::async_trait]
@@ -100,7 +107,7 @@ impl Raft for RaftService {
             };
             from = Some(id);
             for encoded in &batch.messages {
-                take(&self.group.store, self.group.id(), id, encoded)?;
+                self.group.store.receive(read(self.group.id(), id, encoded)?);
             }
             next = tokio::select! {
                 next = inbound.message() => next?,
@@ -110,7 +117,7 @@ impl Raft for RaftService {
         Ok(Response::new(MessagesEnd {}))
     }
 
-    async fn snapshot(&self, request: Request<Streaming<SnapshotChunk>>) -> Result<Response<SnapshotTaken>, Status> {
+    async fn snapshot(&self, request: Request<Streaming<SnapshotPiece>>) -> Result<Response<SnapshotTaken>, Status> {
         require_role(&request, &[Role::Coordinator])?;
         let certificates = request.peer_certs();
         let named = |name: &str| {
@@ -122,22 +129,26 @@ impl Raft for RaftService {
             .snapshots
             .try_acquire()
             .map_err(|_| Status::resource_exhausted("another snapshot is coming in"))?;
-        let gathered = async {
+        let taken = async {
             let first = inbound.message().await?;
             let first = first.ok_or_else(|| Status::invalid_argument("an empty snapshot"))?;
             let from = introduce(self.book(), named, first.from)?;
-            let mut encoded = first.data.to_vec();
+            let message = read(self.group.id(), from, &first.data)?;
+            let store = self.group.store.clone();
+            let mut sink = blocking(move || store.receive_snapshot(message)).await?;
             while let Some(piece) = inbound.message().await? {
-                if encoded.len() + piece.data.len() > SNAPSHOT_BYTES_MAX {
-                    return Err(Status::resource_exhausted("the snapshot is too long"));
-                }
-                encoded.extend_from_slice(&piece.data);
+                let chunk = SnapshotChunk::decode(piece.data)
+                    .map_err(|_| Status::invalid_argument("a part of the snapshot cannot be read"))?;
+                sink = blocking(move || sink.chunk(&chunk).map(|()| sink)).await?;
             }
-            Ok((from, encoded))
+            blocking(move || sink.finish()).await
         };
-        let gathered = tokio::time::timeout(SNAPSHOT_TIMEOUT, gathered).await;
-        let (from, encoded) = gathered.map_err(|_| Status::deadline_exceeded("the snapshot took too long"))??;
-        take(&self.group.store, self.group.id(), from, &encoded)?;
+        tokio::select! {
+            taken = tokio::time::timeout(SNAPSHOT_TIMEOUT, taken) => {
+                taken.map_err(|_| Status::deadline_exceeded("the snapshot took too long"))??;
+            }
+            () = self.shutdown.cancelled() => return Err(Status::unavailable("this member is shutting down")),
+        }
         Ok(Response::new(SnapshotTaken {}))
     }
 
@@ -151,6 +162,7 @@ impl Raft for RaftService {
 
     async fn change(&self, request: Request<ChangeRequest>) -> Result<Response<ChangeReply>, Status> {
         require_role(&request, &[Role::Coordinator])?;
-        Err(Status::unimplemented("membership changes are not there yet"))
+        self.group.passed_on(request.into_inner()).await?;
+        Ok(Response::new(ChangeReply {}))
     }
 }

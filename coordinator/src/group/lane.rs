@@ -4,9 +4,10 @@
 use super::outbox::Peering;
 use baton_identity::Role;
 use baton_proto::raft::raft_client::RaftClient;
-use baton_proto::raft::{RaftMessages, SnapshotChunk};
+use baton_proto::raft::{RaftMessages, SnapshotPiece};
 use baton_proto::state::Member;
-use baton_raftstore::Message;
+use baton_raftstore::{Message, OutgoingSnapshot};
+use prost::Message as _;
 use protobuf::Message as _;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,12 +29,10 @@ const PAUSE_MAX: Duration = Duration::from_millis(300);
 const BATCH_BYTES: usize = 1 << 20;
 /// Largest batch that is taken: a full one and the longest message, with room for framing.
 pub(crate) const BATCH_BYTES_MAX: usize = 4 << 20;
-/// Messages longer than this carry a snapshot and go in pieces.
+/// Longest message. An append is up to 1 MiB, or one entry if that is longer; a snapshot goes another way.
 const MESSAGE_BYTES_MAX: usize = 2 << 20;
-/// Length of a piece.
-const PIECE_BYTES: usize = 256 << 10;
-/// Longest time for a whole snapshot.
-const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(300);
+/// Longest time for a whole snapshot: a state of many GB on a slow network.
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(1800);
 /// Batches on their way.
 const BATCHES_MAX: usize = 2;
 
@@ -118,7 +117,7 @@ async fn stream(
             while let Some(message) = next.take() {
                 match message.write_to_bytes() {
                     Ok(encoded) if encoded.len() > MESSAGE_BYTES_MAX => {
-                        send_snapshot(peering, channel.clone(), encoded);
+                        tracing::warn!(bytes = encoded.len(), "a Raft message is too long to be sent");
                     }
                     Ok(encoded) => {
                         bytes += encoded.len();
@@ -149,32 +148,45 @@ async fn stream(
     }
 }
 
-/// Sends a long message beside the stream, so that heartbeats do not wait for it.
-fn send_snapshot(peering: &Arc<Peering>, channel: Channel, encoded: Vec<u8>) {
-    let me = peering.book.me().clone();
-    tracing::info!(bytes = encoded.len(), "sending a snapshot to a member");
-    tokio::spawn(async move {
-        let (pieces, sending) = mpsc::channel(BATCHES_MAX);
-        let mut client = RaftClient::new(channel);
-        let feed = async {
-            let mut from = Some(me);
-            for data in encoded.chunks(PIECE_BYTES) {
-                let piece = SnapshotChunk {
-                    from: from.take(),
-                    data: data.to_vec().into(),
-                };
-                if pieces.send(piece).await.is_err() {
-                    return;
-                }
-            }
-            drop(pieces);
-        };
-        let call = client.snapshot(ReceiverStream::new(sending));
-        let both = async { tokio::join!(call, feed).0 };
-        match tokio::time::timeout(SNAPSHOT_TIMEOUT, both).await {
-            Ok(Ok(_)) => {}
-            Ok(Err(status)) => tracing::warn!(reason = %status.message(), "a snapshot was not taken"),
-            Err(_) => tracing::warn!("a snapshot was not taken in time"),
+/// Sends a whole state, beside the stream, so that heartbeats do not wait for it. Dropping it tells Raft that it failed.
+pub(super) async fn send_snapshot(peering: Arc<Peering>, snapshot: OutgoingSnapshot) {
+    let (to, index) = (snapshot.to(), snapshot.index());
+    let Some(member) = peering.book.get(to) else { return };
+    let sent = tokio::time::timeout(SNAPSHOT_TIMEOUT, stream_snapshot(&peering, &member, snapshot)).await;
+    match sent {
+        Ok(Ok(())) => tracing::info!(member = %member.name, index, "a member has the snapshot"),
+        Ok(Err(reason)) => tracing::warn!(member = %member.name, index, %reason, "a snapshot was not taken"),
+        Err(_) => tracing::warn!(member = %member.name, index, "a snapshot was not taken in time"),
+    }
+}
+
+async fn stream_snapshot(peering: &Peering, member: &Member, mut snapshot: OutgoingSnapshot) -> Result<(), String> {
+    let channel = connect(peering, member).await?;
+    let header = snapshot.message().write_to_bytes().map_err(|error| error.to_string())?;
+    let (pieces, sending) = mpsc::channel(BATCHES_MAX);
+    let first = SnapshotPiece {
+        from: Some(peering.book.me().clone()),
+        data: header.into(),
+    };
+    // It blocks on the disk.
+    let reading = tokio::task::spawn_blocking(move || {
+        if pieces.blocking_send(first).is_err() {
+            return Err("the stream closed".to_owned());
         }
+        while let Some(chunk) = snapshot.next_chunk().map_err(|error| error.to_string())? {
+            let piece = SnapshotPiece {
+                from: None,
+                data: chunk.encode_to_vec().into(),
+            };
+            if pieces.blocking_send(piece).is_err() {
+                return Err("the stream closed".to_owned());
+            }
+        }
+        Ok(snapshot)
     });
+    let answer = RaftClient::new(channel).snapshot(ReceiverStream::new(sending)).await;
+    let snapshot = reading.await.map_err(|error| error.to_string())?;
+    answer.map_err(|status| status.message().to_owned())?;
+    snapshot?.delivered();
+    Ok(())
 }

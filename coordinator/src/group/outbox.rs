@@ -4,7 +4,7 @@
 use super::address_book::AddressBook;
 use super::lane;
 use baton_identity::Identity;
-use baton_raftstore::{Message, Peers};
+use baton_raftstore::{Message, OutgoingSnapshot, Peers};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::runtime::Handle;
@@ -80,6 +80,21 @@ impl Peering {
 pub(crate) struct Outbox(Arc<Peering>);
 
 impl Peers for Outbox {
+    fn send_snapshot(&mut self, snapshot: OutgoingSnapshot) {
+        let peering = self.0.clone();
+        let shutdown = peering.shutdown.clone();
+        let sending = lane::send_snapshot(peering.clone(), snapshot);
+        peering.tasks.spawn_on(
+            async move {
+                tokio::select! {
+                    () = sending => {}
+                    () = shutdown.cancelled() => {}
+                }
+            },
+            &peering.runtime,
+        );
+    }
+
     fn send(&mut self, message: Message) {
         let to = message.to;
         match self.0.lane(to) {

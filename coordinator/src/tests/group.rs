@@ -2,7 +2,7 @@
 
 use super::fake_worker::{channel, register};
 use super::{Coordinator, until};
-use baton_gateway::{Backend, CoordinatorRole, WorkerState};
+use baton_gateway::{Backend, BackendError, CoordinatorRole, GroupChange, NewCoordinator, WorkerState};
 use baton_identity::{Identity, Role as CertificateRole};
 use baton_proto::cluster::cluster_client::ClusterClient;
 use baton_proto::cluster::{
@@ -72,8 +72,13 @@ impl Joined {
     }
 
     async fn beat(&self) {
-        let kind = Some(worker_report::Kind::Heartbeat(Heartbeat::default()));
-        self.reports.send(WorkerReport { kind }).await.unwrap();
+        self.reports.send(heartbeat()).await.unwrap();
+    }
+}
+
+fn heartbeat() -> WorkerReport {
+    WorkerReport {
+        kind: Some(worker_report::Kind::Heartbeat(Heartbeat::default())),
     }
 }
 
@@ -247,7 +252,77 @@ async fn one_member_that_loses_a_worker_does_not_take_it_from_the_others() {
     // Heard again under the same epoch, it is back.
     let mut third = Joined::open(&group[2], claimed.clone(), &identity).await;
     assert_eq!(third.epoch().await, epoch);
+    third.beat().await;
     assert_eq!(group[2].status("w").unwrap().state, WorkerState::Joining);
+    let lost_by = || group[0].cluster.store.workers().unwrap()[0].lost_by.clone();
+    until("it takes its word back", || lost_by().is_empty()).await;
+
+    // Two of three lose it: it is over for all, the one that still hears it too.
+    drop((streams, third));
+    let mut first = Joined::open(&group[0], claimed.clone(), &identity).await;
+    assert_eq!(first.epoch().await, epoch);
+    let beating = async {
+        loop {
+            let _ = first.reports.try_send(heartbeat());
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+    };
+    let seen = until("lost everywhere", || group.iter().all(is_lost));
+    tokio::select! {
+        () = beating => {}
+        () = seen => {}
+    }
+    assert!(group[0].cluster.store.workers().unwrap().is_empty());
+    let mut zombie = Joined::open(&group[0], claimed, &identity).await;
+    assert!(matches!(zombie.next().await, coordinator_order::Kind::Fenced(_)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_joins_takes_over_and_another_leaves() {
+    let group = Coordinator::start_group(|_| {}).await;
+    let first = leader(&group).await;
+    for n in 0..50 {
+        group[0].backend.settle(record(&format!("r-{n}"))).await.unwrap();
+    }
+    // Asked of one that does not lead, it goes to the one that does.
+    let follower = &group[(first + 1) % 3].backend;
+    let newcomer = group[0].newcomer(4).await;
+    let add = NewCoordinator {
+        id: 4,
+        name: "coordinator-3".into(),
+        cluster_addr: newcomer.cluster_addr.to_string(),
+        api_url: "http://127.0.0.1:1".into(),
+    };
+    follower.change_group(GroupChange::Add(add.clone())).await.unwrap();
+    until("the newcomer has everything", || {
+        newcomer.cluster.store.position().unwrap().settled == 50
+    })
+    .await;
+    newcomer.backend.settle(record("through the newcomer")).await.unwrap();
+    let report = newcomer.backend.coordinators().await.unwrap();
+    assert_eq!(report.coordinators.len(), 4, "{report:?}");
+    assert!(report.coordinators.iter().all(|member| member.reachable));
+
+    follower.change_group(GroupChange::Transfer { to: 4 }).await.unwrap();
+    until("it leads", || newcomer.cluster.store.status().leads).await;
+    let old = group[first].cluster.group.id();
+    follower.change_group(GroupChange::Remove { id: old }).await.unwrap();
+    let report = newcomer.backend.coordinators().await.unwrap();
+    assert!(report.coordinators.iter().all(|member| member.id != old) && report.coordinators.len() == 3);
+    // A leader that is to leave hands over first.
+    follower.change_group(GroupChange::Remove { id: 4 }).await.unwrap();
+    let rest: Vec<&Coordinator> = group.iter().filter(|member| member.cluster.group.id() != old).collect();
+    rest[0].backend.settle(record("by those who are left")).await.unwrap();
+    assert_eq!(rest[0].cluster.store.position().unwrap().settled, 52);
+
+    let refused = follower.change_group(GroupChange::Remove { id: 77 }).await;
+    assert!(matches!(refused, Err(BackendError::Refused { .. })), "{refused:?}");
+    let nameless = NewCoordinator {
+        name: "a b".into(),
+        ..add
+    };
+    let refused = follower.change_group(GroupChange::Add(nameless)).await;
+    assert!(matches!(refused, Err(BackendError::Refused { .. })), "{refused:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,7 +3,7 @@
 use crate::keys;
 use crate::outcome::{Outcome, Refused, code};
 use crate::tables::{TablesError, TablesMut};
-use crate::{usage, view, workers};
+use crate::{members, usage, view, workers};
 use baton_proto::state::{Command, command};
 use prost::Message as _;
 
@@ -28,6 +28,9 @@ fn dispatch(tables: &mut dyn TablesMut, _index: u64, command: Command) -> Result
         Some(command::Kind::RegisterWorker(command)) => workers::register(tables, command),
         Some(command::Kind::RemoveWorker(command)) => workers::remove(tables, &command),
         Some(command::Kind::SettleUsage(command)) => usage::settle(tables, command),
+        Some(command::Kind::WitnessWorker(command)) => workers::witness(tables, command),
+        Some(command::Kind::PutMember(command)) => members::put(tables, command),
+        Some(command::Kind::RemoveMember(command)) => members::remove(tables, &command),
         _ => Ok(Err(Refused::invalid("its kind is unknown to this release"))),
     }
 }

@@ -11,6 +11,8 @@ pub const WORKERS: u8 = 0x02;
 pub const USAGE: u8 = 0x03;
 /// Request id to the number of its usage record (8 bytes, little-endian).
 pub const USAGE_IDS: u8 = 0x04;
+/// Member id to `Member`.
+pub const MEMBERS: u8 = 0x05;
 
 /// A key with a name in it.
 pub fn named(table: u8, name: &str) -> Vec<u8> {

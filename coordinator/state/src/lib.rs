@@ -14,6 +14,7 @@
 
 mod apply;
 pub mod keys;
+mod members;
 mod outcome;
 mod tables;
 mod usage;

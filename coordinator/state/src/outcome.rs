@@ -14,6 +14,11 @@ pub enum Applied {
         /// False if the epoch was not the current one: nothing changed.
         removed: bool,
     },
+    /// An admin change is in force.
+    Stands {
+        /// False if it was before.
+        changed: bool,
+    },
     /// The record is settled, now or before with the same contents.
     Settled {
         /// Its number: 1, 2, 3, ... without gaps.
@@ -54,6 +59,7 @@ pub(crate) fn code(outcome: &Outcome) -> [u8; 9] {
         Ok(Applied::Settled { sequence }) => (3, *sequence),
         Err(Refused::UsageConflict { sequence, .. }) => (4, *sequence),
         Err(Refused::Invalid(_)) => (5, 0),
+        Ok(Applied::Stands { changed }) => (6, u64::from(*changed)),
     };
     let mut code = [0; 9];
     code[0] = tag;

@@ -2,7 +2,7 @@
 
 use crate::keys;
 use crate::tables::{Tables, TablesError};
-use baton_proto::state::{UsageRecord, WorkerRecord};
+use baton_proto::state::{Member, UsageRecord, WorkerRecord};
 use std::ops::ControlFlow;
 
 /// A settled usage record.
@@ -48,6 +48,17 @@ pub fn workers(tables: &(impl Tables + ?Sized)) -> Result<Vec<WorkerRecord>, Tab
         Ok(ControlFlow::Continue(()))
     })?;
     Ok(workers)
+}
+
+/// The coordinators, by id.
+pub fn members(tables: &(impl Tables + ?Sized)) -> Result<Vec<Member>, TablesError> {
+    let mut members = Vec::new();
+    let (from, to) = keys::whole(keys::MEMBERS);
+    tables.scan(&from, &to, &mut |_, value| {
+        members.push(decode(value, "a member")?);
+        Ok(ControlFlow::Continue(()))
+    })?;
+    Ok(members)
 }
 
 /// How many usage records are settled; also the number of the last one.

@@ -1,10 +1,12 @@
-//! Which workers are members, each under an epoch that fences its earlier lives.
+//! Which workers are members, each under an epoch that fences its earlier lives, and which coordinators have lost one. A
+//! worker is removed once more than half of the voters have lost it; a vote counts for one epoch only.
 
 use crate::keys;
+use crate::members::MEMBERS_MAX;
 use crate::outcome::{Applied, Outcome, Refused};
 use crate::tables::{TablesError, TablesMut};
 use crate::view;
-use baton_proto::state::{RegisterWorker, RemoveWorker, WorkerRecord};
+use baton_proto::state::{RegisterWorker, RemoveWorker, WitnessWorker, WorkerRecord};
 use prost::Message as _;
 
 pub(crate) fn register(tables: &mut dyn TablesMut, command: RegisterWorker) -> Result<Outcome, TablesError> {
@@ -32,6 +34,34 @@ pub(crate) fn remove(tables: &mut dyn TablesMut, command: &RemoveWorker) -> Resu
     let removed = current.is_some_and(|record| record.epoch == command.epoch);
     if removed {
         tables.delete(&keys::named(keys::WORKERS, &command.worker_id))?;
+    }
+    Ok(Ok(Applied::Removed { removed }))
+}
+
+pub(crate) fn witness(tables: &mut dyn TablesMut, command: WitnessWorker) -> Result<Outcome, TablesError> {
+    let mut voters = command.voters;
+    voters.sort_unstable();
+    voters.dedup();
+    if voters.len() > MEMBERS_MAX || !voters.contains(&command.member_id) {
+        return Ok(Err(Refused::invalid("the witness is not one of the voters it names")));
+    }
+    let current = view::worker(tables, &command.worker_id)?;
+    let Some(mut record) = current.filter(|known| known.epoch == command.epoch) else {
+        return Ok(Ok(Applied::Removed { removed: false }));
+    };
+    record
+        .lost_by
+        .retain(|member| voters.contains(member) && *member != command.member_id);
+    if command.lost {
+        record.lost_by.push(command.member_id);
+        record.lost_by.sort_unstable();
+    }
+    let key = keys::named(keys::WORKERS, &command.worker_id);
+    let removed = record.lost_by.len() * 2 > voters.len();
+    if removed {
+        tables.delete(&key)?;
+    } else {
+        tables.put(&key, &record.encode_to_vec())?;
     }
     Ok(Ok(Applied::Removed { removed }))
 }

@@ -114,7 +114,7 @@ proptest! {
                 for command in commands {
                     node.propose(prost::Message::encode_to_vec(command)).unwrap();
                 }
-                assert_eq!(node.process().unwrap().answers.len(), commands.len());
+                assert_eq!(node.process(&mut |_| {}).unwrap().answers.len(), commands.len());
             }
             queries::position(&store).unwrap()
         };
@@ -149,7 +149,7 @@ fn nonsense_is_refused_and_changes_nothing_else() {
         Err(RaftStoreError::Refused(Refused::Invalid(_)))
     ));
     assert!(node.propose(vec![0xff; 10]).is_ok());
-    let answers = node.process().unwrap().answers;
+    let answers = node.process(&mut |_| {}).unwrap().answers;
     assert!(matches!(answers[..], [(_, Err(Refused::Invalid(_)))]));
     assert_eq!(
         run(&mut node, &settle("r", 1)).unwrap(),
