@@ -17,6 +17,9 @@ const CHANGE_PAUSE: Duration = Duration::from_millis(200);
 /// Longest time that a member which stops gives the others to take the leadership. After that they elect one.
 const HAND_OVER_MAX: Duration = Duration::from_secs(2);
 
+/// Longest wait for a new leader to be heard here.
+const HEARD_MAX: Duration = Duration::from_secs(1);
+
 /// Why a change was not made now.
 enum Not {
     /// It may work in a moment.
@@ -60,13 +63,19 @@ impl Group {
         }
         let deadline = Instant::now() + CHANGE_MAX;
         loop {
-            let tried = match self.store.status().leader_id {
+            let before = self.store.status().leader_id;
+            let tried = match before {
                 0 => Err(Not::Yet("the group has no leader at the moment".into())),
                 leader if leader == self.id() => self.change_here(&kind).await,
                 leader => self.change_there(leader, &kind).await,
             };
             match tried {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    if let change_request::Kind::Transfer(to) = kind {
+                        self.follow_leader(before, to).await;
+                    }
+                    return Ok(());
+                }
                 Err(Not::Ever(reason)) => return Err(refused(reason)),
                 Err(Not::Yet(reason)) if Instant::now() >= deadline => {
                     return Err(BackendError::Unavailable { reason });
@@ -75,6 +84,16 @@ impl Group {
             }
             sleep(CHANGE_PAUSE).await;
         }
+    }
+
+    /// Waits a moment for the new leader's word, so that whoever asked is told of it.
+    async fn follow_leader(&self, before: u64, to: u64) {
+        let mut status = self.store.watch();
+        let heard = status.wait_for(|status| match to {
+            0 => status.leader_id != 0 && status.leader_id != before,
+            to => status.leader_id == to,
+        });
+        let _ = timeout(HEARD_MAX, heard).await;
     }
 
     fn check_new(&self, new: &Member) -> Result<(), String> {

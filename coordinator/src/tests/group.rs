@@ -38,6 +38,7 @@ fn record(request_id: &str) -> UsageRecord {
         model: "m".into(),
         prompt_tokens: 3,
         completion_tokens: 4,
+        sampled_tokens: 4,
         status: 1,
         ..UsageRecord::default()
     }
