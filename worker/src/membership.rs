@@ -281,7 +281,10 @@ async fn keep(member: &Member, addr: &str, epoch: u64, leave: &CancellationToken
                 }
                 quiet = true;
                 pause = if joined { PAUSE_MIN } else { (pause * 2).min(PAUSE_MAX) };
-                tokio::time::sleep(pause).await;
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => {}
+                    () = leave.cancelled() => return,
+                }
             }
             end => {
                 let _ = heard.send((addr.to_owned(), Heard::Ended(end))).await;

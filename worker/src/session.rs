@@ -8,12 +8,13 @@ use crate::server::Advertised;
 use baton_identity::Role;
 use baton_proto::cluster::cluster_client::ClusterClient;
 use baton_proto::cluster::{
-    BlockEvents, Coordinators, Leaving, Register, WorkerReport, coordinator_order, worker_report,
+    BlockEvents, CoordinatorOrder, Coordinators, Leaving, Register, WorkerReport, coordinator_order, worker_report,
 };
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
+use tonic::Streaming;
 use tonic::transport::Endpoint;
 
 /// Time to reach a coordinator before the next one is tried.
@@ -65,44 +66,20 @@ pub(crate) async fn run(
     joined: &mut bool,
 ) -> End {
     let Member {
-        config,
-        identity,
         advertised,
         engine,
         drain_orders,
         blocks,
+        ..
     } = member;
-    let broken = |what: &str, error: &dyn std::fmt::Display| End::Broken(format!("{what}: {error}"));
-    let endpoint = match Endpoint::from_shared(format!("https://{addr}"))
-        .and_then(|endpoint| endpoint.tls_config(identity.tonic_client(Role::Coordinator)))
-    {
-        Ok(endpoint) => endpoint
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(KEEP_ALIVE)
-            .keep_alive_timeout(KEEP_ALIVE)
-            .keep_alive_while_idle(true),
-        Err(error) => return broken("cannot set up TLS", &error),
+    let opened = tokio::select! {
+        opened = open(member, addr, epoch) => opened,
+        // Nobody there to say goodbye to.
+        () = leave.cancelled() => return End::Stopped,
     };
-    // A process that stands still takes connections and answers none; tonic's limit covers the TCP handshake only.
-    let channel = match tokio::time::timeout(2 * CONNECT_TIMEOUT, endpoint.connect()).await {
-        Ok(Ok(channel)) => channel,
-        Ok(Err(error)) => return broken("cannot connect", &error),
-        Err(_) => return End::Broken("no TLS handshake in time".into()),
-    };
-    let (reports, queued) = mpsc::channel(REPORTS_MAX);
-    let register = report(worker_report::Kind::Register(Register {
-        epoch,
-        ..register_message(config, advertised)
-    }));
-    if reports.try_send(register).is_err() {
-        return End::Broken("the stream closed at once".into());
-    }
-    let mut client = ClusterClient::new(channel);
-    let mut orders = match tokio::time::timeout(CONNECT_TIMEOUT, client.join(ReceiverStream::new(queued))).await {
-        Ok(Ok(response)) => response.into_inner(),
-        Ok(Err(status)) => return broken("join failed", &status.message()),
-        Err(_) => return End::Broken(format!("no answer within {CONNECT_TIMEOUT:?}")),
+    let (reports, mut orders) = match opened {
+        Ok(opened) => opened,
+        Err(end) => return end,
     };
     let answer_due = tokio::time::sleep(REGISTER_TIMEOUT);
     tokio::pin!(answer_due);
@@ -153,7 +130,7 @@ pub(crate) async fn run(
                     _ => tracing::debug!("an order of a kind this version does not know"),
                 },
                 Ok(None) => return End::Broken("the coordinator closed the stream".into()),
-                Err(status) => return broken("the stream broke", &status.message()),
+                Err(status) => return End::Broken(format!("the stream broke: {}", status.message())),
             },
             // Told at once, so that coordinators have the whole time left to move what runs here.
             () = engine.drains(), if *joined && !told_draining => {
@@ -188,6 +165,40 @@ pub(crate) async fn run(
     // The coordinator closes the stream once it has taken the goodbye.
     let _ = tokio::time::timeout(CONNECT_TIMEOUT, orders.message()).await;
     End::Stopped
+}
+
+type Opened = (mpsc::Sender<WorkerReport>, Streaming<CoordinatorOrder>);
+
+/// Connects and sends the registration.
+async fn open(member: &Member, addr: &str, epoch: u64) -> Result<Opened, End> {
+    let broken = |what: &str, error: &dyn std::fmt::Display| End::Broken(format!("{what}: {error}"));
+    let endpoint = Endpoint::from_shared(format!("https://{addr}"))
+        .and_then(|endpoint| endpoint.tls_config(member.identity.tonic_client(Role::Coordinator)))
+        .map_err(|error| broken("cannot set up TLS", &error))?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE)
+        .keep_alive_while_idle(true);
+    // A process that stands still takes connections and answers none; tonic's limit covers the TCP handshake only.
+    let channel = match tokio::time::timeout(2 * CONNECT_TIMEOUT, endpoint.connect()).await {
+        Ok(connected) => connected.map_err(|error| broken("cannot connect", &error))?,
+        Err(_) => return Err(End::Broken("no TLS handshake in time".into())),
+    };
+    let (reports, queued) = mpsc::channel(REPORTS_MAX);
+    let register = report(worker_report::Kind::Register(Register {
+        epoch,
+        ..register_message(&member.config, &member.advertised)
+    }));
+    if reports.try_send(register).is_err() {
+        return Err(End::Broken("the stream closed at once".into()));
+    }
+    let mut client = ClusterClient::new(channel);
+    match tokio::time::timeout(CONNECT_TIMEOUT, client.join(ReceiverStream::new(queued))).await {
+        Ok(Ok(response)) => Ok((reports, response.into_inner())),
+        Ok(Err(status)) => Err(broken("join failed", &status.message())),
+        Err(_) => Err(End::Broken(format!("no answer within {CONNECT_TIMEOUT:?}"))),
+    }
 }
 
 fn report(kind: worker_report::Kind) -> WorkerReport {
