@@ -6,6 +6,7 @@
 
 mod cli;
 mod config_file;
+mod coordinators;
 mod demo;
 mod drain;
 mod ledger;
@@ -13,6 +14,7 @@ mod model_dir;
 mod prices;
 mod process;
 mod serve;
+mod snapshot;
 mod status;
 mod telemetry;
 mod up;
@@ -25,6 +27,8 @@ fn main() -> ExitCode {
         cli::Command::Up(args) => up::run(*args),
         cli::Command::Coordinator(args) => serve::coordinator(&args),
         cli::Command::Worker(args) => serve::worker(&args),
+        cli::Command::Coordinators(args) => coordinators::run(&args.action),
+        cli::Command::Snapshot(args) => snapshot::run(&args.action),
         cli::Command::Status(args) => status::run(&args),
         cli::Command::Drain(args) => drain::run(&args),
         cli::Command::Ledger(command) => ledger::run(&command),
