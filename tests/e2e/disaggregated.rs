@@ -102,6 +102,22 @@ async fn disaggregated_equals_monolithic() {
     }
 }
 
+/// Bytes that the prefill worker has sent, once its reports tell nothing new.
+async fn transferred_bytes(cluster: &Cluster) -> u64 {
+    let mut last = None;
+    loop {
+        let workers = cluster.workers().await;
+        let prefill = workers.iter().find(|worker| worker["role"] == "prefill");
+        let bytes = prefill.and_then(|worker| worker["transferred_bytes_total"].as_u64());
+        let bytes = bytes.expect("a count");
+        if last.replace(bytes) == Some(bytes) {
+            return bytes;
+        }
+        // More than two reports.
+        tokio::time::sleep(std::time::Duration::from_millis(1200)).await;
+    }
+}
+
 /// Compressed on the way, KV is smaller and nearly the same: most answers of a trained model do not change.
 #[tokio::test(flavor = "multi_thread")]
 async fn kv_may_travel_compressed() {
@@ -109,6 +125,7 @@ async fn kv_may_travel_compressed() {
     let mut answers = Vec::new();
     for compression in ["none", "int8"] {
         let cluster = Cluster::start(&["--prefill-threshold", "0", "--kv-compression", compression]).await;
+        cluster.all_workers_ready().await;
         let mut texts = Vec::new();
         for i in 0..20 {
             let prompt = format!(
@@ -122,13 +139,7 @@ async fn kv_may_travel_compressed() {
             texts.push(ChatStream::start(&cluster.url, &body).await.finish().await.text);
         }
         cluster.assert_nothing_leaked().await;
-        let workers = cluster.workers().await;
-        let prefill = workers.iter().find(|worker| worker["role"] == "prefill");
-        sent.push(
-            prefill
-                .and_then(|worker| worker["transferred_bytes_total"].as_u64())
-                .expect("a count"),
-        );
+        sent.push(transferred_bytes(&cluster).await);
         answers.push(texts);
         assert!(cluster.stop().await.success());
     }

@@ -163,6 +163,15 @@ impl Cluster {
         json.as_array().cloned().unwrap_or_else(|| panic!("an array: {json}"))
     }
 
+    /// Waits until every worker takes work: the API is ready as soon as one that streams does.
+    pub async fn all_workers_ready(&self) {
+        eventually("all workers are ready", Duration::from_secs(30), || async {
+            let workers = self.workers().await;
+            workers.iter().all(|worker| worker["state"] == "ready").then_some(())
+        })
+        .await;
+    }
+
     /// Waits until no worker holds anything, and checks that every block is accounted for all the way there. Only
     /// heartbeats sent after the call count: an older one tells of an older state.
     pub async fn assert_nothing_leaked(&self) {
