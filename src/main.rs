@@ -8,7 +8,9 @@ mod cli;
 mod config_file;
 mod demo;
 mod drain;
+mod ledger;
 mod model_dir;
+mod prices;
 mod process;
 mod serve;
 mod status;
@@ -25,6 +27,8 @@ fn main() -> ExitCode {
         cli::Command::Worker(args) => serve::worker(&args),
         cli::Command::Status(args) => status::run(&args),
         cli::Command::Drain(args) => drain::run(&args),
+        cli::Command::Ledger(command) => ledger::run(&command),
+        cli::Command::Prices(command) => prices::run(&command),
         cli::Command::ConvertTokenizer(args) => {
             model_dir::convert_tokenizer(&args.file, &args.directory).map(|()| ExitCode::SUCCESS)
         }

@@ -19,8 +19,8 @@ use tokio::time::{Instant, timeout, timeout_at};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of an error answer that are read for its message.
 const ERROR_BODY_BYTES_MAX: usize = 16 << 10;
-/// Bytes of a non-streaming answer (the model list).
-const PLAIN_BODY_BYTES_MAX: usize = 1 << 20;
+/// Bytes of a non-streaming answer: the model list, a page of the ledger.
+const PLAIN_BODY_BYTES_MAX: usize = 16 << 20;
 /// Chunks of one answer. Above any context length in use, so only a server in a loop gets there.
 const CHUNKS_MAX: usize = 4 << 20;
 

@@ -6,7 +6,9 @@ pub mod bench_engine;
 pub mod bench_simulate;
 #[cfg(test)]
 mod docs;
+pub mod ledger;
 pub mod mock;
+pub mod prices;
 pub mod size;
 pub mod tenant;
 
@@ -45,6 +47,12 @@ pub enum Command {
     /// is left then is broken off. Waits until the worker has left. A worker drained under `baton up` is not started again
     /// until `baton up` is.
     Drain(DrainArgs),
+    /// Exports the ledger, and verifies exports offline.
+    #[command(subcommand)]
+    Ledger(ledger::LedgerCommand),
+    /// Converts price lists.
+    #[command(subcommand)]
+    Prices(prices::PricesCommand),
     /// Writes a GGUF file's tokenizer, chat template and context length to a directory that a coordinator can read.
     ///
     /// `baton up` does this by itself. On real hosts, run it once, give the directory as the model's `path` in the
