@@ -1,23 +1,18 @@
 //! [`baton_gateway::Backend`] over the live cluster.
 
+use crate::accounts::Accounts;
 use crate::admission::refused;
 use crate::cluster::{Cluster, DrainError, PlaceError};
 use crate::request::{Running, first_generate};
-use baton_gateway::{Backend, BackendError, ClusterSnapshot, Generation, Job, ModelInfo, WorkerStatus};
+use baton_gateway::{AccountStore, Backend, BackendError, ClusterSnapshot, Generation, Job, ModelInfo, WorkerStatus};
 use baton_proto::state::UsageRecord;
-use baton_raftstore::RaftStoreError;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-/// Attempts to settle a record when the store says that trying again may help.
-const SETTLE_ATTEMPTS_MAX: u32 = 3;
-/// Pause between them.
-const SETTLE_PAUSE: Duration = Duration::from_millis(100);
-
 /// The gateway's view of this coordinator's cluster.
-pub(crate) struct ClusterBackend(pub(crate) Arc<Cluster>);
+pub(crate) struct ClusterBackend(pub(crate) Arc<Cluster>, pub(crate) Arc<Accounts>);
 
 impl Backend for ClusterBackend {
     fn models(&self) -> Vec<ModelInfo> {
@@ -58,32 +53,22 @@ impl Backend for ClusterBackend {
             move || cancel.cancel()
         });
         // Known to the gateway from the first moment on, not only once the task has run.
-        sender.placed(placed.placement(1));
+        sender.placed(placed.placement(1), placed.decode.worker.1);
         let running = Running::new(cluster.clone(), job, sender, cancel, admitted);
         cluster.tasks.spawn(running.run(placed).instrument(span));
         Ok(generation)
     }
 
     async fn settle(&self, record: UsageRecord) -> Result<(), BackendError> {
-        let unavailable = |error: RaftStoreError| BackendError::Unavailable {
-            reason: format!("the usage record could not be committed: {error}"),
-        };
-        let mut attempt = 1;
-        loop {
-            match self.0.store.settle(record.clone()).await {
-                Ok(_) => return Ok(()),
-                Err(
-                    error @ (RaftStoreError::NoLeader
-                    | RaftStoreError::LeaderChanged
-                    | RaftStoreError::Overloaded { .. }),
-                ) if attempt < SETTLE_ATTEMPTS_MAX => {
-                    tracing::warn!(request_id = %record.request_id, attempt, %error, "settling again");
-                }
-                Err(error) => return Err(unavailable(error)),
-            }
-            attempt += 1;
-            tokio::time::sleep(SETTLE_PAUSE).await;
-        }
+        self.1.settle(record).await
+    }
+
+    fn revision(&self, model: &str) -> Option<String> {
+        self.0.revision(model)
+    }
+
+    fn accounts(&self) -> Option<Arc<dyn AccountStore>> {
+        Some(self.1.clone())
     }
 
     fn snapshot(&self) -> ClusterSnapshot {

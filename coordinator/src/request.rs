@@ -121,7 +121,8 @@ impl Running {
         let mut failures = 0;
         loop {
             self.attempts += 1;
-            self.sender.placed(placed.placement(self.attempts));
+            self.sender
+                .placed(placed.placement(self.attempts), placed.decode.worker.1);
             self.admitted.placed(&placed);
             let worker = placed.decode.worker.clone();
             let before = self.emitted.len();
@@ -205,7 +206,7 @@ impl Running {
             if let Some(cached_tokens) = cached_tokens {
                 self.note_cached(cached_tokens);
             }
-            self.emitted.extend_from_slice(&tokens);
+            self.take(&tokens);
             if !tokens.is_empty() {
                 placed.first_token();
                 self.admitted.progressed();
@@ -254,6 +255,12 @@ impl Running {
                 (None, Some(finish))
             }
         }
+    }
+
+    /// Tokens came from the present worker.
+    fn take(&mut self, tokens: &[u32]) {
+        self.sender.sampled(tokens.len());
+        self.emitted.extend_from_slice(tokens);
     }
 
     /// The present attempt told how many prompt tokens were cached; a later word of the same attempt replaces it.
@@ -338,7 +345,7 @@ impl Running {
         let end = async {
             loop {
                 let delivery = submission.next().await;
-                self.emitted.extend_from_slice(&delivery.tokens);
+                self.take(&delivery.tokens);
                 if let Some(cached_tokens) = delivery.cached_tokens {
                     self.note_cached(cached_tokens);
                 }

@@ -3,6 +3,7 @@
 //! At the end the gateway goes first, so that running requests finish and are settled while workers and store are
 //! still there. Workers are ordered nothing: they look for a coordinator again, as after a crash.
 
+use crate::accounts::{self, Accounts, Sealer};
 use crate::backend::ClusterBackend;
 use crate::cluster::Cluster;
 use crate::cluster_service::Service;
@@ -10,6 +11,7 @@ use crate::{CoordinatorConfig, CoordinatorError};
 use baton_gateway::{GatewayConfig, ServedModel};
 use baton_identity::Identity;
 use baton_proto::cluster::cluster_server::ClusterServer;
+use baton_proto::state::Member;
 use baton_raftstore::{RaftStore, RaftStoreConfig};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -19,6 +21,8 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::TcpIncoming;
 
+/// This member's id in a group of one.
+const RAFT_ID: u64 = 1;
 /// How often the registry is told the time: a tenth of the shortest sensible heartbeat interval would be waste, and
 /// this delays a loss by no more than a twentieth of the usual limit.
 const TICK: Duration = Duration::from_millis(100);
@@ -64,9 +68,20 @@ pub async fn run(
     gateway_config.validate(bound.http_addr)?;
     let (models, store) = load(&config).await?;
     let over = CancellationToken::new();
+    let me = Member {
+        id: RAFT_ID,
+        name: config.name.clone(),
+        cluster_addr: bound.cluster_addr.to_string(),
+        api_url: format!("http://{}", bound.http_addr),
+        ..Member::default()
+    };
+    let sealer = Sealer::open(&config.data_dir, me)?;
+    let accounts = Accounts::new(store.clone(), RAFT_ID, sealer);
+    let housekeeping = accounts::keep(accounts.clone(), store.clone(), over.clone());
     let cluster = Cluster::new(config, store, identity, over.clone())?;
     let mut grpc = tokio::spawn(serve_cluster(cluster.clone(), joining));
-    let backend = Arc::new(ClusterBackend(cluster.clone()));
+    cluster.tasks.spawn(housekeeping);
+    let backend = Arc::new(ClusterBackend(cluster.clone(), accounts));
     // Ends the gateway on our own failure too.
     let stop_gateway = shutdown.child_token();
     let mut gateway = tokio::spawn(baton_gateway::serve(

@@ -1,5 +1,6 @@
 //! The coordinator with fake workers over real mTLS on loopback: only the engine is made up.
 
+mod accounts;
 mod admission;
 mod drain;
 mod fake_worker;
@@ -9,12 +10,14 @@ mod requests;
 mod routing;
 mod whole;
 
+use crate::accounts::{Accounts, Sealer};
 use crate::backend::ClusterBackend;
 use crate::cluster::Cluster;
 use crate::{CoordinatorConfig, ModelConfig, server};
 use baton_gateway::{Backend, Generation, Job, WorkerState, WorkerStatus};
 use baton_identity::{Authority, Identity, Role};
 use baton_proto::cluster::Role as WorkerRole;
+use baton_proto::state::Member;
 use baton_proto::worker::{Finish, Sampling};
 use baton_raftstore::{RaftStore, RaftStoreConfig};
 use fake_worker::FakeWorker;
@@ -33,6 +36,7 @@ const MODEL_DIGEST: [u8; 32] = [5; 32];
 struct Coordinator {
     cluster: Arc<Cluster>,
     backend: ClusterBackend,
+    accounts: Arc<Accounts>,
     cluster_addr: SocketAddr,
     authority: Authority,
     _dir: tempfile::TempDir,
@@ -50,6 +54,13 @@ impl Coordinator {
         adjust(&mut config);
         let identity = authority.issue(Role::Coordinator, &config.name).unwrap();
         let store = RaftStore::open(&config.data_dir, &RaftStoreConfig::single()).unwrap();
+        let me = Member {
+            id: 1,
+            name: config.name.clone(),
+            ..Member::default()
+        };
+        let sealer = Sealer::open(&config.data_dir, me).unwrap();
+        let accounts = Accounts::new(store.clone(), 1, sealer);
         let cluster = Cluster::new(config, store, identity, CancellationToken::new()).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let cluster_addr = listener.local_addr().unwrap();
@@ -62,7 +73,8 @@ impl Coordinator {
             }
         });
         Self {
-            backend: ClusterBackend(cluster.clone()),
+            backend: ClusterBackend(cluster.clone(), accounts.clone()),
+            accounts,
             cluster,
             cluster_addr,
             authority,

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use axum::extract::{MatchedPath, Path, Request, State};
+use axum::extract::{Extension, MatchedPath, Path, Request, State};
 use axum::http::{HeaderValue, Method, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -11,11 +11,12 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 
 use crate::api_error::ApiError;
-use crate::auth::Caller;
+use crate::auth::{self, Caller, Scopes};
 use crate::backend::{Backend, WorkerStatus};
 use crate::chat;
 use crate::drain;
 use crate::gateway::Gateway;
+use crate::organization;
 use crate::response::{ModelCard, ModelList};
 use crate::trace::RequestNames;
 
@@ -29,7 +30,10 @@ const INDEX: &str = "baton: an OpenAI-compatible API.\n\n\
     GET  /ready                 does a worker serve a model?\n\
     GET  /metrics               Prometheus metrics\n\
     GET  /cluster/workers       the workers, as JSON\n\
-    POST /cluster/workers/{id}/drain   take a worker out of service\n";
+    POST /cluster/workers/{id}/drain   take a worker out of service\n\n\
+    GET  /v1/organization/usage/completions, /v1/organization/costs        what was used, and what it cost\n\
+    GET  /v1/ledger/rows, /v1/ledger/checkpoints                           every request, gap-free\n\
+    /v1/organization/projects, /admin_api_keys, /prices, /budgets, ...     administration\n";
 
 /// The whole application.
 pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>) -> Router {
@@ -43,6 +47,7 @@ pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>) -> Router {
         .route("/metrics", get(metrics::<B>))
         .route("/cluster/workers", get(workers::<B>))
         .route("/cluster/workers/{id}/drain", post(drain::drain::<B>))
+        .merge(organization::routes(gateway.accounts.as_ref()))
         .fallback(unknown)
         .method_not_allowed_fallback(wrong_method)
         .layer(middleware::from_fn_with_state(gateway.clone(), envelope::<B>))
@@ -57,17 +62,27 @@ async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut reques
         .get::<MatchedPath>()
         .map_or("other", MatchedPath::as_str)
         .to_owned();
-    let caller = match &gateway.keys {
-        Some(keys) if !OPEN_ROUTES.contains(&route.as_str()) => keys.caller(request.headers()),
-        _ => Some(Caller::anonymous()),
+    let caller = if OPEN_ROUTES.contains(&route.as_str()) {
+        Ok(Caller::anonymous())
+    } else {
+        auth::caller(gateway.keys.as_ref(), gateway.accounts.as_ref(), request.headers())
     };
+    let caller = caller.and_then(|caller| match needed(&route) {
+        Some(scope) if !caller.scopes.hold(scope) => Err(ApiError::missing_scope(scope.name())),
+        _ => Ok(caller),
+    });
     request.extensions_mut().insert(names.clone());
     let mut response = match caller {
-        Some(caller) => {
+        Ok(caller) => {
+            let account = caller.account.clone();
             request.extensions_mut().insert(caller);
-            next.run(request).await
+            let mut response = next.run(request).await;
+            if let (Some(accounts), Some(account)) = (&gateway.accounts, account) {
+                accounts.rates.headers(&account, response.headers_mut());
+            }
+            response
         }
-        None => ApiError::unauthorized().into_response(),
+        Err(refused) => refused.into_response(),
     };
     gateway.ledger.metrics.responded(&route, response.status().as_u16());
     let headers = response.headers_mut();
@@ -79,6 +94,26 @@ async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut reques
     // Answers are JSON, text or events; a browser must not guess otherwise.
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
+}
+
+/// What a route needs of a key. The list of models is for all.
+fn needed(route: &str) -> Option<Scopes> {
+    let under = |prefix: &str| route.starts_with(prefix);
+    if under("/v1/chat/") {
+        Some(Scopes::INFERENCE)
+    } else if under("/v1/organization/usage/") || route == "/v1/organization/costs" {
+        Some(Scopes::USAGE)
+    } else if route == "/v1/ledger/seal" {
+        Some(Scopes::ADMIN)
+    } else if under("/v1/ledger/") {
+        Some(Scopes::USAGE)
+    } else if under("/v1/organization/") {
+        Some(Scopes::ADMIN)
+    } else if under("/cluster/") || route == "/metrics" {
+        Some(Scopes::CLUSTER)
+    } else {
+        None
+    }
 }
 
 async fn index() -> &'static str {
@@ -96,17 +131,21 @@ async fn ready<B: Backend>(State(gateway): State<Arc<Gateway<B>>>) -> Response {
     ApiError::unavailable("No worker serves a model yet.").into_response()
 }
 
-async fn models<B: Backend>(State(gateway): State<Arc<Gateway<B>>>) -> Json<ModelList> {
-    Json(gateway.models())
+async fn models<B: Backend>(
+    State(gateway): State<Arc<Gateway<B>>>,
+    Extension(caller): Extension<Caller>,
+) -> Json<ModelList> {
+    Json(gateway.models(&caller))
 }
 
 /// The id may have slashes ("org/model").
 async fn model<B: Backend>(
     State(gateway): State<Arc<Gateway<B>>>,
     Path(id): Path<String>,
+    Extension(caller): Extension<Caller>,
 ) -> Result<Json<ModelCard>, ApiError> {
     gateway
-        .model(&id)
+        .model(&id, &caller)
         .map(Json)
         .ok_or_else(|| ApiError::model_not_found(&id))
 }

@@ -286,6 +286,18 @@ impl Purse {
         slice.spent_at_lease = slice.spent;
     }
 
+    /// The group prolongs this slice no more, because its budget's period is over: later requests get a new one. Those that
+    /// hold it go on and are posted to it, which the group takes until some time after its end.
+    pub fn ended(&mut self, budget_id: &str, slice_id: &str) {
+        if self.slices.get(budget_id).is_none_or(|slice| slice.id != slice_id) {
+            return;
+        }
+        let slice = self.slices.remove(budget_id);
+        if let Some(slice) = slice.filter(|slice| !slice.holders.is_empty()) {
+            self.over.insert(slice.id.clone(), slice);
+        }
+    }
+
     /// Requests that must stop now, because a slice they hold is about to end and was not prolonged. Told once. They are
     /// posted as always, with what was delivered.
     pub fn cut(&mut self, now_ms: u64) -> Vec<u64> {
@@ -433,5 +445,24 @@ mod tests {
         assert!(purse.asks(20_000).is_empty());
         assert!(purse.cut(28_000).is_empty());
         assert!(purse.slices.is_empty());
+    }
+
+    #[test]
+    fn a_slice_of_a_period_that_is_over_is_replaced_and_its_holders_go_on() {
+        let mut purse = Purse::new("m1", PurseConfig::default());
+        let budget = budgets(&["b"]);
+        assert!(purse.reserve(&budget, 10, 0).is_err());
+        let asks = grant(&mut purse, 0, 10, false);
+        let held = purse.reserve(&budget, 10, 1).unwrap();
+        purse.ended("b", "another");
+        assert_eq!(purse.slices.len(), 1);
+        purse.ended("b", &asks[0].slice_id);
+        assert!(purse.cut(1_000_000).is_empty());
+        assert!(purse.reserve(&budget, 10, 2).is_err());
+        let next = purse.asks(2);
+        assert_ne!(next[0].slice_id, asks[0].slice_id);
+        assert_eq!(next[0].want_nano, 10);
+        purse.post(&held, 10);
+        assert!(purse.over.is_empty());
     }
 }

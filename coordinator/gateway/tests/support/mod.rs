@@ -152,7 +152,7 @@ impl Backend for Mock {
             decode_worker_id: "decode-0".into(),
             prefill_worker_id: "prefill-0".into(),
             attempts: 1,
-        });
+        }, 1);
         tokio::spawn(async move {
             let finish = |reason: FinishReason, completion: usize| Finish {
                 reason: reason.into(),
