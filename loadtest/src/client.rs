@@ -179,10 +179,22 @@ impl Client {
         }
     }
 
+    /// Deletes something, and returns the answer's body.
+    ///
+    /// # Errors
+    /// Any status that is not a success, with the server's message.
+    pub async fn delete(&self, path: &str) -> Result<Bytes, Failure> {
+        self.change(Method::DELETE, path, Bytes::new()).await
+    }
+
     /// Posts a small JSON body and reads the small answer, whose status must be one of success.
     pub async fn post(&self, path: &str, body: impl Into<Bytes>) -> Result<Bytes, Failure> {
+        self.change(Method::POST, path, body.into()).await
+    }
+
+    async fn change(&self, method: Method, path: &str, body: Bytes) -> Result<Bytes, Failure> {
         let exchange = async {
-            let (response, _) = self.send(Method::POST, path, body.into()).await?;
+            let (response, _) = self.send(method, path, body).await?;
             let (status, body) = read_all(response, PLAIN_BODY_BYTES_MAX).await;
             match status.is_success() {
                 true => Ok(body),

@@ -50,7 +50,12 @@ impl ApiError {
     }
 
     /// Any other.
-    pub fn with(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: impl Into<String>) -> Self {
+    pub fn with(
+        status: StatusCode,
+        kind: &'static str,
+        code: Option<&'static str>,
+        message: impl Into<String>,
+    ) -> Self {
         Self::new(status, kind, code, message)
     }
 
@@ -66,7 +71,12 @@ impl ApiError {
     /// 403: the key's scopes do not cover the route.
     pub fn missing_scope(scope: &str) -> Self {
         let message = format!("You have insufficient permissions for this operation. Missing scope: {scope}.");
-        Self::new(StatusCode::FORBIDDEN, "invalid_request_error", Some("missing_scope"), message)
+        Self::new(
+            StatusCode::FORBIDDEN,
+            "invalid_request_error",
+            Some("missing_scope"),
+            message,
+        )
     }
 
     /// 403: the key's list of models leaves this one out.
@@ -75,7 +85,12 @@ impl ApiError {
         let message = format!("This API key does not have access to model `{shown}`.");
         Self {
             param: Some("model".into()),
-            ..Self::new(StatusCode::FORBIDDEN, "invalid_request_error", Some("model_not_found"), message)
+            ..Self::new(
+                StatusCode::FORBIDDEN,
+                "invalid_request_error",
+                Some("model_not_found"),
+                message,
+            )
         }
     }
 
@@ -93,7 +108,12 @@ impl ApiError {
     pub fn no_such(what: &str, id: &str) -> Self {
         let shown: String = id.chars().take(128).collect();
         let message = format!("No such {what}: {shown}.");
-        Self::new(StatusCode::NOT_FOUND, "invalid_request_error", Some("not_found"), message)
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "invalid_request_error",
+            Some("not_found"),
+            message,
+        )
     }
 
     /// 400, about the whole request.
@@ -270,7 +290,9 @@ impl From<StoreError> for ApiError {
                 let message = format!("Refused: {refused}.");
                 match refused {
                     Refused::Unknown { .. } => Self::with(StatusCode::NOT_FOUND, invalid, Some("not_found"), message),
-                    Refused::Invalid(_) | Refused::BelowZero { .. } | Refused::TooMany { .. } => Self::bad_request(message),
+                    Refused::Invalid(_) | Refused::BelowZero { .. } | Refused::TooMany { .. } => {
+                        Self::bad_request(message)
+                    }
                     _ => Self::with(StatusCode::CONFLICT, invalid, Some("conflict"), message),
                 }
             }

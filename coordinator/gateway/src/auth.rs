@@ -148,7 +148,9 @@ pub(crate) fn caller(
     if let Some(caller) = keys.and_then(|keys| keys.caller(headers)) {
         return Ok(caller);
     }
-    let token = headers.get(header::AUTHORIZATION).and_then(|value| bearer(value.as_bytes()));
+    let token = headers
+        .get(header::AUTHORIZATION)
+        .and_then(|value| bearer(value.as_bytes()));
     if let (Some(accounts), Some(token)) = (accounts, token) {
         match accounts.keys.presented(&*accounts.store, &sha256(token))? {
             Presented::Valid(account) => return Ok(Caller::of(account)),
@@ -161,7 +163,11 @@ pub(crate) fn caller(
         Some(accounts) => accounts.keys.has_admin(&*accounts.store)?,
         None => false,
     };
-    if closed { Err(ApiError::unauthorized()) } else { Ok(Caller::anonymous()) }
+    if closed {
+        Err(ApiError::unauthorized())
+    } else {
+        Ok(Caller::anonymous())
+    }
 }
 
 /// The hashes of the configured keys, each with its tenant.
@@ -172,7 +178,10 @@ impl Keys {
     /// `None` if no key is configured.
     pub fn new(config: &GatewayConfig) -> Option<Self> {
         let single = config.api_key.iter().map(|key| (key, Caller::operator()));
-        let tenants = config.tenants.iter().map(|tenant| (&tenant.api_key, Caller::tenant(&tenant.name)));
+        let tenants = config
+            .tenants
+            .iter()
+            .map(|tenant| (&tenant.api_key, Caller::tenant(&tenant.name)));
         let keys: Vec<_> = single
             .chain(tenants)
             .map(|(key, caller)| (*blake3::hash(key.as_bytes()).as_bytes(), caller))

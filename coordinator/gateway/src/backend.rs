@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use baton_proto::state::{Attempt, UsageRecord};
-use baton_state::bounds::ATTEMPTS_MAX;
 use baton_proto::worker;
+use baton_state::bounds::ATTEMPTS_MAX;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
@@ -259,13 +259,7 @@ impl Generation {
             cancel: Some(Box::new(cancel)),
             finished: false,
         };
-        (
-            GenerationSender {
-                events: sender,
-                track,
-            },
-            generation,
-        )
+        (GenerationSender { events: sender, track }, generation)
     }
 
     /// The next event; `None` after the finish, or if the backend went away without one. Cancel-safe.

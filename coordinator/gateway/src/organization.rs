@@ -46,7 +46,10 @@ pub(crate) fn routes<S: Clone + Send + Sync + 'static>(accounts: Option<&Arc<Acc
         .route("/v1/ledger/checkpoints", get(ledger::checkpoints))
         .route("/v1/ledger/seal", post(ledger::seal))
         .route("/v1/organization/projects", get(projects::list).post(projects::create))
-        .route("/v1/organization/projects/{project}", get(projects::get).post(projects::update))
+        .route(
+            "/v1/organization/projects/{project}",
+            get(projects::get).post(projects::update),
+        )
         .route("/v1/organization/projects/{project}/archive", post(projects::archive))
         .route(
             "/v1/organization/projects/{project}/api_keys",
@@ -97,9 +100,10 @@ impl Accounts {
 fn body<T>(body: Result<Json<T>, JsonRejection>, example: &str) -> Result<T, ApiError> {
     body.map(|Json(body)| body).map_err(|rejection| match rejection {
         JsonRejection::MissingJsonContentType(_) => ApiError::media_type(),
-        JsonRejection::JsonDataError(error) => {
-            ApiError::bad_request(format!("The body is wrong: {}. An example: {example}.", error.body_text()))
-        }
+        JsonRejection::JsonDataError(error) => ApiError::bad_request(format!(
+            "The body is wrong: {}. An example: {example}.",
+            error.body_text()
+        )),
         _ => ApiError::bad_request(format!("The body must be a JSON object such as {example}.")),
     })
 }
@@ -139,7 +143,8 @@ fn collect<T, K>(
 fn made_unix_s(id: &str) -> u64 {
     let (_, hex) = id.rsplit_once('_').unwrap_or(("", id));
     let ms = hex.get(..12).filter(|_| hex.len() == 32);
-    ms.and_then(|ms| u64::from_str_radix(ms, 16).ok()).map_or(0, |ms| ms / 1000)
+    ms.and_then(|ms| u64::from_str_radix(ms, 16).ok())
+        .map_or(0, |ms| ms / 1000)
 }
 
 /// A new time-ordered id.

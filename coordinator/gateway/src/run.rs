@@ -16,8 +16,8 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::api_error::ApiError;
 use crate::accounts::hold::Hold;
+use crate::api_error::ApiError;
 use crate::backend::{Backend, Generation, Track};
 use crate::metrics::{Counts, Metrics};
 use crate::reader::TokenReader;

@@ -62,7 +62,10 @@ impl Sealer {
     async fn register(&self, accounts: &Accounts, actor: &str) -> Result<(), StoreError> {
         let public_key = self.key.public_key();
         let known = view::member(&*accounts.tables()?, self.me.id)?;
-        if known.as_ref().is_some_and(|member| member.ledger_public_key == public_key[..]) {
+        if known
+            .as_ref()
+            .is_some_and(|member| member.ledger_public_key == public_key[..])
+        {
             return Ok(());
         }
         let member = Member {
@@ -150,7 +153,11 @@ async fn look(accounts: &Accounts) -> Result<(), StoreError> {
     let now_ms = now.at_unix_ms;
     let (time_ms, slices, unsealed) = {
         let tables = accounts.tables()?;
-        (view::time(&*tables)?, view::has_slices(&*tables)?, first_unsealed_ms(&*tables)?)
+        (
+            view::time(&*tables)?,
+            view::has_slices(&*tables)?,
+            first_unsealed_ms(&*tables)?,
+        )
     };
     if slices && time_ms.saturating_add(TIME_LAG_MS_MAX) < now_ms {
         accounts.propose(now).await?;

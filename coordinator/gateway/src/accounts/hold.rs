@@ -75,7 +75,9 @@ impl Hold {
             ..UsageRecord::default()
         };
         if let Some(account) = &caller.account {
-            hold.template.organization_id.clone_from(&account.project.organization_id);
+            hold.template
+                .organization_id
+                .clone_from(&account.project.organization_id);
             hold.template.project_id.clone_from(&account.project.id);
         }
         let Some(accounts) = accounts else {
@@ -114,7 +116,10 @@ impl Hold {
             return Ok(hold);
         };
         // A budget counts what is charged in its currency.
-        let budgets = account.budgets.iter().filter(|budget| budget.currency == price.currency);
+        let budgets = account
+            .budgets
+            .iter()
+            .filter(|budget| budget.currency == price.currency);
         let (hard, soft): (Vec<_>, Vec<_>) = budgets.partition(|budget| budget.hard);
         for budget in soft {
             hold.template.postings.push(Posting {
@@ -202,7 +207,9 @@ fn worst_case(price: &Price, prompt_tokens: u32, max_tokens: u32) -> Result<u64,
     let output = charge::amount(max_tokens, price.output_nano_per_mtok);
     match (prompt, output) {
         (Ok(prompt), Ok(output)) => Ok(prompt.saturating_add(output).saturating_add(ROUNDING_NANO)),
-        _ => Err(ApiError::bad_request("The request may cost more than can be counted; ask for fewer tokens.")),
+        _ => Err(ApiError::bad_request(
+            "The request may cost more than can be counted; ask for fewer tokens.",
+        )),
     }
 }
 

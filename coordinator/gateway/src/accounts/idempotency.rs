@@ -57,9 +57,7 @@ impl Claim {
     pub fn seed(&self, key_id: &str) -> u64 {
         let all = [&self.key_sha256[..], &self.request_sha256, key_id.as_bytes()].concat();
         let hash = sha256(&all);
-        u64::from_le_bytes([
-            hash[0], hash[1], hash[2], hash[3], hash[4], hash[5], hash[6], hash[7],
-        ])
+        u64::from_le_bytes([hash[0], hash[1], hash[2], hash[3], hash[4], hash[5], hash[6], hash[7]])
     }
 }
 
@@ -107,7 +105,8 @@ pub(crate) fn take(
         }
     };
     // After the key was taken: one that ends meanwhile has its row already.
-    let known = view::idempotency(&*store.tables()?, key_id, &claim.key_sha256).map_err(super::store::StoreError::from)?;
+    let known =
+        view::idempotency(&*store.tables()?, key_id, &claim.key_sha256).map_err(super::store::StoreError::from)?;
     match known {
         None => Ok((in_use, None)),
         Some(known) if known.request_sha256 == claim.request_sha256[..] => Ok((in_use, Some(known.request_id))),
@@ -116,7 +115,8 @@ pub(crate) fn take(
 }
 
 fn other_body(by: &str) -> ApiError {
-    let message = format!("This Idempotency-Key was used with another body, by {by}. Send a new key with a new request.");
+    let message =
+        format!("This Idempotency-Key was used with another body, by {by}. Send a new key with a new request.");
     conflict(StatusCode::UNPROCESSABLE_ENTITY, "idempotency_key_reused", message)
 }
 

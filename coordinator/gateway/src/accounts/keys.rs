@@ -89,7 +89,10 @@ impl KeyCache {
             let page = view::keys_after(&*tables, &after, view::PAGE_RECORDS_MAX)?;
             let Some(last) = page.last() else { break false };
             after.clone_from(&last.id);
-            if page.iter().any(|key| !key.revoked && key.scopes().any(|scope| scope == Scope::Admin)) {
+            if page
+                .iter()
+                .any(|key| !key.revoked && key.scopes().any(|scope| scope == Scope::Admin))
+            {
                 break true;
             }
         };

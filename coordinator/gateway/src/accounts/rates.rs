@@ -78,10 +78,29 @@ impl RateDesk {
         }
         let (rates, now) = (self.lock(), self.now());
         for (unit, names) in [
-            (Unit::Requests, ["x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests"]),
-            (Unit::Tokens, ["x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens"]),
+            (
+                Unit::Requests,
+                [
+                    "x-ratelimit-limit-requests",
+                    "x-ratelimit-remaining-requests",
+                    "x-ratelimit-reset-requests",
+                ],
+            ),
+            (
+                Unit::Tokens,
+                [
+                    "x-ratelimit-limit-tokens",
+                    "x-ratelimit-remaining-tokens",
+                    "x-ratelimit-reset-tokens",
+                ],
+            ),
         ] {
-            let Some(Allowance { limit, remaining, reset }) = rates.allowance(unit, &parties, now) else {
+            let Some(Allowance {
+                limit,
+                remaining,
+                reset,
+            }) = rates.allowance(unit, &parties, now)
+            else {
                 continue;
             };
             let values = [limit.to_string(), remaining.to_string(), shown(reset)];
@@ -128,7 +147,9 @@ fn shown(time: Duration) -> String {
     let (minutes, rest) = (ms / 60_000, ms % 60_000);
     let seconds = match rest % 1000 {
         0 => format!("{}s", rest / 1000),
-        part => format!("{}.{part:03}s", rest / 1000).replace("00s", "s").replace("0s", "s"),
+        part => format!("{}.{part:03}s", rest / 1000)
+            .replace("00s", "s")
+            .replace("0s", "s"),
     };
     if minutes == 0 {
         return seconds;
@@ -177,16 +198,29 @@ mod tests {
         };
         assert!(matches!(
             desk.admit(&account, 10, 1000, true),
-            Err(Limited::TooLarge { limit: 100, asked: 1010, .. })
+            Err(Limited::TooLarge {
+                limit: 100,
+                asked: 1010,
+                ..
+            })
         ));
         let charge = desk.admit(&account, 10, 1000, false).unwrap().unwrap();
         let mut headers = HeaderMap::new();
         desk.headers(&account, &mut headers);
         assert_eq!(headers["x-ratelimit-limit-tokens"], "100");
-        let remaining = |headers: &HeaderMap| headers["x-ratelimit-remaining-tokens"].to_str().unwrap().parse::<u64>().unwrap();
+        let remaining = |headers: &HeaderMap| {
+            headers["x-ratelimit-remaining-tokens"]
+                .to_str()
+                .unwrap()
+                .parse::<u64>()
+                .unwrap()
+        };
         assert!(remaining(&headers) < 10);
         assert!(!headers.contains_key("x-ratelimit-limit-requests"));
-        assert!(matches!(desk.admit(&account, 90, 1, true), Err(Limited::Wait { unit: Unit::Tokens, .. })));
+        assert!(matches!(
+            desk.admit(&account, 90, 1, true),
+            Err(Limited::Wait { unit: Unit::Tokens, .. })
+        ));
         desk.settle(charge, 15);
         desk.headers(&account, &mut headers);
         assert!(remaining(&headers) >= 85);

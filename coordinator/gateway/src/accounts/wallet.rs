@@ -117,7 +117,9 @@ impl Wallet {
                 asking.extend(inner.asks(now_ms).into_iter().map(|ask| self.ask(ask)));
                 inner.purse.next_due_ms()
             };
-            let wait_ms = next_ms.map_or(LOOK_AGAIN_MS, |next| next.saturating_sub(now_ms).clamp(10, LOOK_AGAIN_MS));
+            let wait_ms = next_ms.map_or(LOOK_AGAIN_MS, |next| {
+                next.saturating_sub(now_ms).clamp(10, LOOK_AGAIN_MS)
+            });
             tokio::select! {
                 Some(()) = asking.next() => {}
                 () = self.due.notified() => {}

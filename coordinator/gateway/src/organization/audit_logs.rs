@@ -37,7 +37,9 @@ pub(super) async fn list(Extension(accounts): Shared, Query(pairs): Query<Vec<(S
     let (gt, gte, lt, lte) = (bound("gt")?, bound("gte")?, bound("lt")?, bound("lte")?);
     let filter = Filter {
         from_s: gte.unwrap_or(0).max(gt.map_or(0, |gt| gt.saturating_add(1))),
-        to_s: lte.unwrap_or(u64::MAX).min(lt.map_or(u64::MAX, |lt| lt.saturating_sub(1))),
+        to_s: lte
+            .unwrap_or(u64::MAX)
+            .min(lt.map_or(u64::MAX, |lt| lt.saturating_sub(1))),
         types: params.list("event_types"),
         actors: params.list("actor_ids"),
         subjects: params.list("resource_ids"),
@@ -52,7 +54,9 @@ pub(super) async fn list(Extension(accounts): Shared, Query(pairs): Query<Vec<(S
         }
     };
     let found = accounts.read(move |tables| {
-        let mut last = view::audited(&*tables).map_err(StoreError::from)?.min(before.saturating_sub(1));
+        let mut last = view::audited(&*tables)
+            .map_err(StoreError::from)?
+            .min(before.saturating_sub(1));
         let oldest = last.saturating_sub(ROWS_MAX);
         let mut found = Vec::new();
         while last > oldest && found.len() <= limit {
@@ -81,7 +85,9 @@ impl Filter {
 fn kind(row: &AuditRow) -> &'static str {
     match row.action.as_str() {
         "put_project" => {
-            let command = Command::decode(row.command.as_ref()).ok().and_then(|command| command.kind);
+            let command = Command::decode(row.command.as_ref())
+                .ok()
+                .and_then(|command| command.kind);
             match command {
                 Some(Kind::PutProject(PutProject { project: Some(project) })) if project.archived => "project.archived",
                 _ => "project.updated",

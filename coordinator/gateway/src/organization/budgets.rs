@@ -31,7 +31,8 @@ pub(super) struct BudgetBody {
     hard: Option<bool>,
 }
 
-const EXAMPLE: &str = r#"{"project_id": "proj_1", "limit": "100.00", "currency": "USD", "period": "month", "hard": true}"#;
+const EXAMPLE: &str =
+    r#"{"project_id": "proj_1", "limit": "100.00", "currency": "USD", "period": "month", "hard": true}"#;
 
 /// `GET`.
 pub(super) async fn list(Extension(accounts): Shared, Query(pairs): Query<Vec<(String, String)>>) -> Answer {

@@ -3,7 +3,7 @@
 
 use axum::extract::rejection::JsonRejection;
 use axum::{Extension, Json};
-use baton_proto::state::{Correction, CorrectUsage, command::Kind};
+use baton_proto::state::{CorrectUsage, Correction, command::Kind};
 use baton_state::{Applied, view};
 use serde::Deserialize;
 use serde_json::json;

@@ -25,7 +25,10 @@ struct Grouping {
 /// The handler.
 pub(super) async fn costs(Extension(accounts): Shared, Query(pairs): Query<Vec<(String, String)>>) -> Answer {
     let mut params = Params::new(pairs)?;
-    if params.one::<String>("bucket_width", "1d")?.is_some_and(|width| width != "1d") {
+    if params
+        .one::<String>("bucket_width", "1d")?
+        .is_some_and(|width| width != "1d")
+    {
         return Err(ApiError::field("bucket_width", "`bucket_width` must be 1d."));
     }
     let mut grouping = Grouping::default();
@@ -54,7 +57,9 @@ pub(super) async fn costs(Extension(accounts): Shared, Query(pairs): Query<Vec<(
     Ok(Json(answer(report, |bucket| {
         // Without a currency no price held, and nothing was charged.
         let charged = bucket.groups.iter().filter(|(group, _)| !group.currency.is_empty());
-        charged.flat_map(|(group, sums)| results(group, sums, grouping)).collect()
+        charged
+            .flat_map(|(group, sums)| results(group, sums, grouping))
+            .collect()
     })))
 }
 
@@ -68,7 +73,9 @@ fn results(group: &Dimensions, sums: &Sums, grouping: Grouping) -> Vec<Value> {
         ("cached input", sums.cached_input_nano, sums.cached_tokens),
         ("output", sums.output_nano, sums.completion_tokens),
     ];
-    let used = classes.into_iter().filter(|(_, nano, tokens)| (*nano, *tokens) != (0, 0));
+    let used = classes
+        .into_iter()
+        .filter(|(_, nano, tokens)| (*nano, *tokens) != (0, 0));
     used.map(|(class, nano, tokens)| {
         let item = format!("{}, {class}", group.model);
         result(group, nano, Some((item, tokens)), grouping)

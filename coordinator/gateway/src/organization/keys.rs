@@ -70,7 +70,10 @@ async fn keys(
     let limit = params.limit(20, 100)?;
     let after = params.one::<String>("after", "a key's id")?.unwrap_or_default();
     let revoked = params.one("include_revoked", "true or false")?.unwrap_or(false);
-    if params.one::<String>("order", "asc")?.is_some_and(|order| order != "asc") {
+    if params
+        .one::<String>("order", "asc")?
+        .is_some_and(|order| order != "asc")
+    {
         return Err(ApiError::field("order", "`order` must be asc."));
     }
     params.end()?;
@@ -97,7 +100,9 @@ pub(super) async fn create(
     let new: KeyBody = body(json, EXAMPLE)?;
     let project = projects::find(&*accounts.store.tables()?, &project)?;
     if project.archived {
-        return Err(ApiError::bad_request("The project is archived; make the key in another."));
+        return Err(ApiError::bad_request(
+            "The project is archived; make the key in another.",
+        ));
     }
     let scopes = match &new.scopes {
         None => vec![Scope::Inference],
@@ -128,7 +133,15 @@ pub(super) async fn create_admin(
         let kind = Kind::PutProject(PutProject { project: Some(project) });
         accounts.change(&caller, kind).await?;
     }
-    make(&accounts, &caller, ADMIN_PROJECT.into(), vec![Scope::Admin], new, "sk-admin-").await
+    make(
+        &accounts,
+        &caller,
+        ADMIN_PROJECT.into(),
+        vec![Scope::Admin],
+        new,
+        "sk-admin-",
+    )
+    .await
 }
 
 async fn make(
@@ -141,7 +154,9 @@ async fn make(
 ) -> Answer {
     let name = new.name.ok_or_else(|| ApiError::field("name", "`name` is missing."))?;
     let mut random = [0; SECRET_BYTES];
-    SystemRandom::new().fill(&mut random).map_err(|_| ApiError::internal())?;
+    SystemRandom::new()
+        .fill(&mut random)
+        .map_err(|_| ApiError::internal())?;
     let secret = format!("{prefix}{}", baton_ledger::hex(&random));
     let hint = format!(
         "{}...{}",
@@ -202,13 +217,19 @@ pub(super) async fn revoke(
 }
 
 /// `DELETE …/admin_api_keys/{key}`.
-pub(super) async fn revoke_admin(Extension(accounts): Shared, Extension(caller): Calls, Path(id): Path<String>) -> Answer {
+pub(super) async fn revoke_admin(
+    Extension(accounts): Shared,
+    Extension(caller): Calls,
+    Path(id): Path<String>,
+) -> Answer {
     let key = find(&accounts, &id, is_admin)?;
     end(&accounts, &caller, key.id, "organization.admin_api_key.deleted").await
 }
 
 async fn end(accounts: &Accounts, caller: &Caller, id: String, object: &str) -> Answer {
-    accounts.change(caller, Kind::RevokeKey(RevokeKey { id: id.clone() })).await?;
+    accounts
+        .change(caller, Kind::RevokeKey(RevokeKey { id: id.clone() }))
+        .await?;
     Ok(Json(json!({"object": object, "id": id, "deleted": true})))
 }
 

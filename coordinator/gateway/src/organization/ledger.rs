@@ -55,11 +55,15 @@ pub(super) async fn checkpoints(Extension(accounts): Shared, Query(pairs): Query
     let has_more = found.len() > limit;
     found.truncate(limit);
     let found: Vec<CheckpointJson> = found.into_iter().map(CheckpointJson).collect();
-    Ok(Json(json!({"object": "ledger.checkpoints", "data": found, "has_more": has_more})))
+    Ok(Json(
+        json!({"object": "ledger.checkpoints", "data": found, "has_more": has_more}),
+    ))
 }
 
 /// `POST /v1/ledger/seal`: signs all rows so far.
 pub(super) async fn seal(Extension(accounts): Shared, Extension(caller): Calls) -> Answer {
     let sealed = accounts.store.seal(caller.actor()).await?;
-    Ok(Json(json!({"object": "ledger.seal", "checkpoint": sealed.map(CheckpointJson)})))
+    Ok(Json(
+        json!({"object": "ledger.seal", "checkpoint": sealed.map(CheckpointJson)}),
+    ))
 }

@@ -58,7 +58,10 @@ impl Params {
             None => Ok(()),
             Some(name) => {
                 let shown: String = name.chars().take(64).collect();
-                Err(ApiError::unsupported(&shown, format!("Unknown query parameter `{shown}`.")))
+                Err(ApiError::unsupported(
+                    &shown,
+                    format!("Unknown query parameter `{shown}`."),
+                ))
             }
         }
     }
@@ -69,7 +72,9 @@ mod tests {
     use super::*;
 
     fn params(pairs: &[(&str, &str)]) -> Params {
-        let pairs = pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        let pairs = pairs
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
         Params::new(pairs.collect()).unwrap()
     }
 

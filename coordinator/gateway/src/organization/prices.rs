@@ -43,7 +43,12 @@ pub(super) async fn list(Extension(accounts): Shared, Query(pairs): Query<Vec<(S
     params.end()?;
     let found = accounts.read(move |tables| {
         let next = |tables: &dyn Tables, after: &str| view::prices_after(tables, after, view::PAGE_RECORDS_MAX);
-        let keep = |price: Price| Ok(model.as_ref().is_none_or(|model| *model == price.model).then(|| shown(&price)));
+        let keep = |price: Price| {
+            Ok(model
+                .as_ref()
+                .is_none_or(|model| *model == price.model)
+                .then(|| shown(&price)))
+        };
         collect(&*tables, after, limit, next, |price| &price.id, keep)
     });
     Ok(Json(page(found.await?, limit, super::keys::id_of)))
@@ -72,7 +77,10 @@ pub(super) async fn create(
         service_tier: new.service_tier.unwrap_or_else(|| "default".into()),
         currency: new.currency.unwrap_or_else(|| "USD".into()),
         input_nano_per_mtok: input,
-        cached_input_nano_per_mtok: new.cached_input.as_ref().map_or(Ok(input), |it| amount("cached_input", it))?,
+        cached_input_nano_per_mtok: new
+            .cached_input
+            .as_ref()
+            .map_or(Ok(input), |it| amount("cached_input", it))?,
         output_nano_per_mtok: amount("output", &new.output)?,
         effective_from_unix_ms: from_ms,
         effective_to_unix_ms: new.effective_to_unix_ms.unwrap_or(0),

@@ -14,10 +14,7 @@ use crate::api_error::ApiError;
 use crate::run::unix_ms;
 
 /// The handler.
-pub(super) async fn completions(
-    Extension(accounts): Shared,
-    Query(pairs): Query<Vec<(String, String)>>,
-) -> Answer {
+pub(super) async fn completions(Extension(accounts): Shared, Query(pairs): Query<Vec<(String, String)>>) -> Answer {
     let mut params = Params::new(pairs)?;
     let (width, default, max) = match params.one::<String>("bucket_width", "a text")?.as_deref() {
         None | Some("1d") => (Width::Day, 7, 31),
@@ -25,7 +22,11 @@ pub(super) async fn completions(
         Some("1m") => (Width::Minute, 60, 1440),
         Some(_) => return Err(ApiError::field("bucket_width", "`bucket_width` must be 1m, 1h or 1d.")),
     };
-    let group_by = params.list("group_by").iter().map(|name| dimension(name)).collect::<Result<Vec<_>, _>>()?;
+    let group_by = params
+        .list("group_by")
+        .iter()
+        .map(|name| dimension(name))
+        .collect::<Result<Vec<_>, _>>()?;
     let mut query = query(&mut params, width, default, max)?;
     query.users = params.list("user_ids");
     query.models = params.list("models");
@@ -117,7 +118,11 @@ fn dimension(name: &str) -> Result<Dimension, ApiError> {
 
 /// The value of a group's field: null where it was not asked for, or where its rows have none.
 pub(super) fn field(name: &str, asked: bool) -> Value {
-    if asked && !name.is_empty() { name.into() } else { Value::Null }
+    if asked && !name.is_empty() {
+        name.into()
+    } else {
+        Value::Null
+    }
 }
 
 fn result(group: &Dimensions, sums: &Sums, group_by: &[Dimension]) -> Value {
