@@ -2,16 +2,16 @@
 //! registry wants. Deliberately holds no policy: who is lost is the registry's word, who gets work the router's.
 
 use crate::admission::Doors;
-use crate::link::{Link, Submission, Target};
+use crate::link::{Link, Target};
 use crate::metrics::{Metrics, RouterMetrics};
+use crate::placement::{Assignment, Placed};
 use crate::registry::{Effect, Registry, RegistryConfig};
-use crate::router::{Considered, Kind, Names, Pending, Routing, kind_of};
+use crate::router::{Considered, Kind, Names, Routing, kind_of};
 use crate::{CoordinatorConfig, CoordinatorError};
-use baton_gateway::Placement;
 use baton_identity::Identity;
 use baton_proto::cluster::{BlockEvents, CoordinatorOrder, Drain, Heartbeat, Register, coordinator_order};
 use baton_proto::state::{Command, RegisterWorker, RemoveWorker, command};
-use baton_proto::worker::{Finish, FinishReason, Generate, PrefillPeer};
+use baton_proto::worker::{Generate, PrefillPeer};
 use baton_raftstore::{Applied, RaftStore, RaftStoreError};
 use baton_router::{Ask, Choice, Estimate};
 use std::collections::HashMap;
@@ -61,14 +61,14 @@ pub(crate) struct Cluster {
 pub(crate) type LifeId = (String, u64);
 
 /// Where a request goes.
-struct Route {
-    decode: LifeId,
+pub(crate) struct Route {
+    pub(crate) decode: LifeId,
     prefill: Option<LifeId>,
     /// The prefill worker as the decode worker is told of it.
     peer: Option<PrefillPeer>,
     /// How the two name blocks.
-    kinds: (Kind, Option<Kind>),
-    estimate: Estimate,
+    pub(crate) kinds: (Kind, Option<Kind>),
+    pub(crate) estimate: Estimate,
 }
 
 /// The running side of one registration.
@@ -137,6 +137,10 @@ impl Cluster {
         &self.identity
     }
 
+    pub(crate) fn routing_metrics(&self) -> &RouterMetrics {
+        self.routing.metrics()
+    }
+
     #[cfg(test)]
     pub(crate) fn routing(&self) -> &Routing {
         &self.routing
@@ -164,7 +168,8 @@ impl Cluster {
         self.changes.subscribe()
     }
 
-    fn changed(&self) {
+    /// There may be room for a waiting request.
+    pub(crate) fn changed(&self) {
         self.changes.send_modify(|count| *count = count.wrapping_add(1));
         self.poll_doors();
     }
@@ -414,8 +419,7 @@ impl Cluster {
         avoid: &[LifeId],
     ) -> Result<Placed, PlaceError> {
         let started = Instant::now();
-        let kinds = Routing::kinds(self.registry().serving(model, self.now_ms()).map(|(worker, _)| worker));
-        let names = self.routing.names(kinds, &generate.cache_salt, &generate.prompt);
+        let names = self.names(model, &generate.cache_salt, &generate.prompt);
         let ask = Ask {
             prompt_tokens: generate.prompt.len(),
             max_tokens: generate.max_tokens as usize,
@@ -425,12 +429,11 @@ impl Cluster {
         let mut unreachable: Vec<LifeId> = Vec::new();
         loop {
             let route = self.route(model, &ask, &names, started, &tried, &unreachable)?;
+            if route.estimate.waits {
+                self.hint(&route, &generate.cache_salt, &generate.prompt);
+            }
             let (decode, prefill, peer) = (route.decode, route.prefill, route.peer);
-            let link = {
-                let lives = self.lives();
-                let life = lives.get(&decode.0).filter(|life| life.epoch == decode.1);
-                life.and_then(|life| life.link.clone())
-            };
+            let link = self.link(&decode);
             generate.prefill_peer = peer;
             match link.map(|link| link.submit(generate.clone())) {
                 Some(Ok(submission)) => {
@@ -460,7 +463,20 @@ impl Cluster {
         }
     }
 
-    fn route(
+    /// How each kind of worker that serves the model names the prompt's blocks.
+    pub(crate) fn names(&self, model: &str, salt: &[u8], prompt: &[u32]) -> Names {
+        let kinds = Routing::kinds(self.registry().serving(model, self.now_ms()).map(|(worker, _)| worker));
+        self.routing.names(kinds, salt, prompt)
+    }
+
+    /// The link to one life of a worker, if it stands.
+    pub(crate) fn link(&self, decode: &LifeId) -> Option<Link> {
+        let lives = self.lives();
+        let life = lives.get(&decode.0).filter(|life| life.epoch == decode.1);
+        life.and_then(|life| life.link.clone())
+    }
+
+    pub(crate) fn route(
         &self,
         model: &str,
         ask: &Ask,
@@ -530,70 +546,6 @@ impl Cluster {
         let registry = self.registry();
         let (worker, _) = registry.serving(model, self.now_ms()).next()?;
         Some(baton_ledger::hex(&worker.register.model_digest))
-    }
-}
-
-/// A request on a worker. Dropping it cancels it there and gives its place back.
-pub(crate) struct Placed {
-    pub(crate) submission: Submission,
-    pub(crate) decode: Assignment,
-    /// Dropped when the first token shows that the prompt is computed.
-    prefill: Option<Assignment>,
-    pending: Option<Pending>,
-    predicted_cached_tokens: usize,
-    routing: Routing,
-}
-
-impl Placed {
-    /// Tokens came: the prompt is computed.
-    pub(crate) fn first_token(&mut self) {
-        self.prefill = None;
-        if let Some(pending) = self.pending.take() {
-            pending.first_token();
-        }
-    }
-
-    /// The worker said how it ended.
-    pub(crate) fn finished(&self, finish: &Finish) {
-        if matches!(finish.reason(), FinishReason::Stop | FinishReason::Length) {
-            self.routing
-                .finished(self.predicted_cached_tokens, finish.cached_tokens);
-        }
-    }
-
-    pub(crate) fn placement(&self, attempts: u32) -> Placement {
-        Placement {
-            decode_worker_id: self.decode.worker.0.clone(),
-            prefill_worker_id: self.prefill.as_ref().map(|a| a.worker.0.clone()).unwrap_or_default(),
-            attempts,
-        }
-    }
-}
-
-/// A place in a worker's load, given back on drop.
-pub(crate) struct Assignment {
-    cluster: Arc<Cluster>,
-    pub(crate) worker: LifeId,
-    prefill: bool,
-}
-
-impl Assignment {
-    fn new(cluster: &Arc<Cluster>, worker: LifeId, prefill: bool) -> Self {
-        cluster.registry().assigned(&worker.0, worker.1, prefill);
-        Self {
-            cluster: cluster.clone(),
-            worker,
-            prefill,
-        }
-    }
-}
-
-impl Drop for Assignment {
-    fn drop(&mut self) {
-        self.cluster
-            .registry()
-            .released(&self.worker.0, self.worker.1, self.prefill);
-        self.cluster.changed();
     }
 }
 

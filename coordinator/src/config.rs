@@ -48,6 +48,9 @@ pub struct CoordinatorConfig {
     /// milliseconds.
     #[serde(default = "default_worker_wait_ms")]
     pub worker_wait_ms: u64,
+    /// Whether a worker is told to read a prompt's blocks from its disk or the object store while the request still waits.
+    #[serde(default = "default_read_ahead")]
+    pub read_ahead: bool,
     /// Who is let in when there is more to do than can be done; see `docs/admission.md`.
     #[serde(default)]
     pub admission: baton_admission::AdmissionConfig,
@@ -115,6 +118,7 @@ impl CoordinatorConfig {
             lost_after_ms: default_lost_after_ms(),
             requests_per_worker_max: default_requests_per_worker_max(),
             worker_wait_ms: default_worker_wait_ms(),
+            read_ahead: default_read_ahead(),
             admission: baton_admission::AdmissionConfig::default(),
             log_entries_keep: default_log_entries_keep(),
             api_key: None,
@@ -191,6 +195,9 @@ fn default_requests_per_worker_max() -> u32 {
 }
 fn default_worker_wait_ms() -> u64 {
     10_000
+}
+fn default_read_ahead() -> bool {
+    true
 }
 fn default_log_entries_keep() -> u64 {
     4096

@@ -22,6 +22,8 @@ mod error;
 mod link;
 mod mailbox;
 mod metrics;
+mod placement;
+mod read_ahead;
 pub mod registry;
 mod request;
 mod router;

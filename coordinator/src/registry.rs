@@ -444,6 +444,8 @@ fn tier_status(tiers: &KvTiers) -> KvTiersStatus {
             writes_total: usage.writes_total,
             dropped_total: usage.dropped_total,
             broken_total: usage.broken_total,
+            // Whole bytes are plenty; a float beyond the range saturates.
+            load_bytes_per_s: usage.load_bytes_per_s as u64,
         })
     };
     KvTiersStatus {
@@ -455,6 +457,10 @@ fn tier_status(tiers: &KvTiers) -> KvTiersStatus {
         loads_total: tiers.loads_total,
         expired_total: tiers.expired_total,
         load_us_total: tiers.load_us_total,
+        ahead_read_total: tiers.ahead_read_total,
+        ahead_hits_total: tiers.ahead_hits_total,
+        ahead_wasted_total: tiers.ahead_wasted_total,
+        ahead_refused_total: tiers.ahead_refused_total,
     }
 }
 

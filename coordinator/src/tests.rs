@@ -6,6 +6,7 @@ mod drain;
 mod fake_worker;
 mod hangs;
 mod lives;
+mod read_ahead;
 mod requests;
 mod routing;
 mod whole;

@@ -16,7 +16,7 @@ use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::oneshot;
 
 /// Proposals and messages that may wait for the thread: many fsyncs' worth, and far more than requests end at once.
@@ -147,8 +147,11 @@ impl RaftStore {
 
     /// Proposes a command and waits until it is durable, committed and applied here. Dropping the future does not take
     /// the command back. Repeating a `SettleUsage` or a `RemoveWorker` after an error is safe; repeating a
-    /// `RegisterWorker` gives a newer epoch.
-    pub async fn propose(&self, command: Command) -> Result<Applied, RaftStoreError> {
+    /// `RegisterWorker` gives a newer epoch. A command without a time gets this machine's.
+    pub async fn propose(&self, mut command: Command) -> Result<Applied, RaftStoreError> {
+        if command.at_unix_ms == 0 {
+            command.at_unix_ms = unix_ms();
+        }
         let (sender, answer) = oneshot::channel();
         match self
             .shared
@@ -369,4 +372,10 @@ impl Runner {
         status.applied_index = self.node.applied();
         status.first_index = self.node.first_index();
     }
+}
+
+/// Milliseconds of Unix time.
+fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

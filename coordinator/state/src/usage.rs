@@ -3,9 +3,10 @@
 
 use crate::bounds::{self, ATTEMPTS_MAX};
 use crate::calendar::TIME_MAX_UNIX_MS;
+use crate::fault::Fault;
 use crate::keys;
 use crate::machine::{Handled, Machine, Stop};
-use crate::outcome::{Applied, Fault, Refused};
+use crate::outcome::{Applied, Refused};
 use crate::postings::{self, Plan};
 use crate::tables::TablesMut as _;
 use crate::{aggregates, idempotency, prices, rows, view};

@@ -233,6 +233,7 @@ mod tests {
     #[test]
     fn events_become_what_is_true_after_them() {
         let gone = |n| BlockEvent::Evicted {
+            parent: [0; 16],
             hash: hash(n),
             block: 0,
         };

@@ -131,7 +131,11 @@ fn look_up(store: &dyn AccountStore, sha256: &[u8; 32]) -> Result<Presented, Sto
         Access::Granted { key, project } => {
             let mut budgets = view::budgets_of(&*tables, &project.id, "")?;
             budgets.extend(view::budgets_of(&*tables, &project.id, &key.id)?);
-            Presented::Valid(Arc::new(Account { key, project, budgets }))
+            Presented::Valid(Arc::new(Account {
+                key: *key,
+                project: *project,
+                budgets,
+            }))
         }
         Access::Unknown => Presented::Unknown,
         Access::Revoked => Presented::Refused("was revoked"),

@@ -312,3 +312,23 @@ fn leases_are_bounded() {
         }
     ));
 }
+
+/// What is over does not depend on how far the clearing is.
+#[test]
+fn a_slice_that_waits_to_be_cleared_is_over() {
+    let mut bench = Bench::new();
+    bench.run(budget("b", 6_000_000, true, Period::Total)).unwrap();
+    for i in 0..6 {
+        leased(&mut bench, &format!("s{i}"), 1_000_000, 1000);
+    }
+    bench.now_ms += 1000 + SLICE_GRACE_MS;
+    let mut used = record("r", 1);
+    used.postings = vec![posting("b", "s5", 900_000)];
+    bench.run(settle(used)).unwrap();
+    assert!(view::slice(&bench.tables, "b", "s5").unwrap().is_some());
+    assert_eq!(
+        view::usage(&bench.tables, "r").unwrap().unwrap().record.status(),
+        UsageStatus::Expired
+    );
+    check(&bench.tables);
+}

@@ -105,7 +105,7 @@ fn members_and_deployments_are_put_once_and_audited() {
     }
     assert_eq!(
         view::deployments_after(&bench.tables, "", 9).unwrap(),
-        [deployment.clone()]
+        std::slice::from_ref(&deployment)
     );
     for removed in [true, false] {
         let command = Kind::RemoveMember(RemoveMember { id: 1 });

@@ -11,9 +11,9 @@ pub enum Access {
     /// It is valid. Scopes, models and limits are for the caller to hold against the request.
     Granted {
         /// The key.
-        key: ApiKey,
+        key: Box<ApiKey>,
         /// Its project.
-        project: Project,
+        project: Box<Project>,
     },
     /// No key has this hash.
     Unknown,
@@ -42,7 +42,10 @@ pub fn access(tables: &(impl Tables + ?Sized), sha256: &[u8], now_unix_ms: u64) 
     if project.archived {
         return Ok(Access::Archived);
     }
-    Ok(Access::Granted { key, project })
+    Ok(Access::Granted {
+        key: Box::new(key),
+        project: Box::new(project),
+    })
 }
 
 /// A project.
