@@ -53,11 +53,11 @@ pub(crate) struct Accounts {
 
 impl Accounts {
     /// Starts the task that keeps slices and rates going; it ends with `over`.
-    pub fn start(store: Arc<dyn AccountStore>, over: CancellationToken) -> Arc<Self> {
+    pub fn start(store: Arc<dyn AccountStore>, budget_lease_ms: u64, over: CancellationToken) -> Arc<Self> {
         let accounts = Arc::new(Self {
             keys: KeyCache::default(),
             rates: RateDesk::default(),
-            wallet: Wallet::new(store.clone()),
+            wallet: Wallet::new(store.clone(), budget_lease_ms),
             in_flight: Arc::default(),
             own: Mutex::default(),
             store,

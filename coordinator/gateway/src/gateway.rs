@@ -95,7 +95,9 @@ impl<B: Backend> Gateway<B> {
             });
         }
         let over = CancellationToken::new();
-        let accounts = backend.accounts().map(|store| Accounts::start(store, over.clone()));
+        let accounts = backend
+            .accounts()
+            .map(|store| Accounts::start(store, config.budget_lease_ms, over.clone()));
         let mut registry = prometheus_client::registry::Registry::default();
         backend.register_metrics(&mut registry);
         let ledger = Ledger {

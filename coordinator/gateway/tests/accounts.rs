@@ -361,6 +361,51 @@ async fn a_member_that_is_cut_off_spends_nothing_it_does_not_have() {
 }
 
 #[tokio::test]
+async fn a_running_request_is_stopped_when_its_money_cannot_be_kept_aside() {
+    let backend = std::sync::Arc::new(support::MockBackend::default());
+    let store = std::sync::Arc::new(support::memory_store::MemoryStore::default());
+    assert!(backend.store.set(store.clone()).is_ok());
+    let config = baton_gateway::GatewayConfig {
+        api_key: Some(OPERATOR.into()),
+        budget_lease_ms: 2400,
+        ..Default::default()
+    };
+    let gateway = TestGateway::over(config, backend).await;
+    price(&gateway).await;
+    let (project, _, secret) = gateway.project_key(json!({}), json!({})).await;
+    let budget = budget(&gateway, &project, "1").await;
+    // It goes on past several leases while the group answers.
+    gateway.backend.script(Script::SayThenHang(ids("ab")));
+    let bearer = format!("Bearer {secret}");
+    let headers = [("authorization", bearer.as_str()), ("content-type", "application/json")];
+    let mut wire = gateway.connect().await;
+    let stream = hi(json!({"stream": true, "max_tokens": 60}));
+    wire.send("POST", CHAT, &headers, stream.to_string().as_bytes()).await;
+    wire.read_until("ab").await;
+    tokio::time::sleep(Duration::from_millis(2600)).await;
+    assert!(store.count("LeaseSlice") >= 3, "{}", store.count("LeaseSlice"));
+    assert_eq!(gateway.backend.cancelled.load(Ordering::SeqCst), 0);
+    store.cut_off.store(true, Ordering::SeqCst);
+    wire.read_until("budget").await;
+    store.cut_off.store(false, Ordering::SeqCst);
+    let settled = |_: &support::MockBackend| view::settled(&store.view()).unwrap() == 1;
+    gateway.backend.until("the row", settled).await;
+
+    // What was delivered is charged to the slice that was set aside for it.
+    let row = view::row(&store.view(), 1).unwrap().unwrap();
+    let charged = baton_ledger::charge::total(&row.charge.unwrap());
+    let Some(Body::Usage(record)) = row.body else {
+        panic!("usage")
+    };
+    assert_eq!((record.status(), record.completion_tokens), (UsageStatus::Failed, 2));
+    assert!(charged > 0);
+    assert_eq!(
+        view::window(&store.view(), &budget, 0).unwrap().unwrap().posted_nano,
+        charged
+    );
+}
+
+#[tokio::test]
 async fn rates_are_told_and_kept() {
     let (gateway, _) = TestGateway::with_accounts().await;
     let (_, _, secret) = gateway

@@ -82,13 +82,19 @@ impl Drop for Held {
 }
 
 impl Wallet {
-    pub fn new(store: Arc<dyn AccountStore>) -> Self {
+    pub fn new(store: Arc<dyn AccountStore>, lease_ms: u64) -> Self {
+        let config = PurseConfig {
+            lease_ms,
+            prolong_ms: lease_ms / 2,
+            margin_ms: lease_ms / 15,
+            ..PurseConfig::default()
+        };
         // Unique among members, and among the lives of one.
         let name = format!("{}-{}", store.member_id(), Uuid::now_v7().simple());
         Self {
             store,
             inner: Mutex::new(Inner {
-                purse: Purse::new(name, PurseConfig::default()),
+                purse: Purse::new(name, config),
                 holders: HashMap::new(),
                 wanted: BTreeMap::new(),
             }),
