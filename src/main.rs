@@ -7,6 +7,7 @@
 mod accounts;
 mod cli;
 mod config_file;
+mod coordinators;
 mod demo;
 mod drain;
 mod ledger;
@@ -14,6 +15,7 @@ mod model_dir;
 mod prices;
 mod process;
 mod serve;
+mod snapshot;
 mod status;
 mod telemetry;
 mod up;
@@ -26,6 +28,8 @@ fn main() -> ExitCode {
         cli::Command::Up(args) => up::run(*args),
         cli::Command::Coordinator(args) => serve::coordinator(&args),
         cli::Command::Worker(args) => serve::worker(&args),
+        cli::Command::Coordinators(args) => coordinators::run(&args.action),
+        cli::Command::Snapshot(args) => snapshot::run(&args.action),
         cli::Command::Status(args) => status::run(&args),
         cli::Command::Drain(args) => drain::run(&args),
         cli::Command::Ledger(command) => ledger::run(&command),

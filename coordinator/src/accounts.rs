@@ -13,13 +13,17 @@ use baton_proto::state::command::Kind;
 use baton_proto::state::{Checkpoint, Command, SettleUsage, UsageRecord, UsageStatus};
 use baton_raftstore::{RaftStore, RaftStoreError};
 use baton_state::{Applied, Refused};
+use tokio::time::Instant;
 
 pub(crate) use seals::{Sealer, keep};
 
-/// Attempts when the store says that trying again may help.
-const ATTEMPTS_MAX: u32 = 3;
-/// Pause between them.
-const PAUSE: Duration = Duration::from_millis(100);
+/// Longest time for a command to be committed, elections included: several of them, each at most twice the election timeout,
+/// and less than a client waits for the end of a stream that it has.
+const PROPOSE_MAX: Duration = Duration::from_secs(20);
+/// Longest wait for one attempt. A proposal that was forwarded to a leader that died is answered by nobody.
+const ATTEMPT_MAX: Duration = Duration::from_secs(1);
+/// Pause between attempts, which an election needs anyway.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// See the module.
 pub(crate) struct Accounts {
@@ -37,20 +41,27 @@ impl Accounts {
         })
     }
 
-    /// Proposes, again where that may help and cannot hurt: every command of this module may be repeated.
+    /// Proposes, again where that may help: every command of this module may be repeated, and changes nothing the second
+    /// time. Elections included.
     async fn propose_again(&self, command: Command) -> Result<Applied, StoreError> {
-        let mut attempt = 1;
+        let deadline = Instant::now() + PROPOSE_MAX;
         loop {
-            match self.store.propose(command.clone()).await {
-                Ok(applied) => return Ok(applied),
-                Err(
+            let attempt = tokio::time::timeout(ATTEMPT_MAX, self.store.propose(command.clone())).await;
+            let reason = match attempt {
+                Ok(Ok(applied)) => return Ok(applied),
+                Ok(Err(
                     error @ (RaftStoreError::NoLeader
                     | RaftStoreError::LeaderChanged
+                    | RaftStoreError::Timeout { .. }
                     | RaftStoreError::Overloaded { .. }),
-                ) if attempt < ATTEMPTS_MAX => tracing::warn!(attempt, %error, "proposing again"),
-                Err(error) => return Err(store_error(error)),
+                )) => error.to_string(),
+                Ok(Err(error)) => return Err(store_error(error)),
+                Err(_) => format!("no answer within {ATTEMPT_MAX:?}"),
+            };
+            if Instant::now() + PAUSE >= deadline {
+                return Err(StoreError::Unavailable(reason));
             }
-            attempt += 1;
+            tracing::warn!(%reason, "proposing again");
             tokio::time::sleep(PAUSE).await;
         }
     }

@@ -4,7 +4,10 @@ use crate::accounts::Accounts;
 use crate::admission::refused;
 use crate::cluster::{Cluster, DrainError, PlaceError};
 use crate::request::{Running, first_generate};
-use baton_gateway::{AccountStore, Backend, BackendError, ClusterSnapshot, Generation, Job, ModelInfo, WorkerStatus};
+use baton_gateway::{
+    AccountStore, Backend, BackendError, ClusterSnapshot, CoordinatorGroup, Generation, GroupChange, Job, ModelInfo,
+    WorkerStatus,
+};
 use baton_proto::state::UsageRecord;
 use std::sync::Arc;
 use std::time::Duration;
@@ -69,6 +72,33 @@ impl Backend for ClusterBackend {
 
     fn accounts(&self) -> Option<Arc<dyn AccountStore>> {
         Some(self.1.clone())
+    }
+
+    fn has_quorum(&self) -> bool {
+        self.0.group.has_leader()
+    }
+
+    async fn coordinators(&self) -> Result<CoordinatorGroup, BackendError> {
+        let report = self.0.group.report().await;
+        report.map_err(|error| BackendError::Unavailable {
+            reason: error.to_string(),
+        })
+    }
+
+    async fn change_group(&self, change: GroupChange) -> Result<(), BackendError> {
+        self.0.group.change(change).await
+    }
+
+    fn save_snapshot(&self, to: &mut dyn std::io::Write) -> Result<(), BackendError> {
+        let info = self.0.store.save(to).map_err(|error| BackendError::Unavailable {
+            reason: error.to_string(),
+        })?;
+        tracing::info!(
+            applied_index = info.applied_index,
+            bytes = info.bytes,
+            "a backup was taken"
+        );
+        Ok(())
     }
 
     fn snapshot(&self) -> ClusterSnapshot {

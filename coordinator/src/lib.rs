@@ -19,6 +19,7 @@ mod cluster;
 mod cluster_service;
 mod config;
 mod error;
+mod group;
 mod link;
 mod mailbox;
 mod metrics;
@@ -29,9 +30,12 @@ mod request;
 mod router;
 mod server;
 
-pub use config::{CoordinatorConfig, ModelConfig, RoutingMode};
+pub use config::{CoordinatorConfig, MemberConfig, ModelConfig, RoutingMode};
 pub use error::CoordinatorError;
 pub use server::{Ready, run};
+
+/// What brings a backup back: see `baton snapshot restore`.
+pub use baton_raftstore::{BackupInfo, RaftStoreError, restore};
 
 #[cfg(test)]
 mod tests;

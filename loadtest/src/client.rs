@@ -187,6 +187,28 @@ impl Client {
         self.change(Method::DELETE, path, Bytes::new()).await
     }
 
+    /// Fetches a resource of any length into `to`; the request's time limit is that of each piece. Returns its length.
+    pub async fn download(&self, path: &str, to: &mut impl std::io::Write) -> Result<u64, Failure> {
+        let late = |_| Failure::new(FailureKind::Timeout, "no answer in time");
+        let sent = timeout(self.request_timeout, self.send(Method::GET, path, Bytes::new())).await;
+        let (response, _connection) = sent.map_err(late)??;
+        if response.status() != StatusCode::OK {
+            let (status, body) = read_all(response, ERROR_BODY_BYTES_MAX).await;
+            return Err(status_failure(status, &body));
+        }
+        let mut body = response.into_body();
+        let mut bytes = 0;
+        while let Some(frame) = timeout(self.request_timeout, body.frame()).await.map_err(late)? {
+            let frame = frame.map_err(|e| Failure::new(FailureKind::Cut, format!("the stream broke: {e}")))?;
+            if let Some(data) = frame.data_ref() {
+                to.write_all(data)
+                    .map_err(|e| Failure::new(FailureKind::Cut, format!("it cannot be written: {e}")))?;
+                bytes += data.len() as u64;
+            }
+        }
+        Ok(bytes)
+    }
+
     /// Posts a small JSON body and reads the small answer, whose status must be one of success.
     pub async fn post(&self, path: &str, body: impl Into<Bytes>) -> Result<Bytes, Failure> {
         self.change(Method::POST, path, body.into()).await

@@ -14,10 +14,12 @@ use crate::api_error::ApiError;
 use crate::auth::{self, Caller, Scopes};
 use crate::backend::{Backend, WorkerStatus};
 use crate::chat;
+use crate::coordinators;
 use crate::drain;
 use crate::gateway::Gateway;
 use crate::organization;
 use crate::response::{ModelCard, ModelList};
+use crate::snapshot;
 use crate::trace::RequestNames;
 
 /// Open without a key: load balancers and orchestrators ask them, and they tell nothing but yes or no.
@@ -27,10 +29,15 @@ const INDEX: &str = "baton: an OpenAI-compatible API.\n\n\
     POST /v1/chat/completions   chat, whole or streamed (\"stream\": true)\n\
     GET  /v1/models             the models served here\n\
     GET  /health                is this process alive?\n\
-    GET  /ready                 does a worker serve a model?\n\
+    GET  /ready                 can requests be taken?\n\
     GET  /metrics               Prometheus metrics\n\
     GET  /cluster/workers       the workers, as JSON\n\
-    POST /cluster/workers/{id}/drain   take a worker out of service\n\n\
+    POST /cluster/workers/{id}/drain   take a worker out of service\n\
+    GET  /cluster/coordinators  the coordinators, as JSON\n\
+    POST /cluster/coordinators  take a coordinator in\n\
+    POST /cluster/coordinators/{id}/remove take one out\n\
+    POST /cluster/coordinators/transfer    let another one lead\n\
+    GET  /cluster/snapshot      a backup of the coordinators' state\n\n\
     GET  /v1/organization/usage/completions, /v1/organization/costs        what was used, and what it cost\n\
     GET  /v1/ledger/rows, /v1/ledger/checkpoints                           every request, gap-free\n\
     /v1/organization/projects, /admin_api_keys, /prices, /budgets, ...     administration\n";
@@ -48,6 +55,13 @@ pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>) -> Router {
         .route("/cluster/workers", get(workers::<B>))
         .route("/cluster/workers/{id}/drain", post(drain::drain::<B>))
         .merge(organization::routes(gateway.accounts.as_ref()))
+        .route(
+            "/cluster/coordinators",
+            get(coordinators::list::<B>).post(coordinators::add::<B>),
+        )
+        .route("/cluster/coordinators/transfer", post(coordinators::transfer::<B>))
+        .route("/cluster/coordinators/{id}/remove", post(coordinators::remove::<B>))
+        .route("/cluster/snapshot", get(snapshot::save::<B>))
         .fallback(unknown)
         .method_not_allowed_fallback(wrong_method)
         .layer(middleware::from_fn_with_state(gateway.clone(), envelope::<B>))
@@ -67,7 +81,8 @@ async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut reques
     } else {
         auth::caller(gateway.keys.as_ref(), gateway.accounts.as_ref(), request.headers())
     };
-    let caller = caller.and_then(|caller| match needed(&route) {
+    let needed = needed(request.method(), &route);
+    let caller = caller.and_then(|caller| match needed {
         Some(scope) if !caller.scopes.hold(scope) => Err(ApiError::missing_scope(scope.name())),
         _ => Ok(caller),
     });
@@ -97,7 +112,7 @@ async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut reques
 }
 
 /// What a route needs of a key. The list of models is for all.
-fn needed(route: &str) -> Option<Scopes> {
+fn needed(method: &Method, route: &str) -> Option<Scopes> {
     let under = |prefix: &str| route.starts_with(prefix);
     if under("/v1/chat/") {
         Some(Scopes::INFERENCE)
@@ -108,6 +123,9 @@ fn needed(route: &str) -> Option<Scopes> {
     } else if under("/v1/ledger/") {
         Some(Scopes::USAGE)
     } else if under("/v1/organization/") {
+        Some(Scopes::ADMIN)
+    } else if route == "/cluster/snapshot" || (under("/cluster/coordinators") && method != Method::GET) {
+        // Who has the whole state, or the group, has everything.
         Some(Scopes::ADMIN)
     } else if under("/cluster/") || route == "/metrics" {
         Some(Scopes::CLUSTER)
@@ -125,10 +143,10 @@ async fn health() -> &'static str {
 }
 
 async fn ready<B: Backend>(State(gateway): State<Arc<Gateway<B>>>) -> Response {
-    if gateway.ready() {
-        return "ready\n".into_response();
+    match gateway.missing() {
+        None => "ready\n".into_response(),
+        Some(missing) => ApiError::unavailable(missing).into_response(),
     }
-    ApiError::unavailable("No worker serves a model yet.").into_response()
 }
 
 async fn models<B: Backend>(

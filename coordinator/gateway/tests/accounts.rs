@@ -157,6 +157,7 @@ async fn keys_open_what_they_may_and_nothing_else() {
         "/v1/ledger/rows",
         "/metrics",
         "/cluster/workers",
+        "/cluster/snapshot",
     ] {
         let answer = ask(&secret, "GET", path, Value::Null).await;
         assert_eq!(

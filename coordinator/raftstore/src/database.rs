@@ -17,6 +17,9 @@ pub(crate) const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta
 /// The state machine's tables: see `baton_state::keys`.
 pub(crate) const STATE: TableDefinition<&[u8], &[u8]> = TableDefinition::new("state");
 
+/// A snapshot that is being received, before it takes the place of [`STATE`].
+pub(crate) const STAGING: TableDefinition<&[u8], &[u8]> = TableDefinition::new("staging");
+
 /// Keys of [`META`].
 pub(crate) mod meta {
     pub(crate) const FORMAT: &str = "format";
@@ -29,7 +32,7 @@ pub(crate) mod meta {
 }
 
 /// Format of the file; raised when older code would misread it.
-pub(crate) const FORMAT: u64 = 2;
+pub(crate) const FORMAT: u64 = 3;
 /// Page cache of the store in bytes: the working set is the log's tail, the ends of two trees and the upper pages of a
 /// third. What is not in it is mostly in the kernel's.
 const CACHE_BYTES: usize = 8 << 20;

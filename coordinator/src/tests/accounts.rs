@@ -8,10 +8,11 @@ use baton_ledger::checkpoint;
 use baton_proto::cluster::Role;
 use baton_proto::state::command::Kind;
 use baton_proto::state::{
-    Budget, LeaseSlice, Member, Period, Posting, Price, Project, PutBudget, PutPrice, PutProject, UsageRecord,
-    UsageStatus, ledger_row::Body,
+    ApiKey, Budget, LeaseSlice, Member, Period, Posting, Price, Project, PutBudget, PutKey, PutPrice, PutProject,
+    RevokeKey, Scope, UsageRecord, UsageStatus, ledger_row::Body,
 };
-use baton_state::{Applied, view};
+use baton_state::Applied;
+use baton_state::view::{self, Access};
 
 async fn put(coordinator: &Coordinator, kind: Kind) -> Applied {
     coordinator.accounts.propose(command("test", kind)).await.unwrap()
@@ -228,4 +229,84 @@ async fn a_closed_store_is_an_error_and_not_a_hang() {
     let settled = coordinator.backend.settle(record("r", String::new())).await;
     assert!(settled.unwrap_err().to_string().contains("could not be committed"));
     until("nothing", || true).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn any_member_administers_and_all_abide() {
+    let group = Coordinator::start_group(|_| {}).await;
+    let leads = super::group::leader(&group).await;
+    let (second, third) = (&group[(leads + 1) % 3], &group[(leads + 2) % 3]);
+
+    // A key made through a follower is known to all, and refused by all once another member has revoked it.
+    let project = Project {
+        id: "p".into(),
+        ..Project::default()
+    };
+    put(second, Kind::PutProject(PutProject { project: Some(project) })).await;
+    let key = ApiKey {
+        id: "k".into(),
+        sha256: vec![7; 32].into(),
+        project_id: "p".into(),
+        scopes: vec![Scope::Inference.into()],
+        ..ApiKey::default()
+    };
+    put(second, Kind::PutKey(PutKey { key: Some(key) })).await;
+    let access = |member: &Coordinator| view::access(&*member.accounts.tables().unwrap(), &[7; 32], 0).unwrap();
+    for member in &group {
+        until("the key is known", || matches!(access(member), Access::Granted { .. })).await;
+    }
+    put(third, Kind::RevokeKey(RevokeKey { id: "k".into() })).await;
+    assert_eq!(access(third), Access::Revoked, "at once where it was revoked");
+    for member in &group {
+        until("the key is revoked", || access(member) == Access::Revoked).await;
+    }
+
+    // Members that ask at once for more of a hard budget than there is get what there is, together.
+    let budget = Budget {
+        id: "b".into(),
+        project_id: "p".into(),
+        currency: "USD".into(),
+        limit_nano: 1000,
+        period: Period::Total.into(),
+        hard: true,
+        ..Budget::default()
+    };
+    put(second, Kind::PutBudget(PutBudget { budget: Some(budget) })).await;
+    let ask = |member: &Coordinator, id: u64| {
+        let slice = LeaseSlice {
+            budget_id: "b".into(),
+            slice_id: format!("s{id}"),
+            member_id: id,
+            want_nano: 400,
+            expires_unix_ms: command("", Kind::Tick(Default::default())).at_unix_ms + 60_000,
+        };
+        let accounts = member.accounts.clone();
+        async move { accounts.propose(command("", Kind::LeaseSlice(slice))).await }
+    };
+    let (a, b, c) = tokio::join!(ask(&group[0], 1), ask(&group[1], 2), ask(&group[2], 3));
+    let granted = [a, b, c].map(|leased| match leased.unwrap() {
+        Applied::Leased { granted_nano, .. } => granted_nano,
+        other => panic!("{other:?}"),
+    });
+    assert_eq!(granted.iter().sum::<u64>(), 1000, "{granted:?}");
+
+    // Two that seal at once leave one chain over all rows.
+    for (at, member) in group.iter().enumerate() {
+        member
+            .backend
+            .settle(record(&format!("r{at}"), String::new()))
+            .await
+            .unwrap();
+    }
+    let (a, b) = tokio::join!(second.accounts.seal("a"), third.accounts.seal("b"));
+    assert!(a.unwrap().is_some() | b.unwrap().is_some());
+    second.accounts.seal("a").await.unwrap();
+    let tables = second.accounts.tables().unwrap();
+    let checkpoints = view::checkpoints_after(&*tables, 0, 10).unwrap();
+    let mut before = None;
+    for checkpoint in &checkpoints {
+        checkpoint::verify_after(checkpoint, before).unwrap();
+        before = Some(checkpoint);
+    }
+    assert_eq!(before.map(|last| last.last_sequence), Some(3));
 }

@@ -213,6 +213,7 @@ pub(super) fn register(id: &str, role: cluster::Role, addr: SocketAddr) -> Regis
         kv_bytes_per_block: 4096,
         device: "none".into(),
         model_digest: super::MODEL_DIGEST.to_vec().into(),
+        epoch: 0,
     }
 }
 

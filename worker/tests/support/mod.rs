@@ -107,6 +107,7 @@ impl Cluster for Notes {
                             epoch: 1,
                             heartbeat_interval_ms: 50,
                             lost_after_ms: 1000,
+                            coordinators: None,
                         };
                         let heard = Heard {
                             orders: Some(orders.clone()),
