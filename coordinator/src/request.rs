@@ -169,6 +169,7 @@ impl Running {
     /// One attempt.
     async fn attempt(&mut self, mut placed: Placed) -> Attempt {
         let leaving = placed.submission.leaving();
+        let began = self.emitted.len();
         let mut changes = self.cluster.changes();
         // Set once another worker was looked for in vain.
         let mut look_again: Option<Instant> = None;
@@ -217,6 +218,7 @@ impl Running {
                 Some(End::Broken(reason)) => (Some(Retry::Broken(reason)), None),
                 Some(End::Finished(finish)) => {
                     placed.finished(&finish);
+                    self.compare(&placed.decode.worker, &finish, began);
                     self.judge(finish)
                 }
             };
@@ -262,6 +264,18 @@ impl Running {
     fn take(&mut self, tokens: &[u32]) {
         self.sender.sampled(tokens.len());
         self.emitted.extend_from_slice(tokens);
+    }
+
+    /// The sampler's own count against the token ids that came from it. A difference is a bug or a broken worker; what came is
+    /// what counts.
+    fn compare(&self, worker: &LifeId, finish: &Finish, began: usize) {
+        let came = self.emitted.len() - began;
+        let complete = matches!(finish.reason(), FinishReason::Stop | FinishReason::Length);
+        if complete && finish.completion_tokens as usize != came {
+            self.cluster.metrics.miscounts.inc();
+            let counted = finish.completion_tokens;
+            tracing::error!(worker_id = %worker.0, counted, came, "a worker counted other tokens than it sent");
+        }
     }
 
     /// The present attempt told how many prompt tokens were cached; a later word of the same attempt replaces it.

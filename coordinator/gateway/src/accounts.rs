@@ -106,7 +106,8 @@ impl Accounts {
                     applied = now_applied;
                 }
                 Ok(Err(error)) => tracing::debug!(%error, "rows of other members could not be read"),
-                Err(_) => return,
+                // It panicked, which was logged; the wallet must go on.
+                Err(_) => {}
             }
         }
     }

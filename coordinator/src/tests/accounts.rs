@@ -80,6 +80,24 @@ async fn a_request_that_moved_names_its_workers_and_is_counted_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_sampler_that_miscounts_is_noticed_and_bills_nothing_more() {
+    let coordinator = Coordinator::start().await;
+    let worker = coordinator.worker("w", Role::Combined);
+    coordinator.wait_ready("w").await;
+    for (lies, noticed) in [(false, 0), (true, 1)] {
+        worker
+            .controls
+            .miscounts
+            .store(lies, std::sync::atomic::Ordering::SeqCst);
+        let mut generation = coordinator.backend.generate(job(&[1, 2, 3], 5)).await.unwrap();
+        let (tokens, finish) = read(&mut generation, usize::MAX).await;
+        assert_eq!((tokens.len(), finish.unwrap().completion_tokens), (5, 5));
+        assert_eq!(generation.track().attempts().1, 5);
+        assert_eq!(coordinator.cluster.metrics.miscounts.get(), noticed);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_record_that_a_budget_refuses_is_settled_without_charge() {
     let coordinator = Coordinator::start().await;
     let price_id = price(&coordinator).await;

@@ -14,7 +14,7 @@ use super::{Answer, Shared, page};
 use crate::accounts::store::StoreError;
 use crate::api_error::ApiError;
 
-/// Rows read for one answer; one that filters much ends early and says that there is more.
+/// Rows read for one answer. One that filters much ends early, and its cursor goes on behind what was read.
 const ROWS_MAX: u64 = 10_000;
 const ID_PREFIX: &str = "audit_log-";
 
@@ -66,9 +66,17 @@ pub(super) async fn list(Extension(accounts): Shared, Query(pairs): Query<Vec<(S
             found.extend(these.filter(|row| filter.passes(row)).map(shown));
             last = first;
         }
-        Ok(found)
+        Ok((found, last))
     });
-    Ok(Json(page(found.await?, limit, super::keys::id_of)))
+    let (found, read_down_to) = found.await?;
+    let cut = found.len() <= limit && read_down_to > 0;
+    let mut answer = page(found, limit, super::keys::id_of);
+    if cut {
+        // More may pass further down: the cursor goes on there.
+        answer["has_more"] = true.into();
+        answer["last_id"] = format!("{ID_PREFIX}{}", read_down_to + 1).into();
+    }
+    Ok(Json(answer))
 }
 
 impl Filter {
