@@ -316,10 +316,16 @@ async fn a_hard_budget_is_never_overrun() {
         store.count("LeaseSlice")
     );
 
-    // Raised, it goes on.
+    // Raised, it goes on; and a gateway that ends returns what it holds.
+    let posted = window.posted_nano;
     let raised = json!({"id": budget, "project_id": project, "limit": "1", "period": "total"});
     gateway.admin("POST", "/v1/organization/budgets", raised).await;
     assert_eq!(gateway.ask(&secret, "POST", CHAT, &[], &body).await.status, 200);
+    gateway.shutdown.cancel();
+    gateway.task.await.unwrap();
+    let window = view::window(&store.view(), &budget, 0).unwrap().unwrap();
+    assert_eq!((window.open_nano, window.slices), (0, 0), "{window:?}");
+    assert!(window.posted_nano > posted && window.voided_nano > 0, "{window:?}");
 }
 
 #[tokio::test]

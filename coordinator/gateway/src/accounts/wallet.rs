@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use baton_limits::{Lease, LeaseAsk, Purse, PurseConfig, Reservation, ReserveError};
-use baton_proto::state::{LeaseSlice, command::Kind};
+use baton_proto::state::{LeaseSlice, ReturnSlice, command::Kind};
 use baton_state::{Applied, Refused};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
@@ -131,6 +131,20 @@ impl Wallet {
                 () = self.due.notified() => {}
                 () = tokio::time::sleep(Duration::from_millis(wait_ms)) => {}
             }
+        }
+    }
+
+    /// Returns what nothing holds, so that others need not wait for the leases' end. Bounded by [`LEASE_WAIT_MAX`]; what is
+    /// not returned ends by itself.
+    pub async fn give_back(&self) {
+        let slices = self.lock().purse.give_back();
+        let returns = slices.into_iter().map(|(budget_id, slice_id)| {
+            let kind = Kind::ReturnSlice(ReturnSlice { budget_id, slice_id });
+            self.store.propose(command("", kind))
+        });
+        let all = futures_util::future::join_all(returns);
+        if tokio::time::timeout(LEASE_WAIT_MAX, all).await.is_err() {
+            tracing::warn!("slices of budgets could not be returned in time; they end by themselves");
         }
     }
 
