@@ -18,6 +18,7 @@ use crate::{CoordinatorConfig, CoordinatorError};
 use baton_identity::Identity;
 use baton_proto::cluster::CoordinatorOrder;
 use baton_raftstore::RaftStore;
+use baton_router::Policy;
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -109,11 +110,13 @@ impl Cluster {
             heartbeat_interval_ms: config.heartbeat_interval_ms.into(),
             lost_after_ms: config.lost_after_ms.into(),
         });
-        let routing = Routing::new(
-            config.prefill_threshold_tokens,
-            config.routing.mode(),
-            RouterMetrics::default(),
-        );
+        let policy = Policy {
+            mode: config.routing.mode(),
+            prefill_threshold_tokens: config.prefill_threshold_tokens,
+            stay: config.stay,
+            ..Policy::default()
+        };
+        let routing = Routing::new(policy, RouterMetrics::default());
         let cluster = Self {
             metrics: Metrics::new(store.clone(), routing.clone()),
             routing,

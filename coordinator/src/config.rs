@@ -52,6 +52,10 @@ pub struct CoordinatorConfig {
     /// `random`.
     #[serde(default)]
     pub routing: RoutingMode,
+    /// How much a prompt's cached part holds a request to its worker: it waits there for up to (1 + this) times what the
+    /// cache saves. 0 is the shortest wait for each request, 3 computes less in all. 0 to 100; see `docs/routing.md`.
+    #[serde(default = "default_stay")]
+    pub stay: f64,
     /// How often workers report, in milliseconds.
     #[serde(default = "default_heartbeat_interval_ms")]
     pub heartbeat_interval_ms: u32,
@@ -151,6 +155,7 @@ impl CoordinatorConfig {
             models,
             prefill_threshold_tokens: default_prefill_threshold_tokens(),
             routing: RoutingMode::default(),
+            stay: default_stay(),
             heartbeat_interval_ms: default_heartbeat_interval_ms(),
             lost_after_ms: default_lost_after_ms(),
             requests_per_worker_max: default_requests_per_worker_max(),
@@ -190,6 +195,9 @@ impl CoordinatorConfig {
         let stream_max = baton_proto::limits::REQUESTS_PER_STREAM_MAX;
         if self.requests_per_worker_max == 0 || self.requests_per_worker_max as usize > stream_max {
             return wrong(format!("requests_per_worker_max must be from 1 to {stream_max}"));
+        }
+        if !(0.0..=100.0).contains(&self.stay) {
+            return wrong("stay must be from 0 to 100".into());
         }
         self.admission
             .validate()
@@ -279,6 +287,9 @@ fn default_http_addr() -> SocketAddr {
 }
 fn default_cluster_addr() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 7070))
+}
+fn default_stay() -> f64 {
+    baton_router::Policy::default().stay
 }
 fn default_prefill_threshold_tokens() -> usize {
     256

@@ -10,8 +10,8 @@ use crate::registry::{State, Worker};
 use baton_gateway::WorkerRole;
 use baton_proto::cluster::{self, BlockEvents};
 use baton_router::{
-    Ask, BlockUpdate, Candidate, Choice, Estimate, Mode, Namer, Policy, Prefix, Prefixes, Rates, Role, Router, Seat,
-    Tier, Verdict,
+    Ask, BlockUpdate, Candidate, Choice, Estimate, Namer, Policy, Prefix, Prefixes, Rates, Role, Router, Seat, Tier,
+    Verdict,
 };
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -54,12 +54,7 @@ pub(crate) struct Routing {
 }
 
 impl Routing {
-    pub(crate) fn new(prefill_threshold_tokens: usize, mode: Mode, metrics: RouterMetrics) -> Self {
-        let policy = Policy {
-            mode,
-            prefill_threshold_tokens,
-            ..Policy::default()
-        };
+    pub(crate) fn new(policy: Policy, metrics: RouterMetrics) -> Self {
         Self {
             inner: Arc::new(RwLock::new(Inner {
                 router: Router::new(policy),

@@ -57,6 +57,7 @@ impl Routed {
     pub fn new(options: &SimulationOptions, mode: Mode) -> Self {
         let mut router = Router::new(baton_router::Policy {
             mode,
+            stay: options.stay,
             ..baton_router::Policy::default()
         });
         let workers = (0..options.workers).map(|index| Known {
