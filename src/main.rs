@@ -4,6 +4,7 @@
 //! Errors end here: each is one line on stderr, and the exit code is 1 (2 for arguments that clap refuses).
 #![forbid(unsafe_code)]
 
+mod accounts;
 mod cli;
 mod config_file;
 mod coordinators;
@@ -33,6 +34,12 @@ fn main() -> ExitCode {
         cli::Command::Drain(args) => drain::run(&args),
         cli::Command::Ledger(command) => ledger::run(&command),
         cli::Command::Prices(command) => prices::run(&command),
+        cli::Command::Keys(command) => accounts::keys(&command),
+        cli::Command::Projects(command) => accounts::projects(&command),
+        cli::Command::Budgets(command) => accounts::budgets(&command),
+        cli::Command::Usage(args) => accounts::usage(&args),
+        cli::Command::Costs(args) => accounts::costs(&args),
+        cli::Command::Audit(args) => accounts::audit(&args),
         cli::Command::ConvertTokenizer(args) => {
             model_dir::convert_tokenizer(&args.file, &args.directory).map(|()| ExitCode::SUCCESS)
         }

@@ -1,30 +1,21 @@
 //! [`baton_gateway::Backend`] over the live cluster.
 
+use crate::accounts::Accounts;
 use crate::admission::refused;
 use crate::cluster::{Cluster, DrainError, PlaceError};
 use crate::request::{Running, first_generate};
 use baton_gateway::{
-    Backend, BackendError, ClusterSnapshot, CoordinatorGroup, Generation, GroupChange, Job, ModelInfo, WorkerStatus,
+    AccountStore, Backend, BackendError, ClusterSnapshot, CoordinatorGroup, Generation, GroupChange, Job, ModelInfo,
+    WorkerStatus,
 };
 use baton_proto::state::UsageRecord;
-use baton_raftstore::RaftStoreError;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-/// Longest time for a record to be settled, elections included: several of them, each at most twice the election timeout,
-/// and less than a client waits for the end of a stream that it has.
-const SETTLE_MAX: Duration = Duration::from_secs(20);
-/// Longest wait for one attempt. A proposal that was forwarded to a leader that died is answered by nobody; a record is
-/// settled once, however often it is proposed.
-const SETTLE_ATTEMPT_MAX: Duration = Duration::from_secs(1);
-/// Pause between attempts, which an election needs anyway.
-const SETTLE_PAUSE: Duration = Duration::from_millis(50);
-
 /// The gateway's view of this coordinator's cluster.
-pub(crate) struct ClusterBackend(pub(crate) Arc<Cluster>);
+pub(crate) struct ClusterBackend(pub(crate) Arc<Cluster>, pub(crate) Arc<Accounts>);
 
 impl Backend for ClusterBackend {
     fn models(&self) -> Vec<ModelInfo> {
@@ -65,33 +56,22 @@ impl Backend for ClusterBackend {
             move || cancel.cancel()
         });
         // Known to the gateway from the first moment on, not only once the task has run.
-        sender.placed(placed.placement(1));
+        sender.placed(placed.placement(1), placed.decode.worker.1);
         let running = Running::new(cluster.clone(), job, sender, cancel, admitted);
         cluster.tasks.spawn(running.run(placed).instrument(span));
         Ok(generation)
     }
 
     async fn settle(&self, record: UsageRecord) -> Result<(), BackendError> {
-        let deadline = Instant::now() + SETTLE_MAX;
-        loop {
-            let attempt = tokio::time::timeout(SETTLE_ATTEMPT_MAX, self.0.store.settle(record.clone())).await;
-            let reason = match attempt {
-                Ok(Ok(_)) => return Ok(()),
-                Ok(Err(
-                    error @ (RaftStoreError::NoLeader
-                    | RaftStoreError::LeaderChanged
-                    | RaftStoreError::Timeout { .. }
-                    | RaftStoreError::Overloaded { .. }),
-                )) => error.to_string(),
-                Ok(Err(error)) => return Err(not_committed(&error.to_string())),
-                Err(_) => format!("no answer within {SETTLE_ATTEMPT_MAX:?}"),
-            };
-            if Instant::now() + SETTLE_PAUSE >= deadline {
-                return Err(not_committed(&reason));
-            }
-            tracing::warn!(request_id = %record.request_id, %reason, "settling again");
-            tokio::time::sleep(SETTLE_PAUSE).await;
-        }
+        self.1.settle(record).await
+    }
+
+    fn revision(&self, model: &str) -> Option<String> {
+        self.0.revision(model)
+    }
+
+    fn accounts(&self) -> Option<Arc<dyn AccountStore>> {
+        Some(self.1.clone())
     }
 
     fn has_quorum(&self) -> bool {
@@ -147,11 +127,5 @@ impl Backend for ClusterBackend {
 
     fn register_metrics(&self, registry: &mut prometheus_client::registry::Registry) {
         self.0.metrics.register(registry);
-    }
-}
-
-fn not_committed(reason: &str) -> BackendError {
-    BackendError::Unavailable {
-        reason: format!("the usage record could not be committed: {reason}"),
     }
 }

@@ -192,6 +192,13 @@ impl Cluster {
         let lengths = serving.map(|(worker, _)| worker.register.context_length);
         lengths.min()
     }
+
+    /// The model as its workers have it, as hexadecimal digits of its digest.
+    pub(crate) fn revision(&self, model: &str) -> Option<String> {
+        let registry = self.registry();
+        let (worker, _) = registry.serving(model, self.now_ms()).next()?;
+        Some(baton_ledger::hex(&worker.register.model_digest))
+    }
 }
 
 pub(crate) fn unix_ms() -> u64 {

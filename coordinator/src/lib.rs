@@ -12,6 +12,7 @@
 //! and usage records) goes through the Raft store; load and liveness deliberately do not.
 #![forbid(unsafe_code)]
 
+mod accounts;
 mod admission;
 mod backend;
 mod cluster;

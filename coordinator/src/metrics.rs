@@ -52,6 +52,7 @@ type HistogramByModel = Family<ModelLabel, Histogram, Buckets>;
 pub(crate) struct Metrics {
     placements: Family<PlacementLabel, Counter>,
     pub(crate) replays: Counter,
+    pub(crate) miscounts: Counter,
     pub(crate) moves: Counter,
     pub(crate) workers_lost: Counter,
     decisions: Family<DecisionLabel, Counter>,
@@ -67,6 +68,7 @@ impl Metrics {
         Self {
             placements: Family::default(),
             replays: Counter::default(),
+            miscounts: Counter::default(),
             moves: Counter::default(),
             workers_lost: Counter::default(),
             decisions: Family::default(),
@@ -122,6 +124,11 @@ impl Metrics {
             "baton:request_replays",
             "Times a running request had to go on on another worker",
             self.replays.clone(),
+        );
+        registry.register(
+            "baton:sampler_miscounts",
+            "Requests whose worker counted other tokens than came from it; should stay 0",
+            self.miscounts.clone(),
         );
         registry.register(
             "baton:request_moves",

@@ -122,7 +122,8 @@ impl Running {
         let mut failures = 0;
         loop {
             self.attempts += 1;
-            self.sender.placed(placed.placement(self.attempts));
+            self.sender
+                .placed(placed.placement(self.attempts), placed.decode.worker.1);
             self.admitted.placed(&placed);
             let worker = placed.decode.worker.clone();
             let before = self.emitted.len();
@@ -168,6 +169,7 @@ impl Running {
     /// One attempt.
     async fn attempt(&mut self, mut placed: Placed) -> Attempt {
         let leaving = placed.submission.leaving();
+        let began = self.emitted.len();
         let mut changes = self.cluster.changes();
         // Set once another worker was looked for in vain.
         let mut look_again: Option<Instant> = None;
@@ -206,7 +208,7 @@ impl Running {
             if let Some(cached_tokens) = cached_tokens {
                 self.note_cached(cached_tokens);
             }
-            self.emitted.extend_from_slice(&tokens);
+            self.take(&tokens);
             if !tokens.is_empty() {
                 placed.first_token();
                 self.admitted.progressed();
@@ -216,6 +218,7 @@ impl Running {
                 Some(End::Broken(reason)) => (Some(Retry::Broken(reason)), None),
                 Some(End::Finished(finish)) => {
                     placed.finished(&finish);
+                    self.compare(&placed.decode.worker, &finish, began);
                     self.judge(finish)
                 }
             };
@@ -254,6 +257,24 @@ impl Running {
                 self.note_cached(finish.cached_tokens);
                 (None, Some(finish))
             }
+        }
+    }
+
+    /// Tokens came from the present worker.
+    fn take(&mut self, tokens: &[u32]) {
+        self.sender.sampled(tokens.len());
+        self.emitted.extend_from_slice(tokens);
+    }
+
+    /// The sampler's own count against the token ids that came from it. A difference is a bug or a broken worker; what came is
+    /// what counts.
+    fn compare(&self, worker: &LifeId, finish: &Finish, began: usize) {
+        let came = self.emitted.len() - began;
+        let complete = matches!(finish.reason(), FinishReason::Stop | FinishReason::Length);
+        if complete && finish.completion_tokens as usize != came {
+            self.cluster.metrics.miscounts.inc();
+            let counted = finish.completion_tokens;
+            tracing::error!(worker_id = %worker.0, counted, came, "a worker counted other tokens than it sent");
         }
     }
 
@@ -339,7 +360,7 @@ impl Running {
         let end = async {
             loop {
                 let delivery = submission.next().await;
-                self.emitted.extend_from_slice(&delivery.tokens);
+                self.take(&delivery.tokens);
                 if let Some(cached_tokens) = delivery.cached_tokens {
                     self.note_cached(cached_tokens);
                 }

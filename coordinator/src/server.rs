@@ -3,6 +3,7 @@
 //! At the end the gateway goes first, so that running requests finish and are settled while workers and store are
 //! still there. Workers are ordered nothing: they look for a coordinator again, as after a crash.
 
+use crate::accounts::{self, Accounts, Sealer};
 use crate::backend::ClusterBackend;
 use crate::cluster::Cluster;
 use crate::cluster_service::Service;
@@ -68,11 +69,15 @@ pub async fn run(
     let over = CancellationToken::new();
     let peering = Peering::new(address_book(&config, &bound), identity.clone(), over.clone());
     let (models, store) = load(&config, peering.outbox()).await?;
+    let sealer = Sealer::open(&config.data_dir, peering.book().me().clone())?;
+    let accounts = Accounts::new(store.clone(), config.node_id, sealer);
+    let housekeeping = accounts::keep(accounts.clone(), store.clone(), over.clone());
     let group = Group::new(store.clone(), peering);
     let cluster = Cluster::new(config, store, group, identity, over.clone())?;
     cluster.tasks.spawn(cluster.clone().follow());
     let mut grpc = tokio::spawn(serve_cluster(cluster.clone(), joining));
-    let backend = Arc::new(ClusterBackend(cluster.clone()));
+    cluster.tasks.spawn(housekeeping);
+    let backend = Arc::new(ClusterBackend(cluster.clone(), accounts));
     // Ends the gateway on our own failure too.
     let stop_gateway = shutdown.child_token();
     let mut gateway = tokio::spawn(baton_gateway::serve(

@@ -1,5 +1,6 @@
 //! The coordinator with fake workers over real mTLS on loopback: only the engine is made up.
 
+mod accounts;
 mod admission;
 mod drain;
 mod fake_worker;
@@ -11,6 +12,7 @@ mod requests;
 mod routing;
 mod whole;
 
+use crate::accounts::{Accounts, Sealer};
 use crate::backend::ClusterBackend;
 use crate::cluster::Cluster;
 use crate::group::{Group, Peering};
@@ -36,6 +38,7 @@ const MODEL_DIGEST: [u8; 32] = [5; 32];
 struct Coordinator {
     cluster: Arc<Cluster>,
     backend: ClusterBackend,
+    accounts: Arc<Accounts>,
     cluster_addr: SocketAddr,
     authority: Authority,
     _dir: Arc<tempfile::TempDir>,
@@ -117,6 +120,8 @@ impl Coordinator {
         );
         let store =
             RaftStore::open_with_peers(&config.data_dir, &server::raft_config(&config), peering.outbox()).unwrap();
+        let sealer = Sealer::open(&config.data_dir, peering.book().me().clone()).unwrap();
+        let accounts = Accounts::new(store.clone(), config.node_id, sealer);
         let group = Group::new(store.clone(), peering);
         let cluster = Cluster::new(config, store, group, identity, shutdown).unwrap();
         tokio::spawn(cluster.clone().follow());
@@ -129,7 +134,8 @@ impl Coordinator {
             }
         });
         Self {
-            backend: ClusterBackend(cluster.clone()),
+            backend: ClusterBackend(cluster.clone(), accounts.clone()),
+            accounts,
             cluster,
             cluster_addr,
             authority,

@@ -179,6 +179,14 @@ impl Client {
         }
     }
 
+    /// Deletes something, and returns the answer's body.
+    ///
+    /// # Errors
+    /// Any status that is not a success, with the server's message.
+    pub async fn delete(&self, path: &str) -> Result<Bytes, Failure> {
+        self.change(Method::DELETE, path, Bytes::new()).await
+    }
+
     /// Fetches a resource of any length into `to`; the request's time limit is that of each piece. Returns its length.
     pub async fn download(&self, path: &str, to: &mut impl std::io::Write) -> Result<u64, Failure> {
         let late = |_| Failure::new(FailureKind::Timeout, "no answer in time");
@@ -203,8 +211,12 @@ impl Client {
 
     /// Posts a small JSON body and reads the small answer, whose status must be one of success.
     pub async fn post(&self, path: &str, body: impl Into<Bytes>) -> Result<Bytes, Failure> {
+        self.change(Method::POST, path, body.into()).await
+    }
+
+    async fn change(&self, method: Method, path: &str, body: Bytes) -> Result<Bytes, Failure> {
         let exchange = async {
-            let (response, _) = self.send(Method::POST, path, body.into()).await?;
+            let (response, _) = self.send(method, path, body).await?;
             let (status, body) = read_all(response, PLAIN_BODY_BYTES_MAX).await;
             match status.is_success() {
                 true => Ok(body),

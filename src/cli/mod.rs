@@ -1,6 +1,7 @@
 //! The command line: every command and flag with its documentation, nothing else. `docs/cli.md` is generated from it
 //! and compared in the test run.
 
+pub mod accounts;
 pub mod bench;
 pub mod bench_engine;
 pub mod bench_simulate;
@@ -54,9 +55,24 @@ pub enum Command {
     /// Exports the ledger, and verifies exports offline.
     #[command(subcommand)]
     Ledger(ledger::LedgerCommand),
-    /// Converts price lists.
+    /// Sets and lists the prices of a running cluster, and converts price lists.
     #[command(subcommand)]
     Prices(prices::PricesCommand),
+    /// Makes, lists and revokes API keys.
+    #[command(subcommand)]
+    Keys(accounts::KeysCommand),
+    /// Makes, lists, changes and archives projects, which keys and budgets belong to.
+    #[command(subcommand)]
+    Projects(accounts::ProjectsCommand),
+    /// Sets and lists budgets: the money that a project or a key may spend.
+    #[command(subcommand)]
+    Budgets(accounts::BudgetsCommand),
+    /// Shows how many requests and tokens were used.
+    Usage(accounts::UsageArgs),
+    /// Shows what usage cost, by day.
+    Costs(accounts::ReportArgs),
+    /// Shows who changed what.
+    Audit(accounts::AuditArgs),
     /// Writes a GGUF file's tokenizer, chat template and context length to a directory that a coordinator can read.
     ///
     /// `baton up` does this by itself. On real hosts, run it once, give the directory as the model's `path` in the

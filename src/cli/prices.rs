@@ -1,5 +1,6 @@
 //! Flags of `baton prices`.
 
+use super::accounts::At;
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
 
@@ -10,6 +11,59 @@ pub enum PricesCommand {
     ///
     /// Takes input, cached input and output prices per token, and those of batches. What is left out is named.
     Import(ImportArgs),
+    /// Sets a model's price in a running cluster, from now or a later time on.
+    ///
+    /// What started before keeps the price it started with.
+    Set(SetArgs),
+    /// Sets every price of a list in TOML, such as `baton prices import` writes. Prices that are there already stay.
+    Apply(ApplyArgs),
+    /// Lists the prices of a running cluster.
+    List(ListArgs),
+}
+
+/// Flags of `baton prices set`.
+#[derive(Debug, Clone, Args)]
+pub struct SetArgs {
+    /// Name of the model, or * for all that have no price of their own
+    #[arg(value_name = "MODEL")]
+    pub model: String,
+    /// Per million prompt tokens, such as 20
+    #[arg(long, value_name = "AMOUNT")]
+    pub input: String,
+    /// Per million prompt tokens found in a cache [default: as --input]
+    #[arg(long, value_name = "AMOUNT")]
+    pub cached_input: Option<String>,
+    /// Per million tokens of answers, such as 80
+    #[arg(long, value_name = "AMOUNT")]
+    pub output: String,
+    /// ISO 4217
+    #[arg(long, value_name = "CURRENCY", default_value = "USD")]
+    pub currency: String,
+    /// Start, in milliseconds of Unix time [default: now]
+    #[arg(long, value_name = "UNIX_MS")]
+    pub effective_from: Option<u64>,
+    #[command(flatten)]
+    pub at: At,
+}
+
+/// Flags of `baton prices apply`.
+#[derive(Debug, Clone, Args)]
+pub struct ApplyArgs {
+    /// The list
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    #[command(flatten)]
+    pub at: At,
+}
+
+/// Flags of `baton prices list`.
+#[derive(Debug, Clone, Args)]
+pub struct ListArgs {
+    /// Only of this model
+    #[arg(long, value_name = "MODEL")]
+    pub model: Option<String>,
+    #[command(flatten)]
+    pub at: At,
 }
 
 /// Flags of `baton prices import`.

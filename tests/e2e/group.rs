@@ -23,7 +23,7 @@ async fn group(url: &str) -> Vec<Value> {
     group["coordinators"].as_array().cloned().unwrap_or_default()
 }
 
-fn urls(cluster: &Cluster) -> Vec<String> {
+pub fn urls(cluster: &Cluster) -> Vec<String> {
     let ready = cluster.ready().expect("it serves");
     let coordinators = ready["coordinators"].as_array().expect("a list");
     let url = |coordinator: &Value| coordinator["url"].as_str().expect("a URL").to_owned();

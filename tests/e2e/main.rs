@@ -2,6 +2,7 @@
 //! links once. Every wait is bounded; ports and data directories are the system's choice.
 #![cfg(target_os = "linux")]
 
+mod accounts;
 mod admission;
 mod bad_input;
 mod clients;

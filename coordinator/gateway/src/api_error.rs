@@ -6,6 +6,9 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
+use baton_state::Refused;
+
+use crate::accounts::store::StoreError;
 use crate::backend::{BackendError, whole_seconds};
 
 /// Seconds to wait before a retry, where the cluster has no better guess.
@@ -25,6 +28,8 @@ pub(crate) struct ApiError {
     pub retry_after_s: Option<u64>,
     /// Why it was refused for load, as a word for programs.
     pub reject_reason: Option<&'static str>,
+    /// Clients that retry by themselves are told not to.
+    pub no_retry: bool,
 }
 
 /// Header with the word that says why a request was refused for load.
@@ -40,7 +45,75 @@ impl ApiError {
             message: message.into(),
             retry_after_s: None,
             reject_reason: None,
+            no_retry: false,
         }
+    }
+
+    /// Any other.
+    pub fn with(
+        status: StatusCode,
+        kind: &'static str,
+        code: Option<&'static str>,
+        message: impl Into<String>,
+    ) -> Self {
+        Self::new(status, kind, code, message)
+    }
+
+    /// 401: a key that is known and not to be taken.
+    pub fn key_refused(why: &str) -> Self {
+        let message = format!("This API key {why}. Send another one.");
+        Self {
+            message,
+            ..Self::unauthorized()
+        }
+    }
+
+    /// 403: the key's scopes do not cover the route.
+    pub fn missing_scope(scope: &str) -> Self {
+        let message = format!("You have insufficient permissions for this operation. Missing scope: {scope}.");
+        Self::new(
+            StatusCode::FORBIDDEN,
+            "invalid_request_error",
+            Some("missing_scope"),
+            message,
+        )
+    }
+
+    /// 403: the key's list of models leaves this one out.
+    pub fn model_forbidden(model: &str) -> Self {
+        let shown: String = model.chars().take(128).collect();
+        let message = format!("This API key does not have access to model `{shown}`.");
+        Self {
+            param: Some("model".into()),
+            ..Self::new(
+                StatusCode::FORBIDDEN,
+                "invalid_request_error",
+                Some("model_not_found"),
+                message,
+            )
+        }
+    }
+
+    /// 429: a budget has too little left. Trying again does not help.
+    pub fn insufficient_quota(message: impl Into<String>) -> Self {
+        let word = "insufficient_quota";
+        Self {
+            no_retry: true,
+            reject_reason: Some(word),
+            ..Self::new(StatusCode::TOO_MANY_REQUESTS, word, Some(word), message)
+        }
+    }
+
+    /// 404 for a thing of the admin API.
+    pub fn no_such(what: &str, id: &str) -> Self {
+        let shown: String = id.chars().take(128).collect();
+        let message = format!("No such {what}: {shown}.");
+        Self::new(
+            StatusCode::NOT_FOUND,
+            "invalid_request_error",
+            Some("not_found"),
+            message,
+        )
     }
 
     /// 400, about the whole request.
@@ -215,12 +288,39 @@ impl From<BackendError> for ApiError {
     }
 }
 
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        let invalid = "invalid_request_error";
+        match error {
+            StoreError::Refused(refused) => {
+                let message = format!("Refused: {refused}.");
+                match refused {
+                    Refused::Unknown { .. } => Self::with(StatusCode::NOT_FOUND, invalid, Some("not_found"), message),
+                    Refused::Invalid(_) | Refused::BelowZero { .. } | Refused::TooMany { .. } => {
+                        Self::bad_request(message)
+                    }
+                    _ => Self::with(StatusCode::CONFLICT, invalid, Some("conflict"), message),
+                }
+            }
+            StoreError::Tables(error) => {
+                tracing::error!(%error, "the state could not be read");
+                Self::internal()
+            }
+            StoreError::Unavailable(reason) => Self::unavailable(format!("The coordinator is unavailable: {reason}.")),
+        }
+    }
+}
+
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.body())).into_response();
         let headers = response.headers_mut();
         if let Some(seconds) = self.retry_after_s {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.no_retry {
+            // OpenAI's clients honour it.
+            headers.insert("x-should-retry", HeaderValue::from_static("false"));
         }
         if let Some(word) = self.reject_reason {
             headers.insert(REJECT_REASON_HEADER, HeaderValue::from_static(word));

@@ -1,52 +1,187 @@
-//! The API key check: constant in time, on hashes, so that neither the key nor its length leaks through timing. A key tells
-//! which tenant calls: whose share a request counts against, and whose prefix cache it may find.
+//! Who calls: from the `Authorization` header to a [`Caller`]. Keys come from the configuration, which are few and compared in
+//! constant time, by hash; and from the replicated state ([`accounts::keys`](crate::accounts::keys)).
+//!
+//! Without a configured key, and as long as nobody has made a key for administration, whoever reaches the server may use
+//! it: it is then bound to loopback only. A key of the state counts there too, so that its limits and budgets can be tried;
+//! one that was revoked is refused.
 
 use std::sync::Arc;
 
 use axum::http::{HeaderMap, header};
+use baton_proto::state::Scope;
 use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
+use crate::accounts::Accounts;
+use crate::accounts::keys::{Account, Presented, sha256};
+use crate::api_error::ApiError;
 use crate::config::GatewayConfig;
 
 /// Whose requests are those with the one `api_key`, or without a key where none is needed.
 pub const DEFAULT_TENANT: &str = "default";
 
+/// The actor of the audit log, where no key of the state is known.
+const OPERATOR: &str = "operator";
+
+/// What a caller may do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Scopes(u8);
+
+impl Scopes {
+    /// Call models.
+    pub const INFERENCE: Self = Self(1);
+    /// Read usage, costs and the ledger.
+    pub const USAGE: Self = Self(2);
+    /// Keys, projects, prices, budgets, corrections.
+    pub const ADMIN: Self = Self(4);
+    /// Metrics, workers, coordinators.
+    pub const CLUSTER: Self = Self(8);
+    const ALL: Self = Self(15);
+
+    const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Whether all of `needed` are there.
+    pub const fn hold(self, needed: Self) -> bool {
+        self.0 & needed.0 == needed.0
+    }
+
+    /// For messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::INFERENCE => "inference",
+            Self::USAGE => "usage",
+            _ => "admin",
+        }
+    }
+
+    /// Of a key of the state. Who may change everything may read everything; calling models is another thing.
+    fn of(account: &Account) -> Self {
+        account.key.scopes().fold(Self::default(), |all, scope| match scope {
+            Scope::Inference => all.and(Self::INFERENCE),
+            Scope::Usage => all.and(Self::USAGE),
+            Scope::Admin => all.and(Self::ADMIN).and(Self::USAGE).and(Self::CLUSTER),
+            Scope::Unspecified => all,
+        })
+    }
+}
+
 /// Who calls.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) struct Caller {
+    /// Whose share it counts against.
     pub tenant: Arc<str>,
+    pub scopes: Scopes,
+    /// Names the key in records: the id of one of the state, "operator" or "tenant NAME" for configured ones, else empty.
+    pub key_id: Arc<str>,
+    /// Of a key of the state.
+    pub account: Option<Arc<Account>>,
+    /// Sets its prefix cache apart.
+    salt: Arc<str>,
 }
 
 impl Caller {
+    /// Whoever reaches an open server.
     pub fn anonymous() -> Self {
         Self {
             tenant: DEFAULT_TENANT.into(),
+            scopes: Scopes::ALL,
+            key_id: "".into(),
+            account: None,
+            salt: "".into(),
+        }
+    }
+
+    fn operator() -> Self {
+        Self {
+            key_id: OPERATOR.into(),
+            ..Self::anonymous()
+        }
+    }
+
+    fn tenant(name: &str) -> Self {
+        Self {
+            tenant: name.into(),
+            scopes: Scopes::INFERENCE.and(Scopes::CLUSTER),
+            key_id: format!("tenant {name}").into(),
+            account: None,
+            salt: name.into(),
+        }
+    }
+
+    fn of(account: Arc<Account>) -> Self {
+        Self {
+            tenant: account.project.id.as_str().into(),
+            scopes: Scopes::of(&account),
+            key_id: account.key.id.as_str().into(),
+            // No tenant's name has a space.
+            salt: format!("project {}", account.project.id).into(),
+            account: Some(account),
         }
     }
 
     /// Separates the tenant's prefix cache from those of others.
     pub fn cache_salt(&self) -> Vec<u8> {
-        if self.tenant.as_ref() == DEFAULT_TENANT {
-            return Vec::new();
-        }
-        self.tenant.as_bytes().to_vec()
+        self.salt.as_bytes().to_vec()
+    }
+
+    /// Who changes something, for the audit log.
+    pub fn actor(&self) -> &str {
+        if self.key_id.is_empty() { OPERATOR } else { &self.key_id }
+    }
+
+    /// Whether it may call a model; what others may not is not shown to it either.
+    pub fn allows(&self, model: &str) -> bool {
+        self.account.as_ref().is_none_or(|account| account.allows(model))
     }
 }
 
-/// The hashes of the accepted keys, each with its tenant.
+/// Who sends a request. `keys` are the configured ones.
+///
+/// # Errors
+/// 401, or 503 if the state cannot be read.
+pub(crate) fn caller(
+    keys: Option<&Keys>,
+    accounts: Option<&Arc<Accounts>>,
+    headers: &HeaderMap,
+) -> Result<Caller, ApiError> {
+    if let Some(caller) = keys.and_then(|keys| keys.caller(headers)) {
+        return Ok(caller);
+    }
+    let token = headers
+        .get(header::AUTHORIZATION)
+        .and_then(|value| bearer(value.as_bytes()));
+    if let (Some(accounts), Some(token)) = (accounts, token) {
+        match accounts.keys.presented(&*accounts.store, &sha256(token))? {
+            Presented::Valid(account) => return Ok(Caller::of(account)),
+            Presented::Refused(why) => return Err(ApiError::key_refused(why)),
+            Presented::Unknown => {}
+        }
+    }
+    let closed = match accounts {
+        _ if keys.is_some() => true,
+        Some(accounts) => accounts.keys.has_admin(&*accounts.store)?,
+        None => false,
+    };
+    if closed {
+        Err(ApiError::unauthorized())
+    } else {
+        Ok(Caller::anonymous())
+    }
+}
+
+/// The hashes of the configured keys, each with its tenant.
 #[derive(Clone)]
 pub(crate) struct Keys(Vec<([u8; 32], Caller)>);
 
 impl Keys {
     /// `None` if no key is configured.
     pub fn new(config: &GatewayConfig) -> Option<Self> {
-        let single = config.api_key.iter().map(|key| (key, Caller::anonymous()));
-        let tenants = config.tenants.iter().map(|tenant| {
-            let caller = Caller {
-                tenant: tenant.name.as_str().into(),
-            };
-            (&tenant.api_key, caller)
-        });
+        let single = config.api_key.iter().map(|key| (key, Caller::operator()));
+        let tenants = config
+            .tenants
+            .iter()
+            .map(|tenant| (&tenant.api_key, Caller::tenant(&tenant.name)));
         let keys: Vec<_> = single
             .chain(tenants)
             .map(|(key, caller)| (*blake3::hash(key.as_bytes()).as_bytes(), caller))
@@ -126,7 +261,7 @@ mod tests {
 
     #[test]
     fn tenants_do_not_share_a_cache() {
-        let salt = |name: &str| Caller { tenant: name.into() }.cache_salt();
+        let salt = |name: &str| Caller::tenant(name).cache_salt();
         assert_ne!(salt("a"), salt("b"));
         assert_eq!(Caller::anonymous().cache_salt(), b"");
     }

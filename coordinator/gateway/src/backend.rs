@@ -8,11 +8,13 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use baton_proto::state::UsageRecord;
+use baton_proto::state::{Attempt, UsageRecord};
 use baton_proto::worker;
+use baton_state::bounds::ATTEMPTS_MAX;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
+use crate::accounts::store::AccountStore;
 use crate::coordinators::{CoordinatorGroup, GroupChange};
 use crate::tier_metrics::KvTiersStatus;
 
@@ -45,6 +47,19 @@ pub trait Backend: Send + Sync + 'static {
         Err(BackendError::UnknownWorker {
             worker_id: worker_id.to_owned(),
         })
+    }
+
+    /// What exactly is served under a model's name, for records: a digest of the model, as its workers tell. `None` where
+    /// no worker has told yet.
+    fn revision(&self, model: &str) -> Option<String> {
+        let _ = model;
+        None
+    }
+
+    /// The replicated state of keys, prices, budgets and the ledger. A backend without one serves whoever has a configured
+    /// key, and has no `/v1/organization`.
+    fn accounts(&self) -> Option<Arc<dyn AccountStore>> {
+        None
     }
 
     /// Whether what must not be lost can be kept at the moment: the coordinators have a leader. Part of `/ready`.
@@ -204,12 +219,65 @@ pub struct Placement {
     pub attempts: u32,
 }
 
-type SharedPlacement = Arc<Mutex<Placement>>;
+/// Where a request is and was, written by the backend and read by the gateway.
+#[derive(Clone, Debug, Default)]
+pub struct Track(Arc<Mutex<Places>>);
+
+#[derive(Debug, Default)]
+struct Places {
+    now: Placement,
+    attempts: Vec<Attempt>,
+    /// Tokens of all attempts.
+    sampled: u32,
+}
+
+impl Track {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Places> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the request runs, as last told by the backend.
+    pub fn placement(&self) -> Placement {
+        self.lock().now.clone()
+    }
+
+    /// The last placements, oldest first, each with the tokens it brought, as many as a record takes; and the tokens of all.
+    pub fn attempts(&self) -> (Vec<Attempt>, u32) {
+        let places = self.lock();
+        (places.attempts.clone(), places.sampled)
+    }
+
+    fn placed(&self, placement: Placement, decode_epoch: u64) {
+        let mut places = self.lock();
+        // Told twice of one attempt: the second time is more exact.
+        if placement.attempts == places.now.attempts {
+            places.attempts.pop();
+        } else if places.attempts.len() >= ATTEMPTS_MAX {
+            places.attempts.remove(0);
+        }
+        places.attempts.push(Attempt {
+            prefill_worker_id: placement.prefill_worker_id.clone(),
+            decode_worker_id: placement.decode_worker_id.clone(),
+            decode_epoch,
+            tokens: 0,
+        });
+        places.now = placement;
+    }
+
+    fn sampled(&self, tokens: usize) {
+        let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
+        let mut places = self.lock();
+        places.sampled = places.sampled.saturating_add(tokens);
+        if let Some(last) = places.attempts.last_mut() {
+            last.tokens = last.tokens.saturating_add(tokens);
+        }
+    }
+}
 
 /// A running request: a bounded stream of events. Dropping it cancels the work on every worker.
 pub struct Generation {
     events: mpsc::Receiver<GenerationEvent>,
-    placement: SharedPlacement,
+    track: Track,
     cancel: Option<Box<dyn FnOnce() + Send + Sync>>,
     finished: bool,
 }
@@ -219,20 +287,14 @@ impl Generation {
     /// unless the finish was received before; it must not block.
     pub fn channel(cancel: impl FnOnce() + Send + Sync + 'static) -> (GenerationSender, Self) {
         let (sender, events) = mpsc::channel(GENERATION_EVENTS_MAX);
-        let placement = SharedPlacement::default();
+        let track = Track::default();
         let generation = Self {
             events,
-            placement: placement.clone(),
+            track: track.clone(),
             cancel: Some(Box::new(cancel)),
             finished: false,
         };
-        (
-            GenerationSender {
-                events: sender,
-                placement,
-            },
-            generation,
-        )
+        (GenerationSender { events: sender, track }, generation)
     }
 
     /// The next event; `None` after the finish, or if the backend went away without one. Cancel-safe.
@@ -271,7 +333,12 @@ impl Generation {
 
     /// Where the request runs, as last told by the backend.
     pub fn placement(&self) -> Placement {
-        self.placement.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.track.placement()
+    }
+
+    /// Where it is and was; goes on telling after the generation is gone.
+    pub fn track(&self) -> Track {
+        self.track.clone()
     }
 }
 
@@ -289,7 +356,7 @@ impl Drop for Generation {
 #[derive(Clone, Debug)]
 pub struct GenerationSender {
     events: mpsc::Sender<GenerationEvent>,
-    placement: SharedPlacement,
+    track: Track,
 }
 
 impl GenerationSender {
@@ -319,9 +386,16 @@ impl GenerationSender {
         self.events.closed().await;
     }
 
-    /// Tells where the request runs now. Read by the gateway when it settles the request.
-    pub fn placed(&self, placement: Placement) {
-        *self.placement.lock().unwrap_or_else(PoisonError::into_inner) = placement;
+    /// Tells where the request runs now, and under which epoch of the streaming worker. Read by the gateway when it settles
+    /// the request.
+    pub fn placed(&self, placement: Placement, decode_epoch: u64) {
+        self.track.placed(placement, decode_epoch);
+    }
+
+    /// Tells of tokens that came from the present placement: before they are handed over, so that never more are delivered
+    /// than were sampled.
+    pub fn sampled(&self, tokens: usize) {
+        self.track.sampled(tokens);
     }
 }
 

@@ -12,13 +12,16 @@ use axum::response::{IntoResponse, Response};
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
 use tokio::sync::OwnedSemaphorePermit;
+use tokio_util::sync::CancellationToken;
 
+use crate::accounts::hold::{Ask, Hold};
+use crate::accounts::idempotency::{Claim, REPLAYED_HEADER};
 use crate::api_error::ApiError;
 use crate::auth::Caller;
-use crate::backend::Backend;
+use crate::backend::{Backend, Generation, Job};
 use crate::gateway::{Gateway, Origin, Prepared};
 use crate::response::{self, ChunkWriter, Heading};
-use crate::run::{Opened, Run, Step, unix_ms};
+use crate::run::{self, Opened, Run, Step, unix_ms};
 use crate::sse;
 use crate::targets::targets;
 use crate::trace::RequestNames;
@@ -29,6 +32,9 @@ const INLINE_BYTES_MAX: usize = 4 << 10;
 /// Rest of a too large body that is read and thrown away, so that a client that looks only after sending finds the
 /// answer and not a reset connection.
 const DRAIN_BYTES_MAX: usize = 32 << 20;
+
+/// The route, as records name it.
+const ENDPOINT: &str = "/v1/chat/completions";
 
 /// A place among the requests in work, and among the bodies in memory.
 type Permits = (OwnedSemaphorePermit, OwnedSemaphorePermit);
@@ -55,14 +61,35 @@ pub(crate) async fn completions<B: Backend>(
         );
         ApiError::overloaded("queue_full", message, 1)
     })?;
+    let headers = request.headers().clone();
     let (body, memory) = read_body(&gateway, request).await?;
+    let claim = Claim::of(&headers, &body)?;
     let (prepared, (permit, _)) = prepare(&gateway, &origin, body, (permit, memory)).await?;
     let Prepared {
-        job,
+        mut job,
         reader,
         stream,
         include_usage,
+        max_tokens_asked,
+        seeded,
+        user,
     } = prepared;
+    if let Some(claim) = claim.as_ref().filter(|_| !seeded) {
+        job.sampling.seed = claim.seed(&origin.caller.key_id);
+    }
+    let ask = Ask {
+        model: &job.model,
+        endpoint: ENDPOINT,
+        prompt_tokens: u32::try_from(job.prompt.len()).unwrap_or(u32::MAX),
+        max_tokens: job.max_tokens,
+        max_tokens_asked,
+        user,
+        started_unix_ms: arrived_unix_ms,
+        claim,
+        revision: gateway.revision(&job.model),
+    };
+    let hold = Hold::open(gateway.accounts.as_ref(), &origin.caller, ask).await?;
+    let replayed = hold.replayed().map(str::to_owned);
     let opened = Opened {
         request_id: job.request_id.clone(),
         model: job.model.clone(),
@@ -71,17 +98,42 @@ pub(crate) async fn completions<B: Backend>(
         arrived_unix_ms,
     };
     let heading = Heading {
-        id: job.request_id.clone(),
+        // A retry is answered as the request that it repeats.
+        id: replayed.clone().unwrap_or_else(|| job.request_id.clone()),
         created: arrived_unix_ms / 1000,
         model: job.model.clone(),
     };
     // A client that hangs up while it waits here drops this future, and with it its place in the queue.
-    let generation = gateway.ledger.backend.generate(job).await?;
-    let run = Run::new(gateway.ledger.clone(), opened, generation, reader, permit);
-    if stream {
+    let generation = place(&gateway, job, hold.cut()).await?;
+    let run = Run::new(gateway.ledger.clone(), opened, hold, generation, reader, permit);
+    let answer = if stream {
         streamed(&gateway, run, ChunkWriter { heading, include_usage }).await
     } else {
         whole(run, &heading).await
+    };
+    answer.map(|mut response| {
+        if replayed.is_some() {
+            let yes = HeaderValue::from_static("true");
+            response.headers_mut().insert(REPLAYED_HEADER, yes);
+        }
+        response
+    })
+}
+
+/// Waits for a place, as long as the request may run at all.
+async fn place<B: Backend>(
+    gateway: &Gateway<B>,
+    job: Job,
+    cut: Option<CancellationToken>,
+) -> Result<Generation, ApiError> {
+    let generation = gateway.ledger.backend.generate(job);
+    let Some(cut) = cut else {
+        return Ok(generation.await?);
+    };
+    tokio::select! {
+        biased;
+        () = cut.cancelled() => Err(run::budget_lost()),
+        generation = generation => Ok(generation?),
     }
 }
 

@@ -6,6 +6,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use baton_state::SLICE_LEASE_MS_MAX;
 use serde::Deserialize;
 
 use crate::auth::DEFAULT_TENANT;
@@ -13,6 +14,9 @@ use crate::error::GatewayError;
 
 /// Shortest API key taken: 16 characters, so that nobody guards a cluster with a word.
 pub const API_KEY_CHARS_MIN: usize = 16;
+
+/// Shortest lease of a budget's slice: a few rounds of the group.
+const BUDGET_LEASE_MS_MIN: u64 = 1_000;
 
 /// Tenants in one configuration: each request is compared with the key of every one.
 const TENANTS_MAX: usize = 1024;
@@ -73,6 +77,10 @@ pub struct GatewayConfig {
     /// At shutdown, how long running requests may go on, in milliseconds; and then, again, how long their usage
     /// records may take to be settled.
     pub drain_ms_max: u64,
+    /// How long money of a hard budget is set aside for this gateway at once, in milliseconds. One that dies keeps it from
+    /// the others for that long and two minutes more; one that is cut off from the group stops requests under such
+    /// budgets shortly before the end.
+    pub budget_lease_ms: u64,
 }
 
 impl Default for GatewayConfig {
@@ -91,6 +99,7 @@ impl Default for GatewayConfig {
             keep_alive_ms: 10_000,
             first_token_wait_ms: 1_000,
             drain_ms_max: 5_000,
+            budget_lease_ms: 30_000,
         }
     }
 }
@@ -112,6 +121,12 @@ impl GatewayConfig {
             }
         }
         self.validate_tenants()?;
+        if !(BUDGET_LEASE_MS_MIN..=SLICE_LEASE_MS_MAX).contains(&self.budget_lease_ms) {
+            return Err(GatewayError::Setting {
+                name: "budget_lease_ms",
+                problem: format!("must be from {BUDGET_LEASE_MS_MIN} to {SLICE_LEASE_MS_MAX}"),
+            });
+        }
         let positive: [(&'static str, u64); 11] = [
             ("body_bytes_max", self.body_bytes_max as u64),
             ("bodies_bytes_max", self.bodies_bytes_max as u64),

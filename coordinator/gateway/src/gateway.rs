@@ -7,8 +7,10 @@ use baton_proto::limits::PROMPT_TOKENS_MAX;
 use baton_proto::worker::Sampling;
 use serde_json::Value as Json;
 use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::accounts::Accounts;
 use crate::api_error::ApiError;
 use crate::auth::{Caller, Keys};
 use crate::backend::{Backend, Job, LatencyTargets, ModelInfo};
@@ -28,6 +30,7 @@ use crate::trace::{RequestNames, random_seed};
 pub(crate) struct Gateway<B> {
     pub config: GatewayConfig,
     pub keys: Option<Keys>,
+    pub accounts: Option<Arc<Accounts>>,
     pub ledger: Arc<Ledger<B>>,
     /// One permit per chat request in work.
     pub in_flight: Arc<Semaphore>,
@@ -37,6 +40,14 @@ pub(crate) struct Gateway<B> {
     pub body_kib: Arc<Semaphore>,
     models: BTreeMap<String, ServedModel>,
     started_unix_s: u64,
+    /// Ends what runs beside requests.
+    over: CancellationToken,
+}
+
+impl<B> Drop for Gateway<B> {
+    fn drop(&mut self) {
+        self.over.cancel();
+    }
 }
 
 /// What a request's head says of it.
@@ -53,6 +64,12 @@ pub(crate) struct Prepared {
     pub reader: TokenReader,
     pub stream: bool,
     pub include_usage: bool,
+    /// The client said how many tokens it wants.
+    pub max_tokens_asked: bool,
+    /// The client gave a seed.
+    pub seeded: bool,
+    /// The client's user.
+    pub user: String,
 }
 
 impl<B: Backend> Gateway<B> {
@@ -77,6 +94,10 @@ impl<B: Backend> Gateway<B> {
                 problem: "it is empty; configure at least one model".into(),
             });
         }
+        let over = CancellationToken::new();
+        let accounts = backend
+            .accounts()
+            .map(|store| Accounts::start(store, config.budget_lease_ms, over.clone()));
         let mut registry = prometheus_client::registry::Registry::default();
         backend.register_metrics(&mut registry);
         let ledger = Ledger {
@@ -88,6 +109,8 @@ impl<B: Backend> Gateway<B> {
         let cores = std::thread::available_parallelism().map_or(2, usize::from);
         Ok(Self {
             keys: Keys::new(&config),
+            accounts,
+            over,
             ledger: Arc::new(ledger),
             in_flight: Arc::new(Semaphore::new(config.in_flight_max)),
             preparing: Arc::new(Semaphore::new(cores)),
@@ -107,6 +130,9 @@ impl<B: Backend> Gateway<B> {
             .get(&request.model)
             .ok_or_else(|| ApiError::model_not_found(&request.model))?;
         check_tools(model, &request.messages)?;
+        if !origin.caller.allows(&request.model) {
+            return Err(ApiError::model_forbidden(&request.model));
+        }
         let context = self.context_length(model);
         let cache_salt = origin.caller.cache_salt();
         let prompt = model
@@ -143,6 +169,7 @@ impl<B: Backend> Gateway<B> {
             }
         };
         let defaults = model.defaults();
+        let (max_tokens_asked, seeded) = (request.max_tokens.is_some(), request.seed.is_some());
         let job = Job {
             request_id: names.request_id.clone(),
             traceparent: names.traceparent.clone(),
@@ -171,20 +198,30 @@ impl<B: Backend> Gateway<B> {
             reader,
             stream: request.stream,
             include_usage: request.include_usage,
+            max_tokens_asked,
+            seeded,
+            user: request.user,
         })
     }
 
     /// `GET /v1/models`: what is configured here, whether a worker serves it at the moment or not.
-    pub fn models(&self) -> ModelList {
+    pub fn models(&self, caller: &Caller) -> ModelList {
+        let allowed = self.models.values().filter(|model| caller.allows(model.name()));
         ModelList {
             object: "list",
-            data: self.models.values().map(|model| self.card(model)).collect(),
+            data: allowed.map(|model| self.card(model)).collect(),
         }
     }
 
     /// `GET /v1/models/{id}`.
-    pub fn model(&self, id: &str) -> Option<ModelCard> {
-        self.models.get(id).map(|model| self.card(model))
+    pub fn model(&self, id: &str, caller: &Caller) -> Option<ModelCard> {
+        let model = self.models.get(id).filter(|_| caller.allows(id));
+        model.map(|model| self.card(model))
+    }
+
+    /// What exactly is served under a model's name, as its workers say.
+    pub fn revision(&self, model: &str) -> String {
+        self.ledger.backend.revision(model).unwrap_or_default()
     }
 
     /// What is missing to take requests, if anything: a leader of the coordinators, or a live worker for one of the models.

@@ -2,6 +2,7 @@
 //! metrics. It sees the cluster through one trait, [`Backend`], and holds no cluster state of its own.
 #![forbid(unsafe_code)]
 
+mod accounts;
 mod api_error;
 mod auth;
 pub mod backend;
@@ -16,6 +17,7 @@ mod gateway;
 mod messages;
 mod metrics;
 mod model;
+mod organization;
 mod prompt;
 mod reader;
 mod request;
@@ -35,11 +37,13 @@ mod test_support;
 mod tier_metrics;
 mod trace;
 
+pub use accounts::idempotency::{IDEMPOTENCY_KEY_HEADER, REPLAYED_HEADER};
+pub use accounts::store::{AccountStore, Proposed, StoreError, TablesBox, command};
 pub use api_error::REJECT_REASON_HEADER;
 pub use auth::DEFAULT_TENANT;
 pub use backend::{
     Backend, BackendError, ClusterSnapshot, Generation, GenerationEvent, GenerationSender, Job, LatencyTargets,
-    ModelInfo, Placement, WorkerRole, WorkerState, WorkerStatus,
+    ModelInfo, Placement, Track, WorkerRole, WorkerState, WorkerStatus,
 };
 pub use config::{API_KEY_CHARS_MIN, GatewayConfig, TenantConfig};
 pub use coordinators::{CoordinatorGroup, CoordinatorRole, CoordinatorStatus, GroupChange, NewCoordinator};

@@ -11,6 +11,8 @@ use crate::messages;
 pub(crate) const STOPS_MAX: usize = 4;
 /// Bytes of one stop string. Its whole length may be held back from the client.
 pub(crate) const STOP_BYTES_MAX: usize = 1024;
+/// Bytes of a user's name, as records take them.
+const USER_BYTES_MAX: usize = baton_state::bounds::TEXT_BYTES_MAX;
 /// Most tokens that can be asked for: far above every context, and no arithmetic with it overflows.
 const MAX_TOKENS_MAX: u64 = 1 << 30;
 
@@ -33,6 +35,8 @@ pub(crate) struct ChatRequest {
     pub include_usage: bool,
     /// vLLM's: lower goes first.
     pub priority: i32,
+    /// The client's user: `safety_identifier`, or its older name `user`; empty if not given.
+    pub user: String,
 }
 
 impl ChatRequest {
@@ -79,6 +83,7 @@ impl ChatRequest {
             stream,
             include_usage: include_usage(&fields, stream)?,
             priority: priority(&fields)?,
+            user: user(&fields)?,
         })
     }
 }
@@ -186,6 +191,21 @@ fn priority(fields: &Map<String, Json>) -> Result<i32, ApiError> {
     priority.ok_or_else(|| ApiError::field("priority", "`priority` must be an integer; lower goes first."))
 }
 
+/// Goes into the usage record. Both may be given; `safety_identifier` counts then.
+fn user(fields: &Map<String, Json>) -> Result<String, ApiError> {
+    for name in ["safety_identifier", "user"] {
+        match fields.get(name) {
+            None => {}
+            Some(Json::String(user)) if user.len() <= USER_BYTES_MAX => return Ok(user.clone()),
+            Some(_) => {
+                let message = format!("`{name}` must be a string of at most {USER_BYTES_MAX} bytes.");
+                return Err(ApiError::field(name, message));
+            }
+        }
+    }
+    Ok(String::new())
+}
+
 fn stop(value: Option<Json>) -> Result<Vec<String>, ApiError> {
     let message = format!(
         "`stop` must be a string or an array of at most {STOPS_MAX} strings, each of 1 to {STOP_BYTES_MAX} bytes."
@@ -284,7 +304,9 @@ mod tests {
             "user": "u", "metadata": {"a": "b"}, "store": false, "n": 1, "tools": [], "logit_bias": {}, "logprobs": false,
             "response_format": {"type": "text"}, "presence_penalty": 0.0, "tool_choice": null, "priority": -7}))
         .unwrap();
-        assert_eq!(request.priority, -7);
+        assert_eq!((request.priority, request.user.as_str()), (-7, "u"));
+        let both = parse(json!({"user": "u", "safety_identifier": "s"})).unwrap();
+        assert_eq!(both.user, "s");
         assert_eq!(request.max_tokens, Some(("max_completion_tokens", 7)));
         assert_eq!(
             (request.temperature, request.top_p, request.top_k, request.seed),
@@ -337,6 +359,8 @@ mod tests {
             assert_eq!(parse(json!({"priority": far})).unwrap().priority, taken);
         }
         refused(json!({"stream": "yes"}), "stream");
+        refused(json!({"user": 7}), "user");
+        refused(json!({"safety_identifier": "x".repeat(513)}), "safety_identifier");
         refused(json!({"stream_options": {"include_usage": true}}), "stream_options");
         refused(
             json!({"stream": true, "stream_options": {"odd": 1}}),

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use axum::extract::{MatchedPath, Path, Request, State};
+use axum::extract::{Extension, MatchedPath, Path, Request, State};
 use axum::http::{HeaderValue, Method, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -11,12 +11,13 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 
 use crate::api_error::ApiError;
-use crate::auth::Caller;
+use crate::auth::{self, Caller, Scopes};
 use crate::backend::{Backend, WorkerStatus};
 use crate::chat;
 use crate::coordinators;
 use crate::drain;
 use crate::gateway::Gateway;
+use crate::organization;
 use crate::response::{ModelCard, ModelList};
 use crate::snapshot;
 use crate::trace::RequestNames;
@@ -36,7 +37,10 @@ const INDEX: &str = "baton: an OpenAI-compatible API.\n\n\
     POST /cluster/coordinators  take a coordinator in\n\
     POST /cluster/coordinators/{id}/remove take one out\n\
     POST /cluster/coordinators/transfer    let another one lead\n\
-    GET  /cluster/snapshot      a backup of the coordinators' state\n";
+    GET  /cluster/snapshot      a backup of the coordinators' state\n\n\
+    GET  /v1/organization/usage/completions, /v1/organization/costs        what was used, and what it cost\n\
+    GET  /v1/ledger/rows, /v1/ledger/checkpoints                           every request, gap-free\n\
+    /v1/organization/projects, /admin_api_keys, /prices, /budgets, ...     administration\n";
 
 /// The whole application.
 pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>) -> Router {
@@ -50,6 +54,7 @@ pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>) -> Router {
         .route("/metrics", get(metrics::<B>))
         .route("/cluster/workers", get(workers::<B>))
         .route("/cluster/workers/{id}/drain", post(drain::drain::<B>))
+        .merge(organization::routes(gateway.accounts.as_ref()))
         .route(
             "/cluster/coordinators",
             get(coordinators::list::<B>).post(coordinators::add::<B>),
@@ -71,17 +76,28 @@ async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut reques
         .get::<MatchedPath>()
         .map_or("other", MatchedPath::as_str)
         .to_owned();
-    let caller = match &gateway.keys {
-        Some(keys) if !OPEN_ROUTES.contains(&route.as_str()) => keys.caller(request.headers()),
-        _ => Some(Caller::anonymous()),
+    let caller = if OPEN_ROUTES.contains(&route.as_str()) {
+        Ok(Caller::anonymous())
+    } else {
+        auth::caller(gateway.keys.as_ref(), gateway.accounts.as_ref(), request.headers())
     };
+    let needed = needed(request.method(), &route);
+    let caller = caller.and_then(|caller| match needed {
+        Some(scope) if !caller.scopes.hold(scope) => Err(ApiError::missing_scope(scope.name())),
+        _ => Ok(caller),
+    });
     request.extensions_mut().insert(names.clone());
     let mut response = match caller {
-        Some(caller) => {
+        Ok(caller) => {
+            let account = caller.account.clone();
             request.extensions_mut().insert(caller);
-            next.run(request).await
+            let mut response = next.run(request).await;
+            if let (Some(accounts), Some(account)) = (&gateway.accounts, account) {
+                accounts.rates.headers(&account, response.headers_mut());
+            }
+            response
         }
-        None => ApiError::unauthorized().into_response(),
+        Err(refused) => refused.into_response(),
     };
     gateway.ledger.metrics.responded(&route, response.status().as_u16());
     let headers = response.headers_mut();
@@ -93,6 +109,29 @@ async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut reques
     // Answers are JSON, text or events; a browser must not guess otherwise.
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
+}
+
+/// What a route needs of a key. The list of models is for all.
+fn needed(method: &Method, route: &str) -> Option<Scopes> {
+    let under = |prefix: &str| route.starts_with(prefix);
+    if under("/v1/chat/") {
+        Some(Scopes::INFERENCE)
+    } else if under("/v1/organization/usage/") || route == "/v1/organization/costs" {
+        Some(Scopes::USAGE)
+    } else if route == "/v1/ledger/seal" {
+        Some(Scopes::ADMIN)
+    } else if under("/v1/ledger/") {
+        Some(Scopes::USAGE)
+    } else if under("/v1/organization/") {
+        Some(Scopes::ADMIN)
+    } else if route == "/cluster/snapshot" || (under("/cluster/coordinators") && method != Method::GET) {
+        // Who has the whole state, or the group, has everything.
+        Some(Scopes::ADMIN)
+    } else if under("/cluster/") || route == "/metrics" {
+        Some(Scopes::CLUSTER)
+    } else {
+        None
+    }
 }
 
 async fn index() -> &'static str {
@@ -110,17 +149,21 @@ async fn ready<B: Backend>(State(gateway): State<Arc<Gateway<B>>>) -> Response {
     }
 }
 
-async fn models<B: Backend>(State(gateway): State<Arc<Gateway<B>>>) -> Json<ModelList> {
-    Json(gateway.models())
+async fn models<B: Backend>(
+    State(gateway): State<Arc<Gateway<B>>>,
+    Extension(caller): Extension<Caller>,
+) -> Json<ModelList> {
+    Json(gateway.models(&caller))
 }
 
 /// The id may have slashes ("org/model").
 async fn model<B: Backend>(
     State(gateway): State<Arc<Gateway<B>>>,
     Path(id): Path<String>,
+    Extension(caller): Extension<Caller>,
 ) -> Result<Json<ModelCard>, ApiError> {
     gateway
-        .model(&id)
+        .model(&id, &caller)
         .map(Json)
         .ok_or_else(|| ApiError::model_not_found(&id))
 }

@@ -13,10 +13,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use baton_proto::state::{UsageRecord, UsageStatus};
 use baton_proto::worker::{Finish, FinishReason};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::accounts::hold::Hold;
 use crate::api_error::ApiError;
-use crate::backend::{Backend, Generation, Placement};
+use crate::backend::{Backend, Generation, Track};
 use crate::metrics::{Counts, Metrics};
 use crate::reader::TokenReader;
 
@@ -51,13 +53,17 @@ pub(crate) struct Opened {
 pub(crate) struct Run<B: Backend> {
     ledger: Arc<Ledger<B>>,
     opened: Opened,
+    /// What it holds of limits and budgets.
+    hold: Hold,
+    /// Cancelled when a budget is no longer set aside for it.
+    cut: Option<CancellationToken>,
     generation: Option<Generation>,
+    track: Track,
     /// The work was cancelled because the text is complete; brings its exact counts.
     stopping: Option<Stopping>,
     reader: TokenReader,
     /// Known once the generation is over.
     finish: Option<Finish>,
-    placement: Placement,
     /// Tokens whose text was handed to the connection: what a client that hangs up is billed for.
     delivered: u32,
     first_token_at: Option<Instant>,
@@ -96,6 +102,7 @@ impl<B: Backend> Run<B> {
     pub fn new(
         ledger: Arc<Ledger<B>>,
         opened: Opened,
+        hold: Hold,
         generation: Generation,
         reader: TokenReader,
         permit: OwnedSemaphorePermit,
@@ -104,11 +111,13 @@ impl<B: Backend> Run<B> {
         Self {
             ledger,
             opened,
+            cut: hold.cut(),
+            hold,
+            track: generation.track(),
             generation: Some(generation),
             stopping: None,
             reader,
             finish: None,
-            placement: Placement::default(),
             delivered: 0,
             first_token_at: None,
             last_tokens_at: None,
@@ -120,10 +129,19 @@ impl<B: Backend> Run<B> {
     /// Waits for the next tokens. Cancel-safe. After an error or a [`Step::Last`] there is nothing
     /// more to wait for.
     pub async fn step(&mut self) -> Result<Step, ApiError> {
-        let event = match &mut self.generation {
-            Some(generation) => generation.next().await,
-            None => None,
+        let (event, lost) = match (&mut self.generation, &self.cut) {
+            (None, _) => (None, false),
+            (Some(generation), None) => (generation.next().await, false),
+            (Some(generation), Some(cut)) => tokio::select! {
+                biased;
+                () = cut.cancelled() => (None, true),
+                event = generation.next() => (event, false),
+            },
         };
+        if lost {
+            self.fail("a slice of a budget could not be prolonged");
+            return Err(budget_lost());
+        }
         let Some(event) = event else {
             self.fail("the generation ended without a finish");
             return Err(ApiError::unavailable(
@@ -136,11 +154,7 @@ impl<B: Backend> Run<B> {
         if let Some(finish) = event.finish {
             self.time_outside(&finish);
             self.finish = Some(finish);
-            self.placement = self
-                .generation
-                .take()
-                .map(|generation| generation.placement())
-                .unwrap_or_default();
+            self.generation = None;
         }
         if self.reader.stopped() {
             self.cancel();
@@ -191,7 +205,9 @@ impl<B: Backend> Run<B> {
             let mut draft = draft.complete().await;
             let counts = draft.counts();
             ledger.metrics.ended(&draft.opened.model, end.reason(), counts, elapsed);
-            let result = ledger.backend.settle(draft.record()).await;
+            let record = draft.record();
+            draft.hold.settled(&record);
+            let result = ledger.backend.settle(record).await;
             let failed = result.is_err();
             // Nobody may be there to hear it; the record stands all the same.
             let _ = tell.send(result.map(|()| counts));
@@ -245,7 +261,6 @@ impl<B: Backend> Run<B> {
     /// Cancels the work, if it runs.
     fn cancel(&mut self) {
         if let Some(generation) = self.generation.take() {
-            self.placement = generation.placement();
             self.stopping = Some(Box::pin(generation.stop(STOP_WAIT_MAX)));
         }
     }
@@ -254,7 +269,8 @@ impl<B: Backend> Run<B> {
         Draft {
             opened: self.opened.clone(),
             status,
-            placement: self.placement.clone(),
+            hold: std::mem::take(&mut self.hold),
+            track: self.track.clone(),
             finish: self.finish.take(),
             stopping: self.stopping.take(),
             completion_tokens: self.delivered,
@@ -301,9 +317,10 @@ impl<B: Backend> Drop for Run<B> {
 
 impl<B: Backend> Ledger<B> {
     /// Settles a record that nobody waits for.
-    async fn settle(&self, draft: Draft) {
+    async fn settle(&self, mut draft: Draft) {
         // Made once: a try that was committed and not answered must not differ from the next.
         let record = draft.record();
+        draft.hold.settled(&record);
         for attempt in 1..=SETTLE_TRIES {
             match self.backend.settle(record.clone()).await {
                 Ok(()) => return,
@@ -321,7 +338,8 @@ impl<B: Backend> Ledger<B> {
 struct Draft {
     opened: Opened,
     status: UsageStatus,
-    placement: Placement,
+    hold: Hold,
+    track: Track,
     finish: Option<Finish>,
     stopping: Option<Stopping>,
     completion_tokens: u32,
@@ -350,30 +368,39 @@ impl Draft {
 
     fn record(&self) -> UsageRecord {
         let counts = self.counts();
+        let placement = self.track.placement();
+        let (attempt_list, attempts_sampled) = self.track.attempts();
         let told = self.finish.as_ref().map(|finish| finish.prefill_worker_id.clone());
         let prefill_worker_id = told
             .filter(|id| !id.is_empty())
-            .unwrap_or_else(|| self.placement.prefill_worker_id.clone());
-        UsageRecord {
+            .unwrap_or_else(|| placement.prefill_worker_id.clone());
+        // The other witness of what was delivered: the cluster's count. Where it never came, what came of the tokens.
+        let told = self.finish.as_ref().map(|finish| finish.completion_tokens);
+        let sampled_tokens = told.unwrap_or(self.received_tokens).max(attempts_sampled);
+        let mut record = UsageRecord {
             request_id: self.opened.request_id.clone(),
             model: self.opened.model.clone(),
             status: self.status.into(),
             prompt_tokens: counts.prompt,
             cached_tokens: counts.cached,
             completion_tokens: counts.completion,
-            // The other witness of what was delivered: the cluster's count. Where it never came, what came of the tokens.
-            sampled_tokens: self
-                .finish
-                .as_ref()
-                .map_or(self.received_tokens, |finish| finish.completion_tokens),
+            sampled_tokens,
             prefill_worker_id,
-            decode_worker_id: self.placement.decode_worker_id.clone(),
+            decode_worker_id: placement.decode_worker_id,
             started_unix_ms: self.opened.arrived_unix_ms,
             settled_unix_ms: unix_ms(),
-            attempts: self.placement.attempts,
+            attempts: placement.attempts,
+            attempt_list,
             ..UsageRecord::default()
-        }
+        };
+        self.hold.fill(&mut record);
+        record
     }
+}
+
+/// What the client of a request is told that had to stop because its budget is no longer set aside.
+pub(crate) fn budget_lost() -> ApiError {
+    ApiError::unavailable("The budget of this request could not be kept set aside; retry.")
 }
 
 /// Milliseconds of Unix time.

@@ -286,6 +286,26 @@ impl Purse {
         slice.spent_at_lease = slice.spent;
     }
 
+    /// The group prolongs this slice no more, because its budget's period is over: later requests get a new one. Those that
+    /// hold it go on and are posted to it, which the group takes until some time after its end.
+    pub fn ended(&mut self, budget_id: &str, slice_id: &str) {
+        if self.slices.get(budget_id).is_none_or(|slice| slice.id != slice_id) {
+            return;
+        }
+        let slice = self.slices.remove(budget_id);
+        if let Some(slice) = slice.filter(|slice| !slice.holders.is_empty()) {
+            self.over.insert(slice.id.clone(), slice);
+        }
+    }
+
+    /// Gives up every slice that nothing holds: budget and slice, to be returned to the group. To be called when every record
+    /// that was posted here has been applied there; one that comes after its slice was returned is charged nothing.
+    pub fn give_back(&mut self) -> Vec<(String, String)> {
+        let idle = self.slices.extract_if(.., |_, slice| slice.holders.is_empty());
+        let granted = idle.filter(|(_, slice)| slice.granted > 0);
+        granted.map(|(budget_id, slice)| (budget_id, slice.id)).collect()
+    }
+
     /// Requests that must stop now, because a slice they hold is about to end and was not prolonged. Told once. They are
     /// posted as always, with what was delivered.
     pub fn cut(&mut self, now_ms: u64) -> Vec<u64> {
@@ -433,5 +453,50 @@ mod tests {
         assert!(purse.asks(20_000).is_empty());
         assert!(purse.cut(28_000).is_empty());
         assert!(purse.slices.is_empty());
+    }
+
+    #[test]
+    fn a_slice_of_a_period_that_is_over_is_replaced_and_its_holders_go_on() {
+        let mut purse = Purse::new("m1", PurseConfig::default());
+        let budget = budgets(&["b"]);
+        assert!(purse.reserve(&budget, 10, 0).is_err());
+        let asks = grant(&mut purse, 0, 10, false);
+        let held = purse.reserve(&budget, 10, 1).unwrap();
+        purse.ended("b", "another");
+        assert_eq!(purse.slices.len(), 1);
+        purse.ended("b", &asks[0].slice_id);
+        assert!(purse.cut(1_000_000).is_empty());
+        assert!(purse.reserve(&budget, 10, 2).is_err());
+        let next = purse.asks(2);
+        assert_ne!(next[0].slice_id, asks[0].slice_id);
+        assert_eq!(next[0].want_nano, 10);
+        purse.post(&held, 10);
+        assert!(purse.over.is_empty());
+    }
+
+    #[test]
+    fn idle_slices_are_given_back_and_held_ones_are_not() {
+        let mut purse = Purse::new("m1", PurseConfig::default());
+        for budget in ["a", "b", "never granted"] {
+            assert!(purse.reserve(&budgets(&[budget]), 10, 0).is_err());
+        }
+        let asks = purse.asks(0);
+        for ask in &asks[..2] {
+            purse.leased(&Lease {
+                budget_id: ask.budget_id.clone(),
+                slice_id: ask.slice_id.clone(),
+                granted_nano: 100,
+                expires_unix_ms: ask.expires_unix_ms,
+                exhausted: false,
+            });
+        }
+        let held = purse.reserve(&budgets(&["b"]), 10, 1).unwrap();
+        assert_eq!(purse.give_back(), [("a".to_owned(), asks[0].slice_id.clone())]);
+        assert_eq!(purse.give_back(), []);
+        purse.post(&held, 4);
+        assert_eq!(purse.give_back(), [("b".to_owned(), asks[1].slice_id.clone())]);
+        // What comes afterwards gets a new slice.
+        assert!(purse.reserve(&budgets(&["a"]), 10, 2).is_err());
+        assert_ne!(purse.asks(2)[0].slice_id, asks[0].slice_id);
     }
 }

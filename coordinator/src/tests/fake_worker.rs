@@ -65,6 +65,8 @@ pub(super) struct Controls {
     pub(super) attaches: AtomicU64,
     /// Answer every request with a retryable error.
     pub(super) refuse: AtomicBool,
+    /// Says that it sampled one token more than it sends.
+    pub(super) miscounts: AtomicBool,
     /// Whether it greets as one that pulses, and does so every 50 ms while requests are open.
     pub(super) pulsing: AtomicBool,
     /// Stands still as a stopped process does: takes nothing in that would show, sends nothing; connections stand.
@@ -374,7 +376,7 @@ async fn sequence(generate: Generate, controls: Arc<Controls>, outbound: Outboun
             None
         };
         let end = reason.map(|reason| Finish {
-            completion_tokens: count,
+            completion_tokens: count + u32::from(controls.miscounts.load(Ordering::SeqCst)),
             ..finish(&controls, reason)
         });
         let over = end.is_some();

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
-async fn leader(group: &[Coordinator]) -> usize {
+pub(super) async fn leader(group: &[Coordinator]) -> usize {
     let leads = || group.iter().position(|member| member.cluster.store.status().leads);
     until("a leader", || leads().is_some()).await;
     let at = leads().unwrap();
@@ -99,7 +99,7 @@ async fn records_settled_through_any_member_survive_the_leader_once_each() {
         .map(|(_, m)| m)
         .collect();
     let load = |member: &Coordinator, name: &'static str| {
-        let store = crate::backend::ClusterBackend(member.cluster.clone());
+        let store = crate::backend::ClusterBackend(member.cluster.clone(), member.accounts.clone());
         tokio::spawn(async move {
             for n in 0..40 {
                 store

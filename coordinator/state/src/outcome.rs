@@ -35,6 +35,8 @@ pub enum Applied {
     Leased {
         /// What it has left in all, in nano-units. May be less than was wanted.
         open_nano: u64,
+        /// All that was ever set aside in it, in nano-units: the same in whatever order answers and settlements arrive.
+        granted_nano: u64,
         /// When it expires.
         expires_unix_ms: u64,
         /// Start of the budget's period that it is of. When the period is over, lease another slice.

@@ -78,6 +78,7 @@ pub(crate) fn lease(machine: &mut Machine<'_>, command: LeaseSlice) -> Handled {
         });
     }
     slice.open_nano += more;
+    slice.granted_nano = slice.granted_nano.saturating_add(more);
     slice.expires_unix_ms = slice.expires_unix_ms.max(asked);
     if known.as_ref() != Some(&slice) {
         window.open_nano += u128::from(more);
@@ -92,6 +93,7 @@ pub(crate) fn lease(machine: &mut Machine<'_>, command: LeaseSlice) -> Handled {
     }
     Ok(Applied::Leased {
         open_nano: slice.open_nano,
+        granted_nano: slice.granted_nano,
         expires_unix_ms: slice.expires_unix_ms,
         period_start_unix_ms: start,
     })

@@ -1,6 +1,7 @@
 //! A scripted cluster, a gateway on a free loopback port, and a small HTTP/1.1 client that shows what is on the wire.
 #![allow(dead_code)]
 
+pub mod memory_store;
 pub mod model_files;
 
 use std::collections::VecDeque;
@@ -10,16 +11,20 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use baton_gateway::{
-    Backend, BackendError, ClusterSnapshot, GatewayConfig, Generation, GenerationEvent, Job, ModelInfo, Placement,
-    ServedModel, WorkerRole, WorkerState, WorkerStatus,
+    AccountStore, Backend, BackendError, ClusterSnapshot, GatewayConfig, Generation, GenerationEvent, Job, ModelInfo,
+    Placement, ServedModel, WorkerRole, WorkerState, WorkerStatus,
 };
-use baton_proto::state::UsageRecord;
+use baton_proto::state::{SettleUsage, UsageRecord, command::Kind};
 use baton_proto::worker::{Finish, FinishReason};
+use memory_store::MemoryStore;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
+
+/// The configured key.
+pub const OPERATOR: &str = "sk-operator-0123456789";
 
 /// No wait of a test is longer.
 pub const LONG: Duration = Duration::from_secs(20);
@@ -61,6 +66,8 @@ pub struct MockBackend {
     /// Places in the queue given up.
     pub left: AtomicUsize,
     pub no_worker: AtomicBool,
+    /// The replicated state; none by default, as in a backend without one.
+    pub store: std::sync::OnceLock<Arc<MemoryStore>>,
 }
 
 impl MockBackend {
@@ -148,11 +155,14 @@ impl Backend for Mock {
             let _place = Place(self.0.clone());
             return std::future::pending().await;
         }
-        sender.placed(Placement {
-            decode_worker_id: "decode-0".into(),
-            prefill_worker_id: "prefill-0".into(),
-            attempts: 1,
-        });
+        sender.placed(
+            Placement {
+                decode_worker_id: "decode-0".into(),
+                prefill_worker_id: "prefill-0".into(),
+                attempts: 1,
+            },
+            1,
+        );
         tokio::spawn(async move {
             let finish = |reason: FinishReason, completion: usize| Finish {
                 reason: reason.into(),
@@ -166,6 +176,7 @@ impl Backend for Mock {
             let (tokens, reason) = match script {
                 Script::Say(tokens, reason) => (tokens, Some(reason)),
                 Script::SayThenHang(tokens) => {
+                    sender.sampled(tokens.len());
                     let _ = sender.send(GenerationEvent { tokens, finish: None }).await;
                     stop.cancelled().await;
                     let finish = Some(finish(FinishReason::Cancelled, 0));
@@ -177,6 +188,7 @@ impl Backend for Mock {
             };
             let count = tokens.len();
             for (at, token) in tokens.into_iter().enumerate() {
+                sender.sampled(1);
                 let finish = reason.filter(|_| at + 1 == count).map(|reason| finish(reason, count));
                 if sender
                     .send(GenerationEvent {
@@ -202,9 +214,26 @@ impl Backend for Mock {
                 reason: "no leader".into(),
             });
         }
+        if let Some(store) = self.0.store.get() {
+            let record = Some(record.clone());
+            let command = baton_gateway::command("", Kind::SettleUsage(SettleUsage { record }));
+            let settled = store.propose(command).await;
+            settled.map_err(|error| BackendError::Unavailable {
+                reason: error.to_string(),
+            })?;
+        }
         self.0.records.lock().unwrap().push(record);
         self.0.changed.notify_waiters();
         Ok(())
+    }
+
+    fn revision(&self, _: &str) -> Option<String> {
+        Some("r1".into())
+    }
+
+    fn accounts(&self) -> Option<Arc<dyn AccountStore>> {
+        let store = self.0.store.get()?;
+        Some(store.clone())
     }
 
     fn drain(&self, worker_id: &str, deadline: Duration) -> Result<WorkerStatus, BackendError> {
@@ -279,12 +308,27 @@ impl TestGateway {
     }
 
     pub async fn with(config: GatewayConfig) -> Self {
+        Self::over(config, Arc::default()).await
+    }
+
+    /// With the replicated state in memory, and a key that may do everything.
+    pub async fn with_accounts() -> (Self, Arc<MemoryStore>) {
+        let backend = Arc::new(MockBackend::default());
+        let store = Arc::new(MemoryStore::default());
+        assert!(backend.store.set(store.clone()).is_ok());
+        let config = GatewayConfig {
+            api_key: Some(OPERATOR.into()),
+            ..GatewayConfig::default()
+        };
+        (Self::over(config, backend).await, store)
+    }
+
+    pub async fn over(config: GatewayConfig, backend: Arc<MockBackend>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         model_files::write_model(dir.path());
         let models = vec![ServedModel::load("m", dir.path()).unwrap()];
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
-        let backend = Arc::new(MockBackend::default());
         let shutdown = CancellationToken::new();
         let served = baton_gateway::serve(
             listener,
@@ -327,6 +371,44 @@ impl TestGateway {
         let mut wire = self.connect().await;
         wire.send(method, path, headers, body).await;
         wire.answer().await
+    }
+
+    /// Asks as the holder of a key, with more headers.
+    pub async fn ask(&self, key: &str, method: &str, path: &str, more: &[(&str, &str)], body: &Value) -> Answer {
+        let bearer = format!("Bearer {key}");
+        let mut headers = vec![("authorization", bearer.as_str()), ("content-type", "application/json")];
+        headers.extend(more);
+        let body = if body.is_null() {
+            String::new()
+        } else {
+            body.to_string()
+        };
+        self.request(method, path, &headers, body.as_bytes()).await
+    }
+
+    /// Administers, and expects it to work.
+    pub async fn admin(&self, method: &str, path: &str, body: Value) -> Value {
+        let answer = self.ask(OPERATOR, method, path, &[], &body).await;
+        assert_eq!(answer.status, 200, "{method} {path}: {}", answer.text());
+        answer.json()
+    }
+
+    /// A project and a key of it: its id, the key's id, its secret.
+    pub async fn project_key(&self, limits: Value, key: Value) -> (String, String, String) {
+        let project = self
+            .admin(
+                "POST",
+                "/v1/organization/projects",
+                json!({"name": "p", "limits": limits}),
+            )
+            .await;
+        let id = project["id"].as_str().unwrap().to_owned();
+        let mut body = json!({"name": "k"});
+        body.as_object_mut().unwrap().extend(key.as_object().unwrap().clone());
+        let path = format!("/v1/organization/projects/{id}/api_keys");
+        let key = self.admin("POST", &path, body).await;
+        let text = |name: &str| key[name].as_str().unwrap().to_owned();
+        (id, text("id"), text("value"))
     }
 
     /// A usual request still works.

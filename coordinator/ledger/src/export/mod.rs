@@ -186,7 +186,7 @@ impl<'a> Flat<'a> {
 
 /// A time as RFC 3339 in UTC with milliseconds: `2026-11-24T15:00:00.000Z`. Times beyond the year 9999 print as its last
 /// millisecond.
-pub(crate) fn rfc3339(unix_ms: u64) -> String {
+pub fn rfc3339(unix_ms: u64) -> String {
     let time = date_time(unix_ms);
     let mut text = String::with_capacity(24);
     let (date, clock) = (time.date(), time.time());

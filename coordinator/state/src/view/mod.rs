@@ -15,7 +15,9 @@ pub use ledger::{
     Settled, checkpoint, checkpoint_over, checkpoints_after, closed_period, corrected, correction, idempotency,
     last_checkpoint, row, rows_after, settled, usage, usage_after, usage_row,
 };
-pub use money::{budget, budgets_after, budgets_of, price, price_at, prices_after, slice, slices_after, window};
+pub use money::{
+    budget, budgets_after, budgets_of, has_slices, price, price_at, prices_after, slice, slices_after, window,
+};
 pub use usage_report::{Bucket, Dimension, ReportError, UsageQuery, UsageReport, Width, usage_report};
 
 pub(crate) use access::key_hash_key;

@@ -73,6 +73,12 @@ pub fn slice(tables: &(impl Tables + ?Sized), budget_id: &str, slice_id: &str) -
     message(tables, &slice_key(budget_id, slice_id), "a slice")
 }
 
+/// Whether any slice is open, so that time has to go on.
+pub fn has_slices(tables: &(impl Tables + ?Sized)) -> Result<bool, TablesError> {
+    let (from, to) = keys::whole(keys::SLICES_DUE);
+    Ok(tables.last(&from, &to)?.is_some())
+}
+
 /// A page of a budget's open slices, by id, those of past periods included.
 pub fn slices_after(
     tables: &(impl Tables + ?Sized),

@@ -19,6 +19,7 @@ pub(super) struct Slice {
     pub(super) member: u64,
     pub(super) start: u64,
     pub(super) open: u64,
+    pub(super) granted: u64,
     pub(super) expires: u64,
 }
 
@@ -232,14 +233,17 @@ impl Model {
             member,
             start,
             open: 0,
+            granted: 0,
             expires: 0,
         });
         now.open += more;
+        now.granted += more;
         now.expires = now.expires.max(asked.min(self.now + SLICE_LEASE_MS_MAX));
         self.window(budget, start);
         self.slices.insert((budget, slice), now.clone());
         Ok(Some(Applied::Leased {
             open_nano: now.open,
+            granted_nano: now.granted,
             expires_unix_ms: now.expires,
             period_start_unix_ms: start,
         }))
