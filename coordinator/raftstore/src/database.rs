@@ -17,6 +17,9 @@ pub(crate) const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta
 /// The state machine's tables: see `baton_state::keys`.
 pub(crate) const STATE: TableDefinition<&[u8], &[u8]> = TableDefinition::new("state");
 
+/// A snapshot that is being received, before it takes the place of [`STATE`].
+pub(crate) const STAGING: TableDefinition<&[u8], &[u8]> = TableDefinition::new("staging");
+
 /// Keys of [`META`].
 pub(crate) mod meta {
     pub(crate) const FORMAT: &str = "format";

@@ -1,5 +1,7 @@
 //! What can go wrong with the store, each with the way out.
 
+use crate::membership::MembershipRefused;
+use crate::snapshot::SnapshotError;
 use baton_state::{Refused, TablesError};
 use redb::{CommitError, DatabaseError, SetDurabilityError, StorageError, TableError, TransactionError};
 use std::path::PathBuf;
@@ -57,6 +59,21 @@ pub enum RaftStoreError {
     /// This member does not lead, and knows no leader that would take the proposal.
     #[error("no leader takes the proposal at the moment; try again shortly")]
     NoLeader,
+    /// Only the leader can do that.
+    #[error("this member does not lead; ask member {leader_id} (0: unknown at the moment)")]
+    NotLeader {
+        /// The leader's id, 0 if unknown.
+        leader_id: u64,
+    },
+    /// The membership cannot be changed like that.
+    #[error(transparent)]
+    Membership(#[from] MembershipRefused),
+    /// This member was removed from the group.
+    #[error("this member was removed from the group; to come back it needs a new id and an empty data directory")]
+    Removed,
+    /// A snapshot or backup was not taken.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// Too many proposals wait. Nothing was logged.
     #[error("the store has {limit} proposals waiting; try again shortly")]
     Overloaded {

@@ -17,21 +17,32 @@
 mod config;
 mod database;
 mod error;
+mod founding;
 mod log;
+mod membership;
 mod node;
+mod peers;
 mod queries;
 mod raft_log_drain;
+mod reads;
+mod runner;
 mod snapshot;
 mod store;
 mod tables;
 
 pub use baton_state::Applied;
 pub use baton_state::view::Settled;
-pub use config::RaftStoreConfig;
+pub use config::{LOG_ENTRIES_HELD_MAX, RaftStoreConfig};
 pub use error::RaftStoreError;
+pub use membership::{MEMBERS_MAX, MemberProgress, Members, MembershipChange, MembershipRefused, VOTERS_MAX};
+pub use peers::Peers;
 pub use queries::Position;
 pub use raft::eraftpb::Message;
-pub use store::{Peers, RaftStore, Status};
+pub use snapshot::{
+    BackupInfo, CHUNK_MESSAGE_BYTES_MAX, OutgoingSnapshot, SnapshotChunk, SnapshotError, SnapshotPair, SnapshotSink,
+    restore,
+};
+pub use store::{Consistency, Followed, RaftStore, Status};
 
 #[cfg(test)]
 mod tests;

@@ -3,16 +3,19 @@
 
 use crate::RaftStoreError;
 use crate::config::RaftStoreConfig;
-use crate::database::{FORMAT, LOG, META, STATE, Store, meta, number};
-use crate::snapshot;
+use crate::database::{FORMAT, LOG, META, Store, meta, number};
+use crate::founding::{self, Founding};
+use crate::snapshot::{SnapshotSource, Staged};
 use protobuf::Message as _;
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError};
-use redb::{ReadableTable, TableHandle, WriteTransaction};
+use redb::{ReadTransaction, WriteTransaction};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, VecDeque};
 
-/// Index and term from which a new group's log starts. Not 0: a member that joins later has an empty log and must be
-/// told of the founders, which only a snapshot does.
-const FIRST: (u64, u64) = (1, 1);
+/// Bytes of the newest entries that are kept in memory: what is committed was appended a moment ago, and is applied and sent
+/// from here instead of being read and decoded again.
+const RECENT_BYTES_MAX: usize = 16 << 20;
 
 pub(crate) struct LogStore {
     pub(crate) store: Store,
@@ -22,12 +25,17 @@ pub(crate) struct LogStore {
     truncated: (u64, u64),
     /// Index and term of the last entry.
     last: (u64, u64),
+    /// The newest entries, without gaps up to `last`, and their size.
+    recent: VecDeque<Entry>,
+    recent_bytes: usize,
+    /// Snapshots that raft-rs asked for and whose messages were not taken yet, by the member they are for.
+    sources: RefCell<BTreeMap<u64, SnapshotSource>>,
 }
 
 impl LogStore {
     /// Reads what is there, or founds the group that `config` describes. Returns the applied index too.
     pub(crate) fn open(store: Store, config: &RaftStoreConfig) -> Result<(Self, u64), RaftStoreError> {
-        found(&store, config)?;
+        founding::found(&store, &Founding::of(config))?;
         let txn = store.read()?;
         let table = txn.open_table(META)?;
         let value = |key: &str| -> Result<Vec<u8>, RaftStoreError> {
@@ -81,6 +89,9 @@ impl LogStore {
             conf_state,
             truncated,
             last,
+            recent: VecDeque::new(),
+            recent_bytes: 0,
+            sources: RefCell::default(),
         };
         Ok((log, applied))
     }
@@ -105,31 +116,67 @@ impl LogStore {
             put_hard_state(&txn, hard_state)?;
         }
         txn.commit()?;
-        if let Some(last) = entries.last() {
-            self.last = (last.index, last.term);
-        }
+        self.remember(entries);
         if let Some(hard_state) = hard_state {
             self.hard_state = hard_state.clone();
         }
         Ok(())
     }
 
-    /// Writes the hard state within `txn`; call [`committed`](Self::committed) once that is through.
-    pub(crate) fn put_hard_state(&self, txn: &WriteTransaction, hard_state: &HardState) -> Result<(), RaftStoreError> {
+    /// Notes what is the end of the log now.
+    fn remember(&mut self, entries: &[Entry]) {
+        let (Some(first), Some(last)) = (entries.first(), entries.last()) else {
+            return;
+        };
+        while self.recent.back().is_some_and(|entry| entry.index >= first.index) {
+            self.recent_bytes -= self.recent.pop_back().map_or(0, |entry| size(&entry));
+        }
+        for entry in entries {
+            self.recent_bytes += size(entry);
+            self.recent.push_back(entry.clone());
+        }
+        while self.recent_bytes > RECENT_BYTES_MAX {
+            self.recent_bytes -= self.recent.pop_front().map_or(0, |entry| size(&entry));
+        }
+        self.last = (last.index, last.term);
+    }
+
+    /// The entries from `low` on that are in memory, if that one is.
+    fn recent_from(&self, low: u64) -> Option<impl Iterator<Item = &Entry>> {
+        let first = self.recent.front()?.index;
+        let skip = usize::try_from(low.checked_sub(first)?).ok()?;
+        (skip < self.recent.len()).then(|| self.recent.iter().skip(skip))
+    }
+
+    pub(crate) fn conf_state(&self) -> &ConfState {
+        &self.conf_state
+    }
+
+    /// Writes how far the state is, within the transaction that changed it. Call [`applied`](Self::applied) once that is
+    /// through.
+    pub(crate) fn put_applied(
+        txn: &WriteTransaction,
+        index: u64,
+        hard_state: &HardState,
+        conf_state: Option<&ConfState>,
+    ) -> Result<(), RaftStoreError> {
+        put(txn, meta::APPLIED, &index.to_le_bytes())?;
+        if let Some(conf_state) = conf_state {
+            put(txn, meta::CONF_STATE, &bytes(conf_state)?)?;
+        }
         put_hard_state(txn, hard_state)
     }
 
-    pub(crate) fn committed(&mut self, hard_state: HardState) {
+    pub(crate) fn applied(&mut self, hard_state: HardState, conf_state: Option<ConfState>) {
         self.hard_state = hard_state;
+        if let Some(conf_state) = conf_state {
+            self.conf_state = conf_state;
+        }
     }
 
-    /// Writes a new configuration.
-    pub(crate) fn set_conf_state(&mut self, conf_state: ConfState) -> Result<(), RaftStoreError> {
-        let txn = self.store.write_durable()?;
-        put(&txn, meta::CONF_STATE, &bytes(&conf_state)?)?;
-        txn.commit()?;
-        self.conf_state = conf_state;
-        Ok(())
+    /// The state that goes with a snapshot message for `to`.
+    pub(crate) fn take_source(&self, to: u64) -> Option<SnapshotSource> {
+        self.sources.borrow_mut().remove(&to)
     }
 
     /// Deletes entries up to `index`, which must be applied.
@@ -150,12 +197,17 @@ impl LogStore {
         Ok(())
     }
 
-    /// Replaces everything by a leader's snapshot, with one fsync.
-    pub(crate) fn install(&mut self, received: &Snapshot, hard_state: &HardState) -> Result<(), RaftStoreError> {
+    /// Replaces everything by a leader's snapshot, which stands in the staging table, with one fsync.
+    pub(crate) fn install(
+        &mut self,
+        received: &Snapshot,
+        staged: &Staged,
+        hard_state: &HardState,
+    ) -> Result<(), RaftStoreError> {
         let at = received.get_metadata();
         let txn = self.store.write_durable()?;
         txn.open_table(LOG)?.retain(|_, _| false)?;
-        snapshot::import(&txn, received.get_data())?;
+        staged.switch(&txn)?;
         put(&txn, meta::APPLIED, &at.index.to_le_bytes())?;
         put(
             &txn,
@@ -167,12 +219,23 @@ impl LogStore {
         txn.commit()?;
         self.truncated = (at.index, at.term);
         self.last = self.truncated;
+        self.recent.clear();
+        self.recent_bytes = 0;
         self.conf_state = at.get_conf_state().clone();
         self.hard_state = hard_state.clone();
         Ok(())
     }
 
     fn read_entries(&self, low: u64, high: u64, bytes_max: Option<u64>) -> Result<Vec<Entry>, RaftStoreError> {
+        if let Some(recent) = self.recent_from(low) {
+            let mut bytes = 0;
+            let fitting = recent.take_while(|entry| {
+                bytes += size(entry) as u64;
+                // One at least, however large.
+                entry.index < high && (entry.index == low || bytes_max.is_none_or(|max| bytes <= max))
+            });
+            return Ok(fitting.cloned().collect());
+        }
         let txn = self.store.read()?;
         let table = txn.open_table(LOG)?;
         let mut entries = Vec::new();
@@ -234,57 +297,43 @@ impl Storage for LogStore {
         Ok(self.last.0)
     }
 
-    fn snapshot(&self, request_index: u64, _to: u64) -> raft::Result<Snapshot> {
-        let (applied, data) = snapshot::export(&self.store)?;
-        if applied < request_index {
+    /// Metadata only: the state stays in a [`SnapshotSource`] until the message is taken.
+    fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<Snapshot> {
+        let source = SnapshotSource::open(&self.store)?;
+        let index = source.index();
+        if index < request_index {
             return Err(StorageError::SnapshotTemporarilyUnavailable.into());
         }
-        let mut made = Snapshot {
-            data: data.into(),
-            ..Snapshot::default()
-        };
+        let mut made = Snapshot::default();
         let at = made.mut_metadata();
-        at.index = applied;
-        at.term = self.term(applied)?;
+        at.index = index;
+        at.term = self.term(index)?;
+        // Of the same version as the index: both are written in one transaction, by this thread.
         at.set_conf_state(self.conf_state.clone());
+        self.sources.borrow_mut().insert(to, source);
         Ok(made)
     }
 }
 
-/// Writes the first contents of an empty file.
-fn found(store: &Store, config: &RaftStoreConfig) -> Result<(), RaftStoreError> {
-    let txn = store.write_durable()?;
-    let empty = txn.open_table(META)?.get(meta::FORMAT)?.is_none();
-    if !empty {
-        return Ok(txn.abort()?);
+/// The term of an applied entry, in the version that `txn` sees.
+pub(crate) fn term_of(store: &Store, txn: &ReadTransaction, index: u64) -> Result<u64, RaftStoreError> {
+    if let Some(entry) = txn.open_table(LOG)?.get(index)? {
+        return Ok(decode(store, entry.value())?.term);
     }
-    if txn.list_tables()?.any(|table| table.name() != META.name()) {
-        return Err(store.corrupt("it holds another program's tables"));
+    let truncated = txn.open_table(META)?.get(meta::TRUNCATED)?;
+    match truncated.and_then(|value| pair(value.value())) {
+        Some((at, term)) if at == index => Ok(term),
+        _ => Err(store.corrupt(format!("the term of entry {index} is missing"))),
     }
-    txn.open_table(LOG)?;
-    txn.open_table(STATE)?;
-    let hard_state = HardState {
-        commit: FIRST.0,
-        term: FIRST.1,
-        ..HardState::default()
-    };
-    put_hard_state(&txn, &hard_state)?;
-    let mut conf_state = ConfState::default();
-    conf_state.set_voters(config.voters.clone());
-    put(&txn, meta::CONF_STATE, &bytes(&conf_state)?)?;
-    put(
-        &txn,
-        meta::TRUNCATED,
-        &[FIRST.0.to_le_bytes(), FIRST.1.to_le_bytes()].concat(),
-    )?;
-    put(&txn, meta::APPLIED, &FIRST.0.to_le_bytes())?;
-    put(&txn, meta::NODE_ID, &config.node_id.to_le_bytes())?;
-    put(&txn, meta::FORMAT, &FORMAT.to_le_bytes())?;
-    Ok(txn.commit()?)
 }
 
-fn put_hard_state(txn: &WriteTransaction, hard_state: &HardState) -> Result<(), RaftStoreError> {
+pub(crate) fn put_hard_state(txn: &WriteTransaction, hard_state: &HardState) -> Result<(), RaftStoreError> {
     put(txn, meta::HARD_STATE, &bytes(hard_state)?)
+}
+
+/// About what an entry takes in memory and on the wire.
+fn size(entry: &Entry) -> usize {
+    entry.data.len() + entry.context.len() + 32
 }
 
 pub(crate) fn put(txn: &WriteTransaction, key: &str, value: &[u8]) -> Result<(), RaftStoreError> {
@@ -292,7 +341,7 @@ pub(crate) fn put(txn: &WriteTransaction, key: &str, value: &[u8]) -> Result<(),
     Ok(())
 }
 
-fn bytes(message: &impl protobuf::Message) -> Result<Vec<u8>, RaftStoreError> {
+pub(crate) fn bytes(message: &impl protobuf::Message) -> Result<Vec<u8>, RaftStoreError> {
     message
         .write_to_bytes()
         .map_err(|error| RaftStoreError::Stopped(format!("a Raft message cannot be encoded: {error}")))

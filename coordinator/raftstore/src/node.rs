@@ -1,33 +1,64 @@
 //! One member of the group without clock, thread or network: proposals and messages go in, time is told, answers and
-//! messages come out. The only place that drives raft-rs.
+//! messages come out. The only place that drives raft-rs. What came of it is written down in [`Progress`].
 
-use crate::RaftStoreError;
+mod apply;
+mod members;
+mod query;
+
 use crate::config::{
-    APPLY_BYTES_MAX, COMMAND_BYTES_MAX, INFLIGHT_MESSAGES_MAX, MESSAGE_BYTES_MAX, RaftStoreConfig,
-    UNCOMMITTED_BYTES_MAX,
+    APPLY_BYTES_MAX, COMMAND_BYTES_MAX, INFLIGHT_MESSAGES_MAX, LOG_ENTRIES_HELD_MAX, MESSAGE_BYTES_MAX,
+    RaftStoreConfig, UNCOMMITTED_BYTES_MAX,
 };
-use crate::database::{Store, meta};
-use crate::log::{LogStore, put};
+use crate::database::Store;
+use crate::log::LogStore;
+use crate::membership::Members;
 use crate::raft_log_drain::logger;
-use crate::tables::StateTxn;
+use crate::reads::{ReadId, Reads};
+use crate::snapshot::{SnapshotSource, Staged};
+use crate::{RaftStoreError, SnapshotError};
 use baton_state::{Outcome, Refused};
-use protobuf::Message as _;
-use raft::eraftpb::{ConfChange, ConfChangeV2, Entry, EntryType, Message};
-use raft::{Config, RawNode, StateRole};
-use std::collections::HashSet;
+use raft::eraftpb::{EntryType, Message, MessageType};
+use raft::{Config, ProgressState, RawNode, SnapshotStatus, StateRole};
+use std::collections::HashMap;
 
 /// Names a proposal of this process. Travels as the entry's context, never into the state machine.
 pub(crate) type ProposalId = u64;
 
+/// raft-rs' mark on an election that a leader asked for.
+const CAMPAIGN_TRANSFER: &[u8] = b"CampaignTransfer";
+
+/// Something for another member.
+pub(crate) enum Outgoing {
+    Message(Message),
+    /// A snapshot's message, and the state that goes with it. [`Node::report_snapshot`] must be told how it went.
+    Snapshot(Message, Box<SnapshotSource>),
+}
+
+/// A command that was applied, as whoever follows the state gets it.
+#[derive(Debug)]
+pub(crate) struct AppliedEntry {
+    pub(crate) index: u64,
+    pub(crate) command: Vec<u8>,
+    pub(crate) applied: baton_state::Applied,
+}
+
 /// What came of driving the node.
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
-    /// To be sent to peers, in order.
-    pub(crate) messages: Vec<Message>,
     /// Proposals of this process that were applied.
     pub(crate) answers: Vec<(ProposalId, Outcome)>,
-    /// Proposals whose fate is open, because this member stopped leading.
+    /// Changes of the membership, asked for here, that took effect.
+    pub(crate) changed: Vec<ProposalId>,
+    /// Proposals whose fate is open, because the leader changed.
     pub(crate) orphans: Vec<ProposalId>,
+    /// Reads that may be made now.
+    pub(crate) reads: Vec<ReadId>,
+    /// What followers of the state should see, in order.
+    pub(crate) followed: Vec<AppliedEntry>,
+    /// A snapshot replaced the whole state.
+    pub(crate) replaced: bool,
+    /// This member does not belong to the group any more, and must stop once all messages are sent.
+    pub(crate) removed: bool,
 }
 
 pub(crate) struct Node {
@@ -35,20 +66,39 @@ pub(crate) struct Node {
     log_entries_keep: u64,
     tick_ms: u64,
     ticks_max: u64,
+    heartbeat_ms: u64,
     /// Time, in the caller's milliseconds, up to which ticks were given.
     ticked_ms: u64,
+    now_ms: u64,
+    /// Until then this member, which may have forgotten whom it heard, votes for nobody. See `reads`.
+    votes_from_ms: u64,
     applied: u64,
+    /// Term of the last applied entry.
+    applied_term: u64,
+    members: Members,
+    removed: bool,
     /// Tells this process's proposals from those of an earlier life with the same ids.
     life: u64,
     next_id: ProposalId,
-    open: HashSet<ProposalId>,
+    /// Proposals that are not answered yet, and the term in which each was made.
+    open: HashMap<ProposalId, u64>,
+    /// The change of the membership that is applied but needs both majorities still.
+    changing: Option<ProposalId>,
+    reads: Reads,
+    /// A whole snapshot that raft-rs was told of.
+    staged: Option<Staged>,
     led: bool,
 }
 
 impl Node {
-    /// `life` must differ between lives of one member (a random number).
-    pub(crate) fn open(store: Store, config: &RaftStoreConfig, life: u64) -> Result<Self, RaftStoreError> {
+    /// `life` must differ between lives of one member (a random number). `now_ms` is the caller's time.
+    pub(crate) fn open(store: Store, config: &RaftStoreConfig, life: u64, now_ms: u64) -> Result<Self, RaftStoreError> {
+        config.check()?;
         let (log, applied) = LogStore::open(store, config)?;
+        let members = Members::of(log.conf_state());
+        if members != Members::default() && !members.contains(config.node_id) {
+            return Err(RaftStoreError::Removed);
+        }
         let raft_config = Config {
             id: config.node_id,
             election_tick: config.election_ticks,
@@ -66,16 +116,27 @@ impl Node {
             .validate()
             .map_err(|error| RaftStoreError::Config(error.to_string()))?;
         let raw = RawNode::new(&raft_config, log, &logger()).map_err(stopped)?;
+        let tick_ms = config.tick_ms.max(1);
+        let election_ticks = config.election_ticks as u64;
         Ok(Self {
             raw,
             log_entries_keep: config.log_entries_keep.max(1),
-            tick_ms: config.tick_ms.max(1),
-            ticks_max: 2 * config.election_ticks as u64,
-            ticked_ms: 0,
+            tick_ms,
+            ticks_max: 2 * election_ticks,
+            heartbeat_ms: config.heartbeat_ticks as u64 * tick_ms,
+            ticked_ms: now_ms,
+            now_ms,
+            votes_from_ms: now_ms.saturating_add(election_ticks * tick_ms),
             applied,
+            applied_term: 0,
+            members,
+            removed: false,
             life,
             next_id: 0,
-            open: HashSet::new(),
+            open: HashMap::new(),
+            changing: None,
+            reads: Reads::new(election_ticks, tick_ms),
+            staged: None,
             led: false,
         })
     }
@@ -95,15 +156,25 @@ impl Node {
             let reason = format!("it has {} bytes; 1 to {COMMAND_BYTES_MAX} are taken", command.len());
             return Err(Refused::Invalid(reason).into());
         }
-        let id = self.next_id;
-        let context = [self.life.to_le_bytes(), id.to_le_bytes()].concat();
-        match self.raw.propose(context, command) {
+        let proposed = self.raw.propose(self.context(self.next_id), command);
+        self.note_proposal(proposed)
+    }
+
+    fn context(&self, id: u64) -> Vec<u8> {
+        [self.life.to_le_bytes(), id.to_le_bytes()].concat()
+    }
+
+    fn note_proposal(&mut self, proposed: raft::Result<()>) -> Result<ProposalId, RaftStoreError> {
+        let raft = &self.raw.raft;
+        match proposed {
             Ok(()) => {
+                let id = self.next_id;
                 self.next_id += 1;
-                self.open.insert(id);
+                self.open.insert(id, raft.term);
                 Ok(id)
             }
-            Err(raft::Error::ProposalDropped) if self.leads() => {
+            // While it hands over, a leader takes nothing more.
+            Err(raft::Error::ProposalDropped) if self.leads() && raft.lead_transferee.is_none() => {
                 Err(RaftStoreError::Overloaded { limit: self.open.len() })
             }
             Err(raft::Error::ProposalDropped) => Err(RaftStoreError::NoLeader),
@@ -111,20 +182,70 @@ impl Node {
         }
     }
 
-    /// Takes a peer's message.
+    /// Takes a peer's message. What raft-rs would trip over, or what only goes through this member's own checks, is dropped.
     pub(crate) fn step(&mut self, message: Message) {
+        let dropped = match message.get_msg_type() {
+            // Comes with its state, through `step_snapshot`.
+            MessageType::MsgSnapshot => true,
+            MessageType::MsgPropose => {
+                message.get_entries().is_empty()
+                    || message.get_entries().iter().any(|entry| {
+                        entry.get_entry_type() != EntryType::EntryNormal || entry.data.len() > COMMAND_BYTES_MAX
+                    })
+            }
+            MessageType::MsgReadIndex | MessageType::MsgReadIndexResp => message.get_entries().len() != 1,
+            // Only the leader is asked for these, by its own process.
+            MessageType::MsgTransferLeader => true,
+            MessageType::MsgRequestVote | MessageType::MsgRequestPreVote => {
+                self.now_ms < self.votes_from_ms && message.context != CAMPAIGN_TRANSFER
+            }
+            _ => false,
+        };
+        if dropped {
+            return;
+        }
         if let Err(error) = self.raw.step(message) {
             tracing::debug!(%error, "a peer's message was not taken");
         }
     }
 
-    /// Tells the time. A caller that was asleep for long gets at most two election timeouts' ticks.
+    /// Takes a snapshot whose state stands in the staging table. The next [`process`](Self::process) installs it.
+    pub(crate) fn step_snapshot(&mut self, message: Message, staged: Staged) -> Result<(), SnapshotError> {
+        if let Err(error) = self.raw.step(message) {
+            tracing::debug!(%error, "a snapshot was not taken");
+        }
+        if self.raw.snap().is_none() {
+            return Err(SnapshotError::Refused);
+        }
+        self.staged = Some(staged);
+        Ok(())
+    }
+
+    /// How the sending of a snapshot went. Whatever is said of one that is not under way has no effect.
+    pub(crate) fn report_snapshot(&mut self, to: u64, delivered: bool) {
+        let status = if delivered {
+            SnapshotStatus::Finish
+        } else {
+            SnapshotStatus::Failure
+        };
+        self.raw.report_snapshot(to, status);
+    }
+
+    /// Messages to this member get lost at the moment.
+    pub(crate) fn report_unreachable(&mut self, id: u64) {
+        self.raw.report_unreachable(id);
+    }
+
+    /// Tells the time. A caller that was asleep for long gets at most two election timeouts' ticks. To be told before
+    /// messages are stepped that came in meanwhile: a tick after a heartbeat must be of the time after it.
     pub(crate) fn advance_to(&mut self, now_ms: u64) {
+        self.now_ms = self.now_ms.max(now_ms);
         let due = now_ms.saturating_sub(self.ticked_ms) / self.tick_ms;
         self.ticked_ms += due * self.tick_ms;
         for _ in 0..due.min(self.ticks_max) {
             self.raw.tick();
         }
+        self.ask_again();
     }
 
     /// Nobody waits for this proposal any more.
@@ -132,105 +253,71 @@ impl Node {
         self.open.remove(&id);
     }
 
-    /// Persists, commits and applies whatever is due. After an error the node must be dropped: the store decides, on
-    /// the next start, what happened.
-    pub(crate) fn process(&mut self) -> Result<Progress, RaftStoreError> {
+    /// Persists, commits and applies whatever is due. What `send` gets must go out in that order, and may go out at once:
+    /// a leader's entries are sent before they are on its own disk, what a follower says after. After an error the node must
+    /// be dropped: the store decides, on the next start, what happened.
+    pub(crate) fn process(&mut self, send: &mut dyn FnMut(Outgoing)) -> Result<Progress, RaftStoreError> {
         let mut progress = Progress::default();
-        while self.raw.has_ready() {
+        while !self.removed && self.raw.has_ready() {
             let mut ready = self.raw.ready();
-            progress.messages.extend(ready.take_messages());
+            self.send(ready.take_messages(), send);
+            for state in ready.take_read_states() {
+                self.read_confirmed(&state.request_ctx, state.index);
+            }
             let hard_state = ready.hs().cloned();
             if !ready.snapshot().is_empty() {
-                // Whole, and not only if it changed: the snapshot must not end up beyond the commit index.
-                let state = self.raw.raft.hard_state();
-                let snapshot = ready.snapshot().clone();
-                self.raw.mut_store().install(&snapshot, &state)?;
-                self.applied = snapshot.get_metadata().index;
+                self.install(ready.snapshot(), &mut progress)?;
             }
             if !ready.entries().is_empty() || (ready.must_sync() && hard_state.is_some()) {
                 let entries = ready.take_entries();
                 self.raw.mut_store().append(&entries, hard_state.as_ref())?;
             }
-            progress.messages.extend(ready.take_persisted_messages());
+            self.send(ready.take_persisted_messages(), send);
             let mut committed = ready.take_committed_entries();
             let mut light = self.raw.advance_append(ready);
-            progress.messages.extend(light.take_messages());
+            self.send(light.take_messages(), send);
             committed.extend(light.take_committed_entries());
             self.apply(committed, &mut progress)?;
         }
         if self.led && !self.leads() {
-            progress.orphans.extend(self.open.drain());
+            progress.orphans.extend(self.open.drain().map(|(id, _)| id));
+            self.changing = None;
         }
         self.led = self.leads();
+        progress.reads = self.reads.take(self.applied);
+        progress.removed = self.removed;
         self.compact()?;
         Ok(progress)
     }
 
-    fn apply(&mut self, committed: Vec<Entry>, progress: &mut Progress) -> Result<(), RaftStoreError> {
-        let Some(last) = committed.last().map(|entry| entry.index) else {
-            return Ok(());
-        };
-        let hard_state = self.raw.raft.hard_state();
-        let store = self.raw.store().store.clone();
-        let txn = store.write_derived()?;
-        let mut tables = StateTxn::open(&txn)?;
-        let mut changes = Vec::new();
-        let mut answers = Vec::new();
-        for entry in committed {
-            // An election leaves an empty entry.
-            match entry.get_entry_type() {
-                _ if entry.data.is_empty() => {}
-                EntryType::EntryNormal => {
-                    let outcome = baton_state::apply(&mut tables, entry.index, &entry.data)?;
-                    if let Some(id) = self.own_proposal(&entry) {
-                        answers.push((id, outcome));
-                    }
-                }
-                EntryType::EntryConfChange | EntryType::EntryConfChangeV2 => changes.push(entry),
+    fn send(&mut self, messages: Vec<Message>, send: &mut dyn FnMut(Outgoing)) {
+        for message in messages {
+            if message.get_msg_type() != MessageType::MsgSnapshot {
+                send(Outgoing::Message(message));
+            } else if let Some(source) = self.raw.store().take_source(message.to) {
+                send(Outgoing::Snapshot(message, Box::new(source)));
             }
         }
-        drop(tables);
-        put(&txn, meta::APPLIED, &last.to_le_bytes())?;
-        self.raw.store().put_hard_state(&txn, &hard_state)?;
-        txn.commit()?;
-        self.raw.mut_store().committed(hard_state);
-        for entry in changes {
-            self.change_members(&entry)?;
-        }
-        self.applied = last;
-        self.raw.advance_apply_to(last);
-        for (id, outcome) in answers {
-            if self.open.remove(&id) {
-                progress.answers.push((id, outcome));
-            }
-        }
-        Ok(())
     }
 
-    fn own_proposal(&self, entry: &Entry) -> Option<ProposalId> {
-        let (life, id) = entry.context.split_at_checked(8)?;
-        (life == self.life.to_le_bytes()).then(|| crate::database::number(id))?
-    }
-
-    fn change_members(&mut self, entry: &Entry) -> Result<(), RaftStoreError> {
-        let undecodable = |error| RaftStoreError::Stopped(format!("a membership change cannot be read: {error}"));
-        let conf_state = if entry.get_entry_type() == EntryType::EntryConfChange {
-            let change = ConfChange::parse_from_bytes(&entry.data).map_err(undecodable)?;
-            self.raw.apply_conf_change(&change)
-        } else {
-            let change = ConfChangeV2::parse_from_bytes(&entry.data).map_err(undecodable)?;
-            self.raw.apply_conf_change(&change)
-        };
-        self.raw.mut_store().set_conf_state(conf_state.map_err(stopped)?)
-    }
-
-    /// Deletes applied entries in batches of a quarter of what is kept.
+    /// Deletes applied entries in batches of a quarter of what is kept. Members that are connected keep what they lack, so
+    /// that one which receives a snapshot finds the log where the snapshot ends.
     fn compact(&mut self) -> Result<(), RaftStoreError> {
         let keep = self.log_entries_keep;
-        let applied = self.applied;
+        let mut to = self.applied.saturating_sub(keep);
+        if self.leads() {
+            for (_, member) in self.raw.raft.prs().iter() {
+                if member.state == ProgressState::Snapshot {
+                    to = to.min(member.pending_snapshot);
+                } else if member.recent_active {
+                    to = to.min(member.matched);
+                }
+            }
+            to = to.max(self.applied.saturating_sub(keep.max(LOG_ENTRIES_HELD_MAX)));
+        }
         let log = self.raw.mut_store();
-        if applied.saturating_sub(log.first_index_kept()) > keep + keep / 4 {
-            log.compact(applied - keep)?;
+        if (to + 1).saturating_sub(log.first_index_kept()) > keep / 4 {
+            log.compact(to)?;
         }
         Ok(())
     }

@@ -1,45 +1,33 @@
-//! The thread around a [`Node`], and the handle to it. The thread owns the clock; callers queue and wait.
+//! The handle to a member: callers queue what they want of its thread, and wait.
 
-use crate::database::{Store, contain_panic, panic_text};
-use crate::node::{Node, ProposalId};
+use crate::database::{Store, contain_panic};
+use crate::membership::{MemberProgress, Members, MembershipChange};
+use crate::node::Node;
+use crate::peers::NoPeers;
 use crate::queries::{self, Position};
+use crate::runner::{Board, Input, Runner, Waiting};
+use crate::snapshot::{self, BackupInfo, SnapshotSink, Staging};
 use crate::tables::StateView;
-use crate::{RaftStoreConfig, RaftStoreError};
+use crate::{Peers, RaftStoreConfig, RaftStoreError, SnapshotError};
 use baton_proto::state::{Command, UsageRecord, WorkerRecord};
 use baton_state::view::{self, Settled};
 use baton_state::{Applied, Tables};
 use prost::Message as _;
 use raft::eraftpb::Message;
-use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::path::Path;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
-use tokio::sync::oneshot;
+use std::time::Duration;
+use tokio::sync::{broadcast, oneshot, watch};
 
 /// Proposals and messages that may wait for the thread: many fsyncs' worth, and far more than requests end at once.
 const QUEUE_MAX: usize = 8192;
-/// Inputs taken between two fsyncs: bounds a batch's memory (64 KiB each at the very most) and its latency.
-const BATCH_MAX: usize = 1024;
+/// Changes that a follower of the state may lag behind before it must read everything again.
+const FOLLOWED_MAX: usize = 1024;
 /// Name of the file inside the data directory.
-const FILE_NAME: &str = "raft.redb";
-
-/// Sends messages to the other members. Must not block: a message that cannot go now is dropped, and Raft sends again.
-pub trait Peers: Send + 'static {
-    /// Sends `message` to the member `message.to`.
-    fn send(&mut self, message: Message);
-}
-
-/// For a group of one, which has no peers. A message would be a bug of the configuration; it is dropped.
-struct NoPeers;
-
-impl Peers for NoPeers {
-    fn send(&mut self, message: Message) {
-        tracing::warn!(to = message.to, "a message for a peer, but this group has no network");
-    }
-}
+pub(crate) const FILE_NAME: &str = "raft.redb";
 
 /// How the member is doing, as of the last batch.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -62,13 +50,33 @@ pub struct Status {
     pub batch_ms_total: u64,
 }
 
-/// What a caller of `propose` waits for.
-type Answer = Result<Applied, RaftStoreError>;
+/// What others see of the state's changes: see [`RaftStore::follow`].
+#[derive(Debug, Clone)]
+pub enum Followed {
+    /// A command was applied and changed something. Settled usage is left out: it is read by its numbers.
+    Command {
+        /// Log index of the command.
+        index: u64,
+        /// The command.
+        command: Arc<Command>,
+        /// Its answer.
+        applied: Applied,
+    },
+    /// A snapshot replaced the whole state: read it again.
+    Replaced {
+        /// Log index of the last command in it.
+        applied_index: u64,
+    },
+}
 
-enum Input {
-    Propose(Vec<u8>, oneshot::Sender<Answer>),
-    Message(Box<Message>),
-    Stop,
+/// How a read is made to see everything that was answered before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Consistency {
+    /// A majority says that the leader still leads. Rests on no clock.
+    ReadIndex,
+    /// The leader relies on what a majority said up to 0.8 election timeouts ago, if members' clocks run within a tenth of
+    /// each other's speed; otherwise, and on followers, as `ReadIndex`.
+    Lease,
 }
 
 /// A member of the Raft group. Cheap to clone; [`close`](Self::close), or the last clone to go, stops the thread and
@@ -81,9 +89,9 @@ pub struct RaftStore {
 struct Shared {
     inputs: SyncSender<Input>,
     /// None once closed.
-    store: Mutex<Option<Store>>,
-    status: Arc<Mutex<Status>>,
-    failure: Arc<OnceLock<RaftStoreError>>,
+    store: Mutex<Option<(Store, Staging)>>,
+    node_id: u64,
+    board: Board,
     thread: Mutex<Option<JoinHandle<()>>>,
     propose_timeout: Duration,
 }
@@ -96,9 +104,7 @@ impl RaftStore {
 
     /// Opens or creates the store in `dir` for a member that reaches the others through `peers`. Blocks on the disk.
     pub fn open_with_peers(dir: &Path, config: &RaftStoreConfig, peers: impl Peers) -> Result<Self, RaftStoreError> {
-        if config.node_id == 0 {
-            return Err(RaftStoreError::Config("the node id must not be 0".into()));
-        }
+        config.check()?;
         std::fs::create_dir_all(dir).map_err(|error| RaftStoreError::from_io(&error))?;
         let path = dir.join(FILE_NAME);
         Self::start(Store::open(&path)?, config, peers)
@@ -107,38 +113,32 @@ impl RaftStore {
     pub(crate) fn start(store: Store, config: &RaftStoreConfig, peers: impl Peers) -> Result<Self, RaftStoreError> {
         let path = store.path().to_owned();
         let life = RandomState::new().hash_one(std::process::id());
-        let node = contain_panic(&path, || {
-            let mut node = Node::open(store.clone(), config, life)?;
+        let (node, staging) = contain_panic(&path, || {
+            let staging = Staging::open(store.clone())?;
+            let mut node = Node::open(store.clone(), config, life, 0)?;
             node.campaign_if_alone()?;
             // A group of one leads when this returns; with peers, nothing is sent before an election is due.
-            node.process()?;
-            Ok(node)
+            node.process(&mut |_| {})?;
+            Ok((node, staging))
         })?;
         let (inputs, queue) = sync_channel(QUEUE_MAX);
-        let status = Arc::new(Mutex::new(Status::default()));
-        let failure = Arc::new(OnceLock::new());
-        let mut runner = Runner {
-            node,
-            peers: Box::new(peers),
-            waiting: HashMap::new(),
-            status: status.clone(),
-            start: Instant::now(),
-            tick: Duration::from_millis(config.tick_ms.max(1)),
+        let board = Board {
+            status: watch::Sender::default(),
+            members: Arc::default(),
+            followers: broadcast::Sender::new(FOLLOWED_MAX),
+            failure: Arc::default(),
         };
-        runner.report();
-        let thread = {
-            let failure = failure.clone();
-            std::thread::Builder::new()
-                .name("raft".into())
-                .spawn(move || runner.run_contained(&queue, &failure))
-                .map_err(|error| RaftStoreError::Stopped(format!("no thread: {error}")))?
-        };
+        let runner = Runner::new(node, Box::new(peers), board.clone(), config.tick_ms);
+        let thread = std::thread::Builder::new()
+            .name("raft".into())
+            .spawn(move || runner.run_contained(&queue))
+            .map_err(|error| RaftStoreError::Stopped(format!("no thread: {error}")))?;
         Ok(Self {
             shared: Arc::new(Shared {
                 inputs,
-                store: Mutex::new(Some(store)),
-                status,
-                failure,
+                store: Mutex::new(Some((store, staging))),
+                node_id: config.node_id,
+                board,
                 thread: Mutex::new(Some(thread)),
                 propose_timeout: Duration::from_millis(config.propose_timeout_ms),
             }),
@@ -149,23 +149,28 @@ impl RaftStore {
     /// the command back. Repeating a `SettleUsage` or a `RemoveWorker` after an error is safe; repeating a
     /// `RegisterWorker` gives a newer epoch.
     pub async fn propose(&self, command: Command) -> Result<Applied, RaftStoreError> {
+        self.ask(|waiting| Input::Propose(command.encode_to_vec(), waiting))
+            .await
+    }
+
+    /// Queues an input and waits for its answer.
+    async fn ask<T>(&self, input: impl FnOnce(Waiting<T>) -> Input) -> Result<T, RaftStoreError> {
         let (sender, answer) = oneshot::channel();
-        match self
-            .shared
-            .inputs
-            .try_send(Input::Propose(command.encode_to_vec(), sender))
-        {
+        match self.shared.inputs.try_send(input(sender)) {
             Ok(()) => {}
             Err(TrySendError::Full(_)) => return Err(RaftStoreError::Overloaded { limit: QUEUE_MAX }),
             Err(TrySendError::Disconnected(_)) => return Err(self.stopped()),
         }
-        let timeout = self.shared.propose_timeout;
-        match tokio::time::timeout(timeout, answer).await {
+        match tokio::time::timeout(self.shared.propose_timeout, answer).await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(_)) => Err(self.stopped()),
-            Err(_) => Err(RaftStoreError::Timeout {
-                timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
-            }),
+            Err(_) => Err(self.timeout()),
+        }
+    }
+
+    fn timeout(&self) -> RaftStoreError {
+        RaftStoreError::Timeout {
+            timeout_ms: u64::try_from(self.shared.propose_timeout.as_millis()).unwrap_or(u64::MAX),
         }
     }
 
@@ -174,24 +179,117 @@ impl RaftStore {
         let _ = self.shared.inputs.try_send(Input::Message(Box::new(message)));
     }
 
+    /// Begins to take a snapshot from a peer, which the caller has authenticated as a coordinator: `message` is
+    /// [`OutgoingSnapshot::message`](crate::OutgoingSnapshot::message) of the other side. Blocks on the disk.
+    pub fn receive_snapshot(&self, message: Message) -> Result<SnapshotSink, RaftStoreError> {
+        let status = self.status();
+        let index = message.get_snapshot().get_metadata().index;
+        if message.to != self.shared.node_id {
+            return Err(SnapshotError::Header("it is for another member").into());
+        }
+        if message.term < status.term || index <= status.applied_index {
+            return Err(SnapshotError::Stale { index }.into());
+        }
+        let (_, staging) = self.shared.open_store()?;
+        let inputs = self.shared.inputs.clone();
+        let failure = self.shared.board.failure.clone();
+        let hand = move |message, staged| {
+            let stopped = || failure.get().cloned().unwrap_or_else(closed);
+            let (sender, installed) = sync_channel(1);
+            let input = Input::Snapshot(Box::new(message), staged, sender);
+            inputs.send(input).map_err(|_| stopped())?;
+            installed.recv().map_err(|_| stopped())?
+        };
+        SnapshotSink::begin(&staging, message, Box::new(hand))
+    }
+
+    /// Messages to a member get lost at the moment; saves the leader from sending it much.
+    pub fn report_unreachable(&self, id: u64) {
+        let _ = self.shared.inputs.try_send(Input::Unreachable(id));
+    }
+
+    /// Changes who belongs to the group, and returns when the change has taken effect. Only the leader can.
+    pub async fn change_members(&self, change: MembershipChange) -> Result<(), RaftStoreError> {
+        self.ask(|waiting| Input::Change(change, waiting)).await
+    }
+
+    /// Hands the leadership to a voter, `None`: to the one that has most of the log. Returns the new leader once this member
+    /// follows it. Proposals that come meanwhile are answered [`NoLeader`](RaftStoreError::NoLeader).
+    pub async fn transfer(&self, to: Option<u64>) -> Result<u64, RaftStoreError> {
+        let mut status = self.watch();
+        let to = self.ask(|waiting| Input::Transfer(to, waiting)).await?;
+        let done = status.wait_for(|status| status.leader_id == to);
+        match tokio::time::timeout(self.shared.propose_timeout, done).await {
+            Ok(Ok(_)) => Ok(to),
+            Ok(Err(_)) => Err(self.stopped()),
+            Err(_) => Err(self.timeout()),
+        }
+    }
+
+    /// Waits until a read of [`state`](Self::state) sees everything that was answered anywhere before this call. Returns the
+    /// applied index. Reads that wait at the same time share one round to the majority.
+    pub async fn read(&self, consistency: Consistency) -> Result<u64, RaftStoreError> {
+        let lease = consistency == Consistency::Lease;
+        self.ask(|waiting| Input::Read(lease, waiting)).await
+    }
+
+    /// Waits until the entry at `index` is applied here: for a read that must see a write made through another member.
+    pub async fn wait_applied(&self, index: u64) -> Result<(), RaftStoreError> {
+        let mut status = self.watch();
+        let failed = || self.failure().is_some();
+        let reached = status.wait_for(|status| status.applied_index >= index || failed());
+        match tokio::time::timeout(self.shared.propose_timeout, reached).await {
+            Ok(Ok(status)) if status.applied_index >= index => Ok(()),
+            Ok(_) => Err(self.stopped()),
+            Err(_) => Err(self.timeout()),
+        }
+    }
+
     /// How the member is doing.
     pub fn status(&self) -> Status {
-        *self.shared.status.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.shared.board.status.borrow()
+    }
+
+    /// How the member is doing, to wait for changes of: leader, applied index.
+    pub fn watch(&self) -> watch::Receiver<Status> {
+        self.shared.board.status.subscribe()
+    }
+
+    /// The changes of the state from now on, in order, whichever member they came through. Subscribe first, then read the
+    /// state, then follow; what was read already may come again. A receiver that lags by more than a thousand gets `Lagged`
+    /// and must read the state again.
+    pub fn follow(&self) -> broadcast::Receiver<Followed> {
+        self.shared.board.followers.subscribe()
+    }
+
+    /// Who belongs to the group, at most a tick ago.
+    pub fn members(&self) -> Members {
+        self.shared.board.members().0.clone()
+    }
+
+    /// How far each member is, at most a tick ago; empty unless this member leads.
+    pub fn members_progress(&self) -> Vec<MemberProgress> {
+        self.shared.board.members().1.clone()
     }
 
     /// Why the store stopped, if it did.
     pub fn failure(&self) -> Option<RaftStoreError> {
-        self.shared.failure.get().cloned()
+        self.shared.board.failure.get().cloned()
+    }
+
+    /// Writes a backup of the state, as of one moment, while the member goes on. Blocks on the disk and on `to`.
+    pub fn save(&self, to: &mut dyn std::io::Write) -> Result<BackupInfo, RaftStoreError> {
+        snapshot::save(&self.shared.open_store()?.0, to)
     }
 
     /// Applied index, state hash and number of settled records, all of one moment.
     pub fn position(&self) -> Result<Position, RaftStoreError> {
-        queries::position(&self.shared.open_store()?)
+        queries::position(&self.shared.open_store()?.0)
     }
 
     /// One consistent version of the applied state, to read with [`baton_state::view`].
     pub fn state(&self) -> Result<impl Tables + use<>, RaftStoreError> {
-        StateView::open(&self.shared.open_store()?)
+        StateView::open(&self.shared.open_store()?.0)
     }
 
     /// The registered workers, by id.
@@ -228,23 +326,31 @@ impl RaftStore {
     }
 
     /// Stops the thread and closes the file, whatever clones there are; they answer "closed" from now on. What was not
-    /// answered yet may or may not be logged. Blocks for at most one batch; the file can be opened again afterwards.
+    /// answered yet may or may not be logged. Blocks for at most one batch; the file can be opened again afterwards, once
+    /// snapshots that are still under way have ended.
     pub fn close(&self) {
         self.shared.close();
     }
 
     fn stopped(&self) -> RaftStoreError {
-        self.failure()
-            .unwrap_or_else(|| RaftStoreError::Stopped("it was closed".into()))
+        self.failure().unwrap_or_else(closed)
+    }
+}
+
+fn closed() -> RaftStoreError {
+    RaftStoreError::Stopped("it was closed".into())
+}
+
+impl Board {
+    fn members(&self) -> std::sync::MutexGuard<'_, (Members, Vec<MemberProgress>)> {
+        self.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Shared {
-    fn open_store(&self) -> Result<Store, RaftStoreError> {
+    fn open_store(&self) -> Result<(Store, Staging), RaftStoreError> {
         let store = self.store.lock().unwrap_or_else(PoisonError::into_inner);
-        store
-            .clone()
-            .ok_or_else(|| RaftStoreError::Stopped("it was closed".into()))
+        store.clone().ok_or_else(closed)
     }
 
     fn close(&self) {
@@ -262,111 +368,5 @@ impl Drop for Shared {
     fn drop(&mut self) {
         // Joined, so that whoever dropped the store can open the file again.
         self.close();
-    }
-}
-
-struct Runner {
-    node: Node,
-    peers: Box<dyn Peers>,
-    waiting: HashMap<ProposalId, oneshot::Sender<Answer>>,
-    status: Arc<Mutex<Status>>,
-    start: Instant,
-    tick: Duration,
-}
-
-impl Runner {
-    /// Runs until stopped. raft-rs asserts its invariants; a panic stops the store and nothing else.
-    fn run_contained(mut self, queue: &Receiver<Input>, failure: &OnceLock<RaftStoreError>) {
-        let run = std::panic::AssertUnwindSafe(|| self.run(queue));
-        let error = match std::panic::catch_unwind(run) {
-            Ok(Ok(())) => return,
-            Ok(Err(error)) => error,
-            Err(panic) => RaftStoreError::Stopped(panic_text(&*panic)),
-        };
-        tracing::error!(%error, "the Raft store stopped");
-        let _ = failure.set(error.clone());
-        for (_, waiting) in self.waiting.drain() {
-            let _ = waiting.send(Err(error.clone()));
-        }
-    }
-
-    fn run(&mut self, queue: &Receiver<Input>) -> Result<(), RaftStoreError> {
-        let mut next_tick = self.tick;
-        loop {
-            let wait = next_tick.saturating_sub(self.start.elapsed());
-            let first = match queue.recv_timeout(wait) {
-                Ok(input) => Some(input),
-                Err(RecvTimeoutError::Timeout) => None,
-                Err(RecvTimeoutError::Disconnected) => return Ok(()),
-            };
-            let began = Instant::now();
-            // Everything that queued while the last batch was written shares this one's fsync.
-            let inputs = first.into_iter().chain(queue.try_iter().take(BATCH_MAX));
-            for input in inputs.collect::<Vec<_>>() {
-                match input {
-                    Input::Propose(command, waiting) => match self.node.propose(command) {
-                        Ok(id) => drop(self.waiting.insert(id, waiting)),
-                        Err(error) => drop(waiting.send(Err(error))),
-                    },
-                    Input::Message(message) => self.node.step(*message),
-                    Input::Stop => return Ok(()),
-                }
-            }
-            let now = self.start.elapsed();
-            if now >= next_tick {
-                next_tick = now + self.tick;
-                self.node.advance_to(u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
-                self.sweep();
-            }
-            self.process(began)?;
-        }
-    }
-
-    fn process(&mut self, began: Instant) -> Result<(), RaftStoreError> {
-        let progress = self.node.process()?;
-        for message in progress.messages {
-            self.peers.send(message);
-        }
-        let answered = progress.answers.len() as u64;
-        if answered > 0 {
-            let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
-            status.proposals_total += answered;
-            status.batches_total += 1;
-            status.batch_ms_total += u64::try_from(began.elapsed().as_millis()).unwrap_or(0);
-        }
-        // Before the answers, so that whoever has one finds it in the status.
-        self.report();
-        for (id, outcome) in progress.answers {
-            if let Some(waiting) = self.waiting.remove(&id) {
-                let _ = waiting.send(outcome.map_err(RaftStoreError::from));
-            }
-        }
-        for id in progress.orphans {
-            if let Some(waiting) = self.waiting.remove(&id) {
-                let _ = waiting.send(Err(RaftStoreError::LeaderChanged));
-            }
-        }
-        Ok(())
-    }
-
-    /// Forgets proposals whose callers gave up.
-    fn sweep(&mut self) {
-        let node = &mut self.node;
-        self.waiting.retain(|id, waiting| {
-            let gone = waiting.is_closed();
-            if gone {
-                node.forget(*id);
-            }
-            !gone
-        });
-    }
-
-    fn report(&mut self) {
-        let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
-        status.leader_id = self.node.leader_id();
-        status.leads = self.node.leads();
-        status.term = self.node.term();
-        status.applied_index = self.node.applied();
-        status.first_index = self.node.first_index();
     }
 }

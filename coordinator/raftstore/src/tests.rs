@@ -1,11 +1,17 @@
 //! Tests of the store: the state machine against a model, crashes at every disk operation, a group over a fake
 //! network, and the thread with real files.
 
+mod backup;
 mod crash;
 mod disk;
 mod files;
 mod group;
+mod members;
 mod model;
+mod net;
+mod reads;
+mod restarts;
+mod snapshots;
 
 use crate::database::Store;
 use crate::node::Node;
@@ -61,16 +67,16 @@ pub(crate) fn lone_node(store: &Store, life: u64, keep: u64) -> Result<Node, Raf
         log_entries_keep: keep,
         ..RaftStoreConfig::single()
     };
-    let mut node = Node::open(store.clone(), &config, life)?;
+    let mut node = Node::open(store.clone(), &config, life, 0)?;
     node.campaign_if_alone()?;
-    node.process()?;
+    node.process(&mut |_| {})?;
     Ok(node)
 }
 
 /// Proposes one command and drives the node until it is answered.
 pub(crate) fn run(node: &mut Node, command: &Command) -> Result<Applied, RaftStoreError> {
     let id = node.propose(command.encode_to_vec())?;
-    let progress = node.process()?;
+    let progress = node.process(&mut |_| {})?;
     let answer = progress.answers.into_iter().find(|(answered, _)| *answered == id);
     Ok(answer.expect("a group of one answers in the same batch").1?)
 }

@@ -1,0 +1,241 @@
+//! The state in a file, and a new group from it.
+//!
+//! ```text
+//!   magic (8 bytes) · version (u32) · length (u32) · Header · { length (u32) · SnapshotChunk } ... · BLAKE3 of all before (32)
+//! ```
+//!
+//! Numbers are little-endian, messages protobuf. The last chunk says so, and carries hash and count of all pairs. A restored
+//! group starts at the log index and term of the backup, so that indices in records go on from there.
+
+use super::chunk::Tally;
+use super::{CHUNK_MESSAGE_BYTES_MAX, SnapshotChunk, SnapshotError, SnapshotSource};
+use crate::RaftStoreError;
+use crate::database::{STATE, Store};
+use crate::founding::{self, Founding};
+use crate::log::term_of;
+use crate::store::FILE_NAME;
+use crate::tables::StateView;
+use baton_state::view;
+use std::io::{ErrorKind, Read, Write};
+use std::path::Path;
+
+const MAGIC: &[u8; 8] = b"BATONBAK";
+/// Raised when an older release would misread the file.
+const VERSION: u32 = 1;
+/// Far above any header; bounds what a damaged length makes us read.
+const HEADER_BYTES_MAX: u32 = 4096;
+/// Name of the file while it is restored.
+const PARTIAL_NAME: &str = "raft.redb.partial";
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Header {
+    #[prost(uint64, tag = "1")]
+    applied_index: u64,
+    #[prost(uint64, tag = "2")]
+    term: u64,
+    /// The hash chained over all commands.
+    #[prost(bytes = "vec", tag = "3")]
+    state_hash: Vec<u8>,
+}
+
+/// What a backup holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackupInfo {
+    /// Log index of the last command in it.
+    pub applied_index: u64,
+    /// Keys in it.
+    pub pairs: u64,
+    /// Length of the file.
+    pub bytes: u64,
+    /// Hash chained over all commands, as [`Position::hash`](crate::Position::hash) at that index.
+    pub state_hash: [u8; 32],
+    /// BLAKE3 of the file up to its last 32 bytes, which are this.
+    pub file_hash: [u8; 32],
+}
+
+/// Hashes and counts what goes through.
+struct Hashed<T> {
+    inner: T,
+    hasher: blake3::Hasher,
+    bytes: u64,
+}
+
+impl<T> Hashed<T> {
+    fn new(inner: T) -> Self {
+        Self {
+            inner,
+            hasher: blake3::Hasher::new(),
+            bytes: 0,
+        }
+    }
+
+    fn count(&mut self, bytes: &[u8]) {
+        self.hasher.update(bytes);
+        self.bytes += bytes.len() as u64;
+    }
+
+    fn hash(&self) -> [u8; 32] {
+        *self.hasher.finalize().as_bytes()
+    }
+}
+
+impl<T: Write> Hashed<T> {
+    fn write(&mut self, bytes: &[u8]) -> Result<(), RaftStoreError> {
+        self.count(bytes);
+        self.inner
+            .write_all(bytes)
+            .map_err(|error| RaftStoreError::from_io(&error))
+    }
+
+    fn write_message(&mut self, message: &impl prost::Message) -> Result<(), RaftStoreError> {
+        let bytes = message.encode_to_vec();
+        let length = u32::try_from(bytes.len()).map_err(|_| RaftStoreError::Stopped("a chunk is too long".into()))?;
+        self.write(&length.to_le_bytes())?;
+        self.write(&bytes)
+    }
+}
+
+impl<T: Read> Hashed<T> {
+    fn read(&mut self, buffer: &mut [u8]) -> Result<(), RaftStoreError> {
+        self.inner.read_exact(buffer).map_err(|error| match error.kind() {
+            ErrorKind::UnexpectedEof => SnapshotError::DamagedBackup("it ends early").into(),
+            _ => RaftStoreError::from_io(&error),
+        })?;
+        self.count(buffer);
+        Ok(())
+    }
+
+    fn read_number(&mut self) -> Result<u32, RaftStoreError> {
+        let mut bytes = [0; 4];
+        self.read(&mut bytes)?;
+        Ok(u32::from_le_bytes(bytes))
+    }
+
+    fn read_message<M: prost::Message + Default>(&mut self, bytes_max: u32) -> Result<M, RaftStoreError> {
+        let length = self.read_number()?;
+        if length > bytes_max {
+            return Err(SnapshotError::DamagedBackup("a length in it makes no sense").into());
+        }
+        let mut bytes = vec![0; length as usize];
+        self.read(&mut bytes)?;
+        M::decode(bytes.as_slice()).map_err(|_| SnapshotError::DamagedBackup("a part of it cannot be decoded").into())
+    }
+}
+
+/// Writes one version of the state to `to`, and flushes it.
+pub(crate) fn save(store: &Store, to: &mut dyn Write) -> Result<BackupInfo, RaftStoreError> {
+    let txn = store.read()?;
+    let mut source = SnapshotSource::of(store, &txn)?;
+    let state_hash = view::hash(&StateView::of(&txn)?)?;
+    let header = Header {
+        applied_index: source.index(),
+        term: term_of(store, &txn, source.index())?,
+        state_hash: state_hash.to_vec(),
+    };
+    drop(txn);
+    let mut out = Hashed::new(to);
+    out.write(MAGIC)?;
+    out.write(&VERSION.to_le_bytes())?;
+    out.write_message(&header)?;
+    while let Some(chunk) = source.next_chunk()? {
+        out.write_message(&chunk)?;
+    }
+    let file_hash = out.hash();
+    out.write(&file_hash)?;
+    out.inner.flush().map_err(|error| RaftStoreError::from_io(&error))?;
+    Ok(BackupInfo {
+        applied_index: source.index(),
+        pairs: source.progress().0,
+        bytes: out.bytes,
+        state_hash,
+        file_hash,
+    })
+}
+
+/// Restores a backup into `dir`, which must hold no store, as a group whose only member is `node_id`; others join it. Blocks
+/// on the disk. The store appears only when everything was read, checked and made durable. Members of the old group must not
+/// run any more: the two would know different histories.
+pub fn restore(from: &mut dyn Read, dir: &Path, node_id: u64) -> Result<BackupInfo, RaftStoreError> {
+    if node_id == 0 {
+        return Err(RaftStoreError::Config("node ids must not be 0".into()));
+    }
+    let io = |error: std::io::Error| RaftStoreError::from_io(&error);
+    std::fs::create_dir_all(dir).map_err(io)?;
+    let path = dir.join(FILE_NAME);
+    if path.exists() {
+        return Err(SnapshotError::NotEmpty(path).into());
+    }
+    let partial = dir.join(PARTIAL_NAME);
+    // Left by a restoration that was cut off.
+    match std::fs::remove_file(&partial) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(io(error)),
+        _ => {}
+    }
+    let restored = Store::open(&partial).and_then(|store| read_into(from, &store, node_id));
+    let finished = restored.and_then(|info| {
+        std::fs::rename(&partial, &path).map_err(io)?;
+        std::fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(io)?;
+        Ok(info)
+    });
+    if finished.is_err() {
+        let _ = std::fs::remove_file(&partial);
+    }
+    finished
+}
+
+fn read_into(from: &mut dyn Read, store: &Store, node_id: u64) -> Result<BackupInfo, RaftStoreError> {
+    let mut from = Hashed::new(from);
+    let mut magic = [0; 8];
+    from.read(&mut magic)
+        .map_err(|_| SnapshotError::NotABackup("it is too short"))?;
+    if magic != *MAGIC {
+        return Err(SnapshotError::NotABackup("it starts with other bytes").into());
+    }
+    if from.read_number()? != VERSION {
+        return Err(SnapshotError::NotABackup("its version is another one").into());
+    }
+    let header: Header = from.read_message(HEADER_BYTES_MAX)?;
+    let mut tally = Tally::new(header.applied_index);
+    while !tally.ended {
+        let chunk: SnapshotChunk = from.read_message(CHUNK_MESSAGE_BYTES_MAX as u32)?;
+        tally
+            .check(&chunk)
+            .map_err(|_| SnapshotError::DamagedBackup("its contents are not what was hashed"))?;
+        let txn = store.write_durable()?;
+        {
+            let mut table = txn.open_table(STATE)?;
+            for pair in &chunk.pairs {
+                table.insert(pair.key.as_slice(), pair.value.as_slice())?;
+            }
+        }
+        txn.commit()?;
+    }
+    let file_hash = from.hash();
+    let mut trailer = [0; 32];
+    from.read(&mut trailer)?;
+    if trailer != file_hash {
+        return Err(SnapshotError::DamagedBackup("its hash is another one").into());
+    }
+    if !matches!(from.inner.read(&mut [0]), Ok(0)) {
+        return Err(SnapshotError::DamagedBackup("something follows its end").into());
+    }
+    let txn = store.write_durable()?;
+    let founding = Founding {
+        node_id,
+        voters: vec![node_id],
+        at: (header.applied_index, header.term),
+    };
+    founding::write(&txn, &founding)?;
+    txn.commit()?;
+    let state_hash = view::hash(&StateView::open(store)?)?;
+    if header.applied_index == 0 || header.term == 0 || header.state_hash != state_hash {
+        return Err(SnapshotError::DamagedBackup("its header does not fit its contents").into());
+    }
+    Ok(BackupInfo {
+        applied_index: header.applied_index,
+        pairs: tally.pairs,
+        bytes: from.bytes,
+        state_hash,
+        file_hash,
+    })
+}

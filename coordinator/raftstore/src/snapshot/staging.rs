@@ -1,0 +1,133 @@
+//! The table in which a snapshot is gathered before it becomes the state, and whose turn it is to write there.
+//!
+//! ```text
+//!             begin              all chunks checked            installed, or not wanted
+//!   Free ───────────▶ Receiving ─────────────────────▶ Staged ─────────────────────────▶ Free
+//!                      │    ▲
+//!                      └────┘ begin: a newer stream takes over, the older one's chunks are refused
+//! ```
+
+use super::{SnapshotChunk, SnapshotError};
+use crate::RaftStoreError;
+use crate::database::{STAGING, STATE, Store};
+use redb::WriteTransaction;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Chunks between two fsyncs. Pages that were freed without one cannot be used again, so this bounds the file's growth.
+const CHUNKS_PER_SYNC: u64 = 16;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    Free,
+    Receiving(u64),
+    Staged(u64),
+}
+
+/// The staging table of one member. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Staging {
+    store: Store,
+    /// Also held while the table is written.
+    turn: Arc<Mutex<(Turn, u64)>>,
+}
+
+/// Proof that a whole, checked snapshot stands in the table. Dropping it gives the table free.
+pub(crate) struct Staged {
+    staging: Staging,
+    stream: u64,
+}
+
+impl Staging {
+    /// Drops what an earlier life left in the table.
+    pub(crate) fn open(store: Store) -> Result<Self, RaftStoreError> {
+        let left = {
+            let txn = store.read()?;
+            txn.list_tables()?
+                .any(|table| redb::TableHandle::name(&table) == redb::TableHandle::name(&STAGING))
+        };
+        if left {
+            let txn = store.write_derived()?;
+            txn.delete_table(STAGING)?;
+            txn.commit()?;
+        }
+        Ok(Self {
+            store,
+            turn: Arc::new(Mutex::new((Turn::Free, 0))),
+        })
+    }
+
+    fn turn(&self) -> MutexGuard<'_, (Turn, u64)> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Empties the table for a new stream and returns its number.
+    pub(super) fn begin(&self) -> Result<u64, RaftStoreError> {
+        let mut turn = self.turn();
+        if let Turn::Staged(_) = turn.0 {
+            return Err(SnapshotError::Busy.into());
+        }
+        let txn = self.store.write_derived()?;
+        txn.delete_table(STAGING)?;
+        txn.open_table(STAGING)?;
+        txn.commit()?;
+        turn.1 += 1;
+        turn.0 = Turn::Receiving(turn.1);
+        Ok(turn.1)
+    }
+
+    pub(super) fn write(&self, stream: u64, chunk: &SnapshotChunk) -> Result<(), RaftStoreError> {
+        let turn = self.turn();
+        if turn.0 != Turn::Receiving(stream) {
+            return Err(SnapshotError::Superseded.into());
+        }
+        let txn = if chunk.number.is_multiple_of(CHUNKS_PER_SYNC) {
+            self.store.write_durable()?
+        } else {
+            self.store.write_derived()?
+        };
+        {
+            let mut table = txn.open_table(STAGING)?;
+            for pair in &chunk.pairs {
+                table.insert(pair.key.as_slice(), pair.value.as_slice())?;
+            }
+        }
+        Ok(txn.commit()?)
+    }
+
+    pub(super) fn complete(&self, stream: u64) -> Result<Staged, RaftStoreError> {
+        let mut turn = self.turn();
+        if turn.0 != Turn::Receiving(stream) {
+            return Err(SnapshotError::Superseded.into());
+        }
+        turn.0 = Turn::Staged(stream);
+        Ok(Staged {
+            staging: self.clone(),
+            stream,
+        })
+    }
+
+    /// A stream that ended early.
+    pub(super) fn give_up(&self, stream: u64) {
+        let mut turn = self.turn();
+        if turn.0 == Turn::Receiving(stream) {
+            turn.0 = Turn::Free;
+        }
+    }
+}
+
+impl Staged {
+    /// Makes the table the state, within `txn`.
+    pub(crate) fn switch(&self, txn: &WriteTransaction) -> Result<(), RaftStoreError> {
+        txn.delete_table(STATE)?;
+        Ok(txn.rename_table(STAGING, STATE)?)
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        let mut turn = self.staging.turn();
+        if turn.0 == Turn::Staged(self.stream) {
+            turn.0 = Turn::Free;
+        }
+    }
+}
