@@ -258,6 +258,7 @@ impl<B: Backend> Run<B> {
             finish: self.finish.take(),
             stopping: self.stopping.take(),
             completion_tokens: self.delivered,
+            received_tokens: self.reader.tokens(),
         }
     }
 
@@ -301,8 +302,10 @@ impl<B: Backend> Drop for Run<B> {
 impl<B: Backend> Ledger<B> {
     /// Settles a record that nobody waits for.
     async fn settle(&self, draft: Draft) {
+        // Made once: a try that was committed and not answered must not differ from the next.
+        let record = draft.record();
         for attempt in 1..=SETTLE_TRIES {
-            match self.backend.settle(draft.record()).await {
+            match self.backend.settle(record.clone()).await {
                 Ok(()) => return,
                 Err(error) if attempt == SETTLE_TRIES => {
                     self.metrics.settle_failures.inc();
@@ -322,6 +325,8 @@ struct Draft {
     finish: Option<Finish>,
     stopping: Option<Stopping>,
     completion_tokens: u32,
+    /// Tokens that came, shown or not.
+    received_tokens: u32,
 }
 
 impl Draft {
@@ -356,6 +361,11 @@ impl Draft {
             prompt_tokens: counts.prompt,
             cached_tokens: counts.cached,
             completion_tokens: counts.completion,
+            // The other witness of what was delivered: the cluster's count. Where it never came, what came of the tokens.
+            sampled_tokens: self
+                .finish
+                .as_ref()
+                .map_or(self.received_tokens, |finish| finish.completion_tokens),
             prefill_worker_id,
             decode_worker_id: self.placement.decode_worker_id.clone(),
             started_unix_ms: self.opened.arrived_unix_ms,

@@ -19,7 +19,7 @@ use std::path::Path;
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{broadcast, oneshot, watch};
 
 /// Proposals and messages that may wait for the thread: many fsyncs' worth, and far more than requests end at once.
@@ -147,8 +147,11 @@ impl RaftStore {
 
     /// Proposes a command and waits until it is durable, committed and applied here. Dropping the future does not take
     /// the command back. Repeating a `SettleUsage` or a `RemoveWorker` after an error is safe; repeating a
-    /// `RegisterWorker` gives a newer epoch.
-    pub async fn propose(&self, command: Command) -> Result<Applied, RaftStoreError> {
+    /// `RegisterWorker` gives a newer epoch. A command without a time gets this machine's.
+    pub async fn propose(&self, mut command: Command) -> Result<Applied, RaftStoreError> {
+        if command.at_unix_ms == 0 {
+            command.at_unix_ms = unix_ms();
+        }
         self.ask(|waiting| Input::Propose(command.encode_to_vec(), waiting))
             .await
     }
@@ -369,4 +372,10 @@ impl Drop for Shared {
         // Joined, so that whoever dropped the store can open the file again.
         self.close();
     }
+}
+
+/// Milliseconds of Unix time.
+fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

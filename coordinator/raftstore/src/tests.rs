@@ -17,7 +17,7 @@ use crate::database::Store;
 use crate::node::Node;
 use crate::{Applied, RaftStoreConfig, RaftStoreError};
 use baton_proto::cluster::Register;
-use baton_proto::state::{Command, RegisterWorker, RemoveWorker, SettleUsage, UsageRecord, command};
+use baton_proto::state::{Command, RegisterWorker, RemoveWorker, SettleUsage, UsageRecord, UsageStatus, command};
 use prost::Message as _;
 
 pub(crate) fn register(id: &str) -> Command {
@@ -51,7 +51,9 @@ pub(crate) fn remove(id: &str, epoch: u64) -> Command {
 pub(crate) fn settle(id: &str, tokens: u32) -> Command {
     let record = UsageRecord {
         request_id: id.into(),
+        status: UsageStatus::Completed.into(),
         completion_tokens: tokens,
+        sampled_tokens: tokens,
         ..UsageRecord::default()
     };
     let kind = command::Kind::SettleUsage(SettleUsage { record: Some(record) });

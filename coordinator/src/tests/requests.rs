@@ -4,7 +4,7 @@ use super::fake_worker::{CACHED, STOP, STOP_AT, expected};
 use super::{Coordinator, job, read, until};
 use baton_gateway::{Backend, BackendError};
 use baton_proto::cluster::Role;
-use baton_proto::state::UsageRecord;
+use baton_proto::state::{UsageRecord, UsageStatus};
 use baton_proto::worker::FinishReason;
 use std::sync::atomic::Ordering;
 
@@ -44,7 +44,9 @@ async fn a_request_is_streamed_and_its_record_settled_once() {
 
     let record = UsageRecord {
         request_id: "r-20".into(),
+        status: UsageStatus::Completed.into(),
         completion_tokens: 20,
+        sampled_tokens: 21,
         ..UsageRecord::default()
     };
     backend.settle(record.clone()).await.unwrap();

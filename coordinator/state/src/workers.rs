@@ -1,37 +1,68 @@
-//! Which workers are members, each under an epoch that fences its earlier lives.
+//! Which workers are members, each under an epoch that fences its earlier lives, and which coordinators have lost one.
+//!
+//! A worker is removed once more than half of the voters have lost it. A vote counts for one epoch only, and only while its
+//! member is a voter.
 
+use crate::bounds::{self, MEMBERS_MAX};
 use crate::keys;
-use crate::outcome::{Applied, Outcome, Refused};
-use crate::tables::{TablesError, TablesMut};
+use crate::machine::{Handled, Machine};
+use crate::outcome::{Applied, Refused};
+use crate::tables::TablesMut as _;
 use crate::view;
-use baton_proto::state::{RegisterWorker, RemoveWorker, WorkerRecord};
-use prost::Message as _;
+use baton_proto::state::{RegisterWorker, RemoveWorker, WitnessWorker, WorkerRecord};
 
-pub(crate) fn register(tables: &mut dyn TablesMut, command: RegisterWorker) -> Result<Outcome, TablesError> {
+pub(crate) fn register(machine: &mut Machine<'_>, command: RegisterWorker) -> Handled {
     let Some(worker) = command.worker else {
-        return Ok(Err(Refused::invalid("a registration without a worker")));
+        return Err(Refused::invalid("a registration without a worker").into());
     };
-    if worker.worker_id.is_empty() {
-        return Ok(Err(Refused::invalid("a registration without a worker id")));
-    }
-    let epoch = view::last_epoch(tables)? + 1;
-    tables.put(keys::LAST_EPOCH, &epoch.to_le_bytes())?;
+    bounds::name("the worker's id", &worker.worker_id)?;
+    let epoch = view::last_epoch(machine)? + 1;
+    machine.put(keys::LAST_EPOCH, &epoch.to_le_bytes())?;
     let key = keys::named(keys::WORKERS, &worker.worker_id);
     let record = WorkerRecord {
         worker: Some(worker),
         epoch,
-        registered_unix_ms: command.at_unix_ms,
+        registered_unix_ms: machine.now_ms.max(command.at_unix_ms),
         ..WorkerRecord::default()
     };
-    tables.put(&key, &record.encode_to_vec())?;
-    Ok(Ok(Applied::Registered { epoch }))
+    machine.put_message(&key, &record)?;
+    Ok(Applied::Registered { epoch })
 }
 
-pub(crate) fn remove(tables: &mut dyn TablesMut, command: &RemoveWorker) -> Result<Outcome, TablesError> {
-    let current = view::worker(tables, &command.worker_id)?;
+pub(crate) fn remove(machine: &mut Machine<'_>, command: &RemoveWorker) -> Handled {
+    let current = view::worker(machine, &command.worker_id)?;
     let removed = current.is_some_and(|record| record.epoch == command.epoch);
     if removed {
-        tables.delete(&keys::named(keys::WORKERS, &command.worker_id))?;
+        machine.delete(&keys::named(keys::WORKERS, &command.worker_id))?;
     }
-    Ok(Ok(Applied::Removed { removed }))
+    Ok(Applied::Removed { removed })
+}
+
+pub(crate) fn witness(machine: &mut Machine<'_>, command: WitnessWorker) -> Handled {
+    let mut voters = command.voters;
+    voters.sort_unstable();
+    voters.dedup();
+    if voters.len() > MEMBERS_MAX || !voters.contains(&command.member_id) {
+        return Err(Refused::invalid("the witness is not one of the voters it names").into());
+    }
+    let Some(mut record) = view::worker(machine, &command.worker_id)?.filter(|known| known.epoch == command.epoch)
+    else {
+        return Ok(Applied::Removed { removed: false });
+    };
+    let before = record.lost_by.clone();
+    record
+        .lost_by
+        .retain(|member| voters.contains(member) && *member != command.member_id);
+    if command.lost {
+        record.lost_by.push(command.member_id);
+        record.lost_by.sort_unstable();
+    }
+    let key = keys::named(keys::WORKERS, &command.worker_id);
+    let removed = record.lost_by.len() * 2 > voters.len();
+    if removed {
+        machine.delete(&key)?;
+    } else if record.lost_by != before {
+        machine.put_message(&key, &record)?;
+    }
+    Ok(Applied::Removed { removed })
 }

@@ -1,0 +1,131 @@
+//! What usage is added up by, and what is added up.
+
+use crate::codec::{put_signed, take_signed};
+use crate::keys::{Key, Parts};
+use crate::tables::TablesError;
+
+/// Sums over rows. Signed, because a correction counts in the bucket of its own time.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Sums {
+    /// Requests settled.
+    pub requests: i128,
+    /// Prompt tokens, cached ones included.
+    pub prompt_tokens: i128,
+    /// Of those, cached.
+    pub cached_tokens: i128,
+    /// Tokens delivered.
+    pub completion_tokens: i128,
+    /// Nano-units for uncached prompt tokens.
+    pub input_nano: i128,
+    /// Nano-units for cached prompt tokens.
+    pub cached_input_nano: i128,
+    /// Nano-units for delivered tokens.
+    pub output_nano: i128,
+}
+
+impl Sums {
+    fn array(&self) -> [i128; 7] {
+        [
+            self.requests,
+            self.prompt_tokens,
+            self.cached_tokens,
+            self.completion_tokens,
+            self.input_nano,
+            self.cached_input_nano,
+            self.output_nano,
+        ]
+    }
+
+    fn of_array(values: [i128; 7]) -> Self {
+        let [
+            requests,
+            prompt_tokens,
+            cached_tokens,
+            completion_tokens,
+            input_nano,
+            cached_input_nano,
+            output_nano,
+        ] = values;
+        Self {
+            requests,
+            prompt_tokens,
+            cached_tokens,
+            completion_tokens,
+            input_nano,
+            cached_input_nano,
+            output_nano,
+        }
+    }
+
+    /// Adds. 2^63 records of the greatest amounts stay within 128 bits.
+    pub fn add(&mut self, other: &Self) {
+        let (mut sum, other) = (self.array(), other.array());
+        for (sum, other) in sum.iter_mut().zip(other) {
+            *sum = sum.wrapping_add(other);
+        }
+        *self = Self::of_array(sum);
+    }
+
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(32);
+        for value in self.array() {
+            put_signed(&mut out, value);
+        }
+        out
+    }
+
+    pub(crate) fn decode(mut bytes: &[u8]) -> Result<Self, TablesError> {
+        let mut values = [0; 7];
+        for value in &mut values {
+            *value = take_signed(&mut bytes)?;
+        }
+        Ok(Self::of_array(values))
+    }
+}
+
+/// Whose usage, of what.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Dimensions {
+    /// Project id.
+    pub project_id: String,
+    /// API key id.
+    pub key_id: String,
+    /// Model as the client named it.
+    pub model: String,
+    /// Service tier of the record. "batch" is what the API calls a batch.
+    pub service_tier: String,
+    /// Currency of the charge; empty where no price held.
+    pub currency: String,
+    /// What the client calls its user; empty where the sums do not tell users apart.
+    pub user: String,
+}
+
+impl Dimensions {
+    /// The key of a bucket that starts at `start_unix_ms`.
+    pub(crate) fn key(&self, table: u8, start_unix_ms: u64, with_user: bool) -> Vec<u8> {
+        let key = Key::of(table)
+            .number(start_unix_ms)
+            .text(&self.project_id)
+            .text(&self.key_id)
+            .text(&self.model)
+            .text(&self.service_tier)
+            .text(&self.currency);
+        let user = if with_user { self.user.as_bytes() } else { &[] };
+        key.rest(user).done()
+    }
+
+    /// The start of the bucket and what a key is of.
+    pub(crate) fn of_key(key: &[u8]) -> Result<(u64, Self), TablesError> {
+        let mut parts = Parts::of(key);
+        let start = parts.number()?;
+        let dimensions = Self {
+            project_id: parts.text()?.to_owned(),
+            key_id: parts.text()?.to_owned(),
+            model: parts.text()?.to_owned(),
+            service_tier: parts.text()?.to_owned(),
+            currency: parts.text()?.to_owned(),
+            user: String::from_utf8_lossy(parts.rest()).into_owned(),
+        };
+        Ok((start, dimensions))
+    }
+}
