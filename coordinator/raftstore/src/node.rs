@@ -17,12 +17,15 @@ use crate::reads::{ReadId, Reads};
 use crate::snapshot::{SnapshotSource, Staged};
 use crate::{RaftStoreError, SnapshotError};
 use baton_state::{Outcome, Refused};
-use raft::eraftpb::{EntryType, Message, MessageType};
+use raft::eraftpb::{Entry, EntryType, Message, MessageType};
 use raft::{Config, ProgressState, RawNode, SnapshotStatus, StateRole};
 use std::collections::HashMap;
 
 /// Names a proposal of this process. Travels as the entry's context, never into the state machine.
 pub(crate) type ProposalId = u64;
+
+/// Bytes of commands that go to the leader in one message; with one command on top it stays below [`MESSAGE_BYTES_MAX`].
+const PROPOSE_BYTES: usize = MESSAGE_BYTES_MAX as usize / 2;
 
 /// raft-rs' mark on an election that a leader asked for.
 const CAMPAIGN_TRANSFER: &[u8] = b"CampaignTransfer";
@@ -49,6 +52,8 @@ pub(crate) struct Progress {
     pub(crate) answers: Vec<(ProposalId, Outcome)>,
     /// Changes of the membership, asked for here, that took effect.
     pub(crate) changed: Vec<ProposalId>,
+    /// Proposals of this process that were not taken, and why.
+    pub(crate) dropped: Vec<(ProposalId, RaftStoreError)>,
     /// Proposals whose fate is open, because the leader changed.
     pub(crate) orphans: Vec<ProposalId>,
     /// Reads that may be made now.
@@ -80,6 +85,12 @@ pub(crate) struct Node {
     /// Tells this process's proposals from those of an earlier life with the same ids.
     life: u64,
     next_id: ProposalId,
+    /// Proposals that raft-rs was not given yet, their ids, and their size.
+    queued: Vec<Entry>,
+    queued_ids: Vec<ProposalId>,
+    queued_bytes: usize,
+    /// Proposals that nobody took.
+    dropped: Vec<(ProposalId, RaftStoreError)>,
     /// Proposals that are not answered yet, and the term in which each was made.
     open: HashMap<ProposalId, u64>,
     /// The change of the membership that is applied but needs both majorities still.
@@ -133,6 +144,10 @@ impl Node {
             removed: false,
             life,
             next_id: 0,
+            queued: Vec::new(),
+            queued_ids: Vec::new(),
+            queued_bytes: 0,
+            dropped: Vec::new(),
             open: HashMap::new(),
             changing: None,
             reads: Reads::new(election_ticks, tick_ms),
@@ -150,36 +165,72 @@ impl Node {
         Ok(())
     }
 
-    /// Takes a command into the log of the leader, if there is one. Nothing is durable before [`process`](Self::process).
+    /// Takes a command for the log of the leader, if there is one. It goes there with others in one message, so that they
+    /// share an fsync on every member; nothing is durable before [`process`](Self::process), which tells of those that the
+    /// leader had no room for.
     pub(crate) fn propose(&mut self, command: Vec<u8>) -> Result<ProposalId, RaftStoreError> {
         if command.is_empty() || command.len() > COMMAND_BYTES_MAX {
             let reason = format!("it has {} bytes; 1 to {COMMAND_BYTES_MAX} are taken", command.len());
             return Err(Refused::Invalid(reason).into());
         }
-        let proposed = self.raw.propose(self.context(self.next_id), command);
-        self.note_proposal(proposed)
+        let raft = &self.raw.raft;
+        // While it hands over, a leader takes nothing more.
+        if raft.leader_id == 0 || raft.lead_transferee.is_some() {
+            return Err(RaftStoreError::NoLeader);
+        }
+        let id = self.next_id;
+        self.next_id += 1;
+        self.queued_bytes += command.len();
+        self.queued.push(Entry {
+            context: self.context(id).into(),
+            data: command.into(),
+            ..Entry::default()
+        });
+        self.queued_ids.push(id);
+        self.open.insert(id, self.raw.raft.term);
+        if self.queued_bytes >= PROPOSE_BYTES {
+            self.propose_queued();
+        }
+        Ok(id)
+    }
+
+    /// Gives raft-rs what was proposed.
+    fn propose_queued(&mut self) {
+        if self.queued.is_empty() {
+            return;
+        }
+        self.queued_bytes = 0;
+        let mut message = Message::default();
+        message.set_msg_type(MessageType::MsgPropose);
+        message.from = self.raw.raft.id;
+        message.set_entries(std::mem::take(&mut self.queued).into());
+        let proposed = self.raw.raft.step(message);
+        let term = self.raw.raft.term;
+        for id in std::mem::take(&mut self.queued_ids) {
+            match &proposed {
+                // The caller may have gone meanwhile.
+                Ok(()) => drop(self.open.get_mut(&id).map(|made_in| *made_in = term)),
+                Err(error) => {
+                    let limit = self.open.len();
+                    self.open.remove(&id);
+                    self.dropped.push((id, self.dropped_because(error, limit)));
+                }
+            }
+        }
+    }
+
+    fn dropped_because(&self, error: &raft::Error, limit: usize) -> RaftStoreError {
+        match error {
+            raft::Error::ProposalDropped if self.leads() && self.raw.raft.lead_transferee.is_none() => {
+                RaftStoreError::Overloaded { limit }
+            }
+            raft::Error::ProposalDropped => RaftStoreError::NoLeader,
+            error => RaftStoreError::Stopped(error.to_string()),
+        }
     }
 
     fn context(&self, id: u64) -> Vec<u8> {
         [self.life.to_le_bytes(), id.to_le_bytes()].concat()
-    }
-
-    fn note_proposal(&mut self, proposed: raft::Result<()>) -> Result<ProposalId, RaftStoreError> {
-        let raft = &self.raw.raft;
-        match proposed {
-            Ok(()) => {
-                let id = self.next_id;
-                self.next_id += 1;
-                self.open.insert(id, raft.term);
-                Ok(id)
-            }
-            // While it hands over, a leader takes nothing more.
-            Err(raft::Error::ProposalDropped) if self.leads() && raft.lead_transferee.is_none() => {
-                Err(RaftStoreError::Overloaded { limit: self.open.len() })
-            }
-            Err(raft::Error::ProposalDropped) => Err(RaftStoreError::NoLeader),
-            Err(error) => Err(stopped(error)),
-        }
     }
 
     /// Takes a peer's message. What raft-rs would trip over, or what only goes through this member's own checks, is dropped.
@@ -257,7 +308,11 @@ impl Node {
     /// a leader's entries are sent before they are on its own disk, what a follower says after. After an error the node must
     /// be dropped: the store decides, on the next start, what happened.
     pub(crate) fn process(&mut self, send: &mut dyn FnMut(Outgoing)) -> Result<Progress, RaftStoreError> {
-        let mut progress = Progress::default();
+        self.propose_queued();
+        let mut progress = Progress {
+            dropped: std::mem::take(&mut self.dropped),
+            ..Progress::default()
+        };
         while !self.removed && self.raw.has_ready() {
             let mut ready = self.raw.ready();
             self.send(ready.take_messages(), send);

@@ -209,6 +209,11 @@ impl Runner {
                 let _ = waiting.send(outcome.map_err(RaftStoreError::from));
             }
         }
+        for (id, error) in progress.dropped {
+            if let Some(waiting) = self.proposing.remove(&id) {
+                let _ = waiting.send(Err(error));
+            }
+        }
         for id in progress.changed {
             if let Some(waiting) = self.changing.remove(&id) {
                 let _ = waiting.send(Ok(()));

@@ -24,8 +24,15 @@ impl Node {
         let Some(entry) = plan(change, &situation)? else {
             return Ok(None);
         };
-        let proposed = self.raw.propose_conf_change(self.context(self.next_id), entry);
-        self.note_proposal(proposed).map(Some)
+        // In the order in which they were asked for.
+        self.propose_queued();
+        let id = self.next_id;
+        self.raw
+            .propose_conf_change(self.context(id), entry)
+            .map_err(|error| self.dropped_because(&error, self.open.len()))?;
+        self.next_id += 1;
+        self.open.insert(id, self.raw.raft.term);
+        Ok(Some(id))
     }
 
     /// Begins to hand the leadership to a voter, `None`: to the one that has most of the log; returns whom. Nothing tells the
@@ -39,6 +46,7 @@ impl Node {
             return Err(MembershipRefused::NotA { id: to, role: "voter" }.into());
         }
         if to != self.raw.raft.id {
+            self.propose_queued();
             self.reads.void_for_term(self.raw.raft.term);
             self.raw.transfer_leader(to);
         }

@@ -13,6 +13,7 @@ struct Inner {
     /// Changes since the last sync.
     pending: Vec<Change>,
     operations: u64,
+    syncs: u64,
     fail_at: Option<(u64, ErrorKind)>,
 }
 
@@ -37,6 +38,11 @@ impl Disk {
     /// Every write and sync from operation `at` on fails.
     pub(crate) fn fail_at(&self, at: u64, kind: ErrorKind) {
         self.0.lock().unwrap().fail_at = Some((at, kind));
+    }
+
+    /// Syncs that went through.
+    pub(crate) fn syncs(&self) -> u64 {
+        self.0.lock().unwrap().syncs
     }
 
     pub(crate) fn operations(&self) -> u64 {
@@ -113,6 +119,7 @@ impl StorageBackend for Disk {
     fn sync_data(&self) -> Result<(), Error> {
         let mut inner = self.0.lock().unwrap();
         inner.operate()?;
+        inner.syncs += 1;
         for change in std::mem::take(&mut inner.pending) {
             change.apply(&mut inner.durable);
         }

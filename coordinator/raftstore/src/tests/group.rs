@@ -2,6 +2,7 @@
 
 use super::net::Group;
 use super::{register, settle};
+use crate::node::Outgoing;
 use crate::{Applied, MembershipRefused, RaftStoreError};
 use baton_state::view;
 
@@ -153,4 +154,40 @@ fn leadership_is_handed_over() {
         alone.node(one).transfer(None),
         Err(RaftStoreError::Membership(MembershipRefused::NoSuccessor))
     ));
+}
+
+/// A batch costs one fsync on each member, a second one if the file grows, and leaves the leader before its own.
+#[test]
+fn a_batch_shares_one_sync_and_is_sent_before_it() {
+    let mut group = Group::new(3, 1000);
+    let leader = group.wait_for_leader();
+    group.commit(&settle("first", 1));
+    group.run_ms(1000);
+    let syncs = |group: &Group| -> Vec<u64> { group.members.values().map(|member| member.disk.syncs()).collect() };
+    let before = syncs(&group);
+    for i in 0..100 {
+        group.propose(leader, &settle(&format!("r{i}"), i)).unwrap();
+    }
+    let disk = group.members[&leader].disk.clone();
+    let mut sent = Vec::new();
+    let mut entries_sent = 0;
+    let progress = group.node(leader).process(&mut |outgoing| {
+        if let Outgoing::Message(message) = &outgoing {
+            entries_sent += message.get_entries().len();
+            assert_eq!(disk.syncs(), before[leader as usize - 1], "sent before it is written");
+        }
+        sent.push(outgoing);
+    });
+    assert!(progress.unwrap().answers.is_empty(), "no majority has it");
+    assert_eq!(entries_sent, 200, "to two members");
+    assert!((1..=2).contains(&(disk.syncs() - before[leader as usize - 1])));
+    group.answers.clear();
+    group.send(sent);
+    group.exchange(6);
+    assert_eq!(group.answers.len(), 100);
+    let after = syncs(&group);
+    for (before, after) in before.iter().zip(&after) {
+        assert!((1..=2).contains(&(after - before)), "{}", after - before);
+    }
+    group.assert_agreement(101);
 }

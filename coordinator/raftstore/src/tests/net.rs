@@ -219,6 +219,11 @@ impl Group {
             }
         }
         let busy = !sent.is_empty();
+        self.send(sent);
+        busy
+    }
+
+    pub(super) fn send(&mut self, sent: Vec<Outgoing>) {
         for outgoing in sent {
             match outgoing {
                 Outgoing::Message(message) if self.chance(self.loss_percent / 2) => self.wire.push_front(message),
@@ -234,7 +239,6 @@ impl Group {
                 }
             }
         }
-        busy
     }
 
     /// Every stream moves by one chunk.

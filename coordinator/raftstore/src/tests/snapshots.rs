@@ -96,6 +96,34 @@ fn a_crash_in_the_middle_leaves_the_old_state() {
     }
 }
 
+/// The receiver's disk fails at each operation from the first chunk to the switch and after; then it loses power.
+#[test]
+fn a_failing_disk_in_the_middle_leaves_the_old_state_or_the_new() {
+    let mut after = 0;
+    loop {
+        let mut group = Group::new(3, 4);
+        let leader = group.wait_for_leader();
+        let away = leader % 3 + 1;
+        fill(&mut group, away, 12);
+        group.heal();
+        let disk = group.members[&away].disk.clone();
+        disk.fail_at(disk.operations() + after, std::io::ErrorKind::Other);
+        group.run_ms(5000);
+        // Enough operations went through for all of it.
+        let whole = group.members[&away].node.is_some() && group.position(away).settled == 12;
+        group.restart(away, after).unwrap();
+        let settled = group.position(away).settled;
+        assert!(settled == 0 || settled == 12, "{settled} after {after}");
+        group.run_ms(8000);
+        group.assert_agreement(12);
+        if whole {
+            assert!(after > 10, "{after}");
+            return;
+        }
+        after += 3;
+    }
+}
+
 fn filled() -> (Store, Vec<SnapshotChunk>, u64) {
     let store = Store::on(Disk::default()).unwrap();
     let mut node = lone_node(&store, 0, 100).unwrap();
