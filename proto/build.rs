@@ -1,7 +1,12 @@
 //! Compiles the `.proto` files with protox (pure Rust), so that no `protoc` is needed.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["proto/worker.proto", "proto/cluster.proto", "proto/state.proto"];
+    let files = [
+        "proto/worker.proto",
+        "proto/cluster.proto",
+        "proto/state.proto",
+        "proto/raft.proto",
+    ];
     for file in files {
         println!("cargo:rerun-if-changed={file}");
     }

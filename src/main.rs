@@ -6,11 +6,15 @@
 
 mod cli;
 mod config_file;
+mod coordinators;
 mod demo;
 mod drain;
+mod ledger;
 mod model_dir;
+mod prices;
 mod process;
 mod serve;
+mod snapshot;
 mod status;
 mod telemetry;
 mod up;
@@ -23,8 +27,12 @@ fn main() -> ExitCode {
         cli::Command::Up(args) => up::run(*args),
         cli::Command::Coordinator(args) => serve::coordinator(&args),
         cli::Command::Worker(args) => serve::worker(&args),
+        cli::Command::Coordinators(args) => coordinators::run(&args.action),
+        cli::Command::Snapshot(args) => snapshot::run(&args.action),
         cli::Command::Status(args) => status::run(&args),
         cli::Command::Drain(args) => drain::run(&args),
+        cli::Command::Ledger(command) => ledger::run(&command),
+        cli::Command::Prices(command) => prices::run(&command),
         cli::Command::ConvertTokenizer(args) => {
             model_dir::convert_tokenizer(&args.file, &args.directory).map(|()| ExitCode::SUCCESS)
         }

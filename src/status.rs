@@ -1,4 +1,5 @@
-//! `baton status`: the workers of a running cluster, as a table, live, or as JSON.
+//! `baton status`: the coordinators, where there are several, and the workers of a running cluster, as tables, live, or the
+//! workers as JSON.
 
 use crate::cli::{Remote, StatusArgs};
 use anyhow::{Context, anyhow};
@@ -43,7 +44,11 @@ pub fn run(args: &StatusArgs) -> anyhow::Result<ExitCode> {
         let client = Client::new(Target::parse(&args.remote.url)?, args.remote.api_key.clone(), TIMEOUT);
         if !args.watch {
             let workers = fetch(&client, &args.remote).await?;
-            print(&if args.json { pretty(&workers)? } else { table(&workers)? });
+            print(&if args.json {
+                pretty(&workers)?
+            } else {
+                group(&client).await + &table(&workers)?
+            });
             return Ok(ExitCode::SUCCESS);
         }
         // Nothing there at the start is an error; a cluster that goes away while watched may come back.
@@ -51,7 +56,7 @@ pub fn run(args: &StatusArgs) -> anyhow::Result<ExitCode> {
         loop {
             match (&view, args.json) {
                 (Some(workers), true) => print(&format!("{workers}\n")),
-                (Some(workers), false) => redraw(&table(workers)?),
+                (Some(workers), false) => redraw(&(group(&client).await + &table(workers)?)),
                 (None, true) => {}
                 (None, false) => redraw(&format!("nothing answers at {} at the moment\n", args.remote.url)),
             }
@@ -62,6 +67,18 @@ pub fn run(args: &StatusArgs) -> anyhow::Result<ExitCode> {
             view = fetch(&client, &args.remote).await.ok();
         }
     })
+}
+
+/// The coordinators, where there are several: a table, and an empty line.
+async fn group(client: &Client) -> String {
+    let group = client.get("/cluster/coordinators").await.ok();
+    let group = group.and_then(|body| serde_json::from_slice::<serde_json::Value>(&body).ok());
+    match group {
+        Some(group) if group["coordinators"].as_array().is_some_and(|list| list.len() > 1) => {
+            crate::coordinators::table(&group).map_or_else(|_| String::new(), |table| table + "\n")
+        }
+        _ => String::new(),
+    }
 }
 
 async fn fetch(client: &Client, remote: &Remote) -> anyhow::Result<serde_json::Value> {
@@ -129,11 +146,16 @@ fn table(workers: &serde_json::Value) -> anyhow::Result<String> {
             format!("{:.1} s ago", row.heartbeat_age_ms as f64 / 1000.0),
         ]);
     }
-    let widths: Vec<usize> = (0..header.len())
+    Ok(align(&lines))
+}
+
+/// Lines of cells as columns.
+pub fn align<const N: usize>(lines: &[[String; N]]) -> String {
+    let widths: Vec<usize> = (0..N)
         .map(|column| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0))
         .collect();
     let mut text = String::new();
-    for line in &lines {
+    for line in lines {
         let cells: Vec<String> = line
             .iter()
             .zip(&widths)
@@ -142,7 +164,7 @@ fn table(workers: &serde_json::Value) -> anyhow::Result<String> {
         text += cells.join("  ").trim_end();
         text.push('\n');
     }
-    Ok(text)
+    text
 }
 
 /// On a terminal the old view is overwritten; elsewhere views follow each other.

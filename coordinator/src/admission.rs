@@ -3,8 +3,9 @@
 //!
 //! Locks are taken in one order, a model's queue and then the registry, and held for a decision, never for a wait.
 
-use crate::cluster::{Cluster, Placed};
+use crate::cluster::Cluster;
 use crate::metrics::Metrics;
+use crate::placement::Placed;
 use crate::registry::{Registry, State};
 use baton_admission::{
     Admission, Ask, Decision, Fleet, Outcome, Refusal, Targets, Tenant, Ticket, Used, WorkerLoad, WorkerRole,
@@ -105,8 +106,8 @@ impl Cluster {
                 itl: job.targets.itl,
             },
         };
-        let (send, decided) = oneshot::channel();
-        let admitted = {
+        let (send, mut decided) = oneshot::channel();
+        let (admitted, queued) = {
             let Some(mut door) = self.doors.door(&job.model) else {
                 return Err(Refusal {
                     reason: baton_admission::Reason::NoWorker,
@@ -128,13 +129,21 @@ impl Cluster {
             };
             door.waiting.insert(ticket, send);
             door.poll(&job.model, &fleet, now, &self.metrics);
-            admitted
+            (admitted, door.core.waiting())
         };
-        match decided.await {
-            Ok(Ok(())) => Ok(admitted),
-            Ok(Err(refusal)) => Err(refusal),
+        // Reading can begin while it waits.
+        let decided = match decided.try_recv() {
+            Err(oneshot::error::TryRecvError::Empty) => {
+                self.hint_queued(job, queued);
+                decided.await.ok()
+            }
+            decided => decided.ok(),
+        };
+        match decided {
+            Some(Ok(())) => Ok(admitted),
+            Some(Err(refusal)) => Err(refusal),
             // The sender is dropped unused only with the whole cluster.
-            Err(_) => Err(self.no_capacity(&job.model)),
+            None => Err(self.no_capacity(&job.model)),
         }
     }
 

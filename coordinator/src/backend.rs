@@ -3,18 +3,25 @@
 use crate::admission::refused;
 use crate::cluster::{Cluster, DrainError, PlaceError};
 use crate::request::{Running, first_generate};
-use baton_gateway::{Backend, BackendError, ClusterSnapshot, Generation, Job, ModelInfo, WorkerStatus};
+use baton_gateway::{
+    Backend, BackendError, ClusterSnapshot, CoordinatorGroup, Generation, GroupChange, Job, ModelInfo, WorkerStatus,
+};
 use baton_proto::state::UsageRecord;
 use baton_raftstore::RaftStoreError;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-/// Attempts to settle a record when the store says that trying again may help.
-const SETTLE_ATTEMPTS_MAX: u32 = 3;
-/// Pause between them.
-const SETTLE_PAUSE: Duration = Duration::from_millis(100);
+/// Longest time for a record to be settled, elections included: several of them, each at most twice the election timeout,
+/// and less than a client waits for the end of a stream that it has.
+const SETTLE_MAX: Duration = Duration::from_secs(20);
+/// Longest wait for one attempt. A proposal that was forwarded to a leader that died is answered by nobody; a record is
+/// settled once, however often it is proposed.
+const SETTLE_ATTEMPT_MAX: Duration = Duration::from_secs(1);
+/// Pause between attempts, which an election needs anyway.
+const SETTLE_PAUSE: Duration = Duration::from_millis(50);
 
 /// The gateway's view of this coordinator's cluster.
 pub(crate) struct ClusterBackend(pub(crate) Arc<Cluster>);
@@ -65,25 +72,53 @@ impl Backend for ClusterBackend {
     }
 
     async fn settle(&self, record: UsageRecord) -> Result<(), BackendError> {
-        let unavailable = |error: RaftStoreError| BackendError::Unavailable {
-            reason: format!("the usage record could not be committed: {error}"),
-        };
-        let mut attempt = 1;
+        let deadline = Instant::now() + SETTLE_MAX;
         loop {
-            match self.0.store.settle(record.clone()).await {
-                Ok(_) => return Ok(()),
-                Err(
+            let attempt = tokio::time::timeout(SETTLE_ATTEMPT_MAX, self.0.store.settle(record.clone())).await;
+            let reason = match attempt {
+                Ok(Ok(_)) => return Ok(()),
+                Ok(Err(
                     error @ (RaftStoreError::NoLeader
                     | RaftStoreError::LeaderChanged
+                    | RaftStoreError::Timeout { .. }
                     | RaftStoreError::Overloaded { .. }),
-                ) if attempt < SETTLE_ATTEMPTS_MAX => {
-                    tracing::warn!(request_id = %record.request_id, attempt, %error, "settling again");
-                }
-                Err(error) => return Err(unavailable(error)),
+                )) => error.to_string(),
+                Ok(Err(error)) => return Err(not_committed(&error.to_string())),
+                Err(_) => format!("no answer within {SETTLE_ATTEMPT_MAX:?}"),
+            };
+            if Instant::now() + SETTLE_PAUSE >= deadline {
+                return Err(not_committed(&reason));
             }
-            attempt += 1;
+            tracing::warn!(request_id = %record.request_id, %reason, "settling again");
             tokio::time::sleep(SETTLE_PAUSE).await;
         }
+    }
+
+    fn has_quorum(&self) -> bool {
+        self.0.group.has_leader()
+    }
+
+    async fn coordinators(&self) -> Result<CoordinatorGroup, BackendError> {
+        let report = self.0.group.report().await;
+        report.map_err(|error| BackendError::Unavailable {
+            reason: error.to_string(),
+        })
+    }
+
+    async fn change_group(&self, change: GroupChange) -> Result<(), BackendError> {
+        self.0.group.change(change).await
+    }
+
+    fn save_snapshot(&self, to: &mut dyn std::io::Write) -> Result<(), BackendError> {
+        let info = self.0.store.save(to).map_err(|error| BackendError::Unavailable {
+            reason: error.to_string(),
+        })?;
+        tracing::info!(
+            applied_index = info.applied_index,
+            bytes = info.bytes,
+            "a backup was taken"
+        );
+        Ok(())
     }
 
     fn snapshot(&self) -> ClusterSnapshot {
@@ -112,5 +147,11 @@ impl Backend for ClusterBackend {
 
     fn register_metrics(&self, registry: &mut prometheus_client::registry::Registry) {
         self.0.metrics.register(registry);
+    }
+}
+
+fn not_committed(reason: &str) -> BackendError {
+    BackendError::Unavailable {
+        reason: format!("the usage record could not be committed: {reason}"),
     }
 }

@@ -1,23 +1,28 @@
 //! The live cluster: the registry and the links behind their locks, the clock, and the tasks that carry out what the
 //! registry wants. Deliberately holds no policy: who is lost is the registry's word, who gets work the router's.
 
+mod follow;
+mod lives;
+mod placing;
+
+pub(crate) use lives::{Standing, command};
+pub(crate) use placing::Route;
+
 use crate::admission::Doors;
-use crate::link::{Link, Submission, Target};
+use crate::group::Group;
+use crate::link::Link;
 use crate::metrics::{Metrics, RouterMetrics};
-use crate::registry::{Effect, Registry, RegistryConfig};
-use crate::router::{Considered, Kind, Names, Pending, Routing, kind_of};
+use crate::registry::{Registry, RegistryConfig};
+use crate::router::Routing;
 use crate::{CoordinatorConfig, CoordinatorError};
-use baton_gateway::Placement;
 use baton_identity::Identity;
-use baton_proto::cluster::{BlockEvents, CoordinatorOrder, Drain, Heartbeat, Register, coordinator_order};
-use baton_proto::state::{Command, RegisterWorker, RemoveWorker, command};
-use baton_proto::worker::{Finish, FinishReason, Generate, PrefillPeer};
-use baton_raftstore::{Applied, RaftStore, RaftStoreError};
-use baton_router::{Ask, Choice, Estimate};
-use std::collections::HashMap;
+use baton_proto::cluster::CoordinatorOrder;
+use baton_raftstore::RaftStore;
+use baton_router::Policy;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -25,9 +30,6 @@ use tokio_util::task::TaskTracker;
 const LINK_PAUSE_MIN: Duration = Duration::from_millis(20);
 /// Longest pause between attempts at a link: below the silence after which the worker would be lost anyway.
 const LINK_PAUSE_MAX: Duration = Duration::from_millis(500);
-/// Attempts to write a removal into the replicated state. After that it stays there until the worker registers again
-/// or this coordinator restarts, which is harmless: the registry has forgotten it.
-const REMOVE_ATTEMPTS_MAX: u32 = 5;
 
 /// Why a request could not be placed now.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,6 +43,7 @@ pub(crate) enum PlaceError {
 pub(crate) struct Cluster {
     pub(crate) config: CoordinatorConfig,
     pub(crate) store: RaftStore,
+    pub(crate) group: Arc<Group>,
     pub(crate) metrics: Metrics,
     pub(crate) doors: Doors,
     pub(crate) started_unix_s: u64,
@@ -52,6 +55,10 @@ pub(crate) struct Cluster {
     registry: Mutex<Registry>,
     /// By worker id; only lives whose registration stands.
     lives: Mutex<HashMap<String, Life>>,
+    /// Told when the registry and the replicated state may differ.
+    differs: Notify,
+    /// Registrations of which a change is on its way through Raft.
+    proposed: Mutex<HashSet<LifeId>>,
     /// Counts changes that may make room for a waiting request.
     changes: watch::Sender<u64>,
     clock: Instant,
@@ -60,24 +67,22 @@ pub(crate) struct Cluster {
 /// One registration of a worker: its id and epoch.
 pub(crate) type LifeId = (String, u64);
 
-/// Where a request goes.
-struct Route {
-    decode: LifeId,
-    prefill: Option<LifeId>,
-    /// The prefill worker as the decode worker is told of it.
-    peer: Option<PrefillPeer>,
-    /// How the two name blocks.
-    kinds: (Kind, Option<Kind>),
-    estimate: Estimate,
-}
-
-/// The running side of one registration.
+/// The running side of one registration that is heard here.
 struct Life {
     epoch: u64,
     /// Ends the link's task and the Join session.
     over: CancellationToken,
     link: Option<Link>,
-    /// What the Join session sends to the worker.
+    /// The Join session. A later one under the same epoch takes its place.
+    session: Session,
+}
+
+/// One Join stream of a worker.
+#[derive(Clone)]
+pub(crate) struct Session {
+    /// Ends with the life, or when a later session takes its place.
+    pub(crate) over: CancellationToken,
+    /// What is sent to the worker.
     orders: Orders,
 }
 
@@ -97,6 +102,7 @@ impl Cluster {
     pub(crate) fn new(
         config: CoordinatorConfig,
         store: RaftStore,
+        group: Arc<Group>,
         identity: Identity,
         shutdown: CancellationToken,
     ) -> Result<Arc<Self>, CoordinatorError> {
@@ -104,11 +110,13 @@ impl Cluster {
             heartbeat_interval_ms: config.heartbeat_interval_ms.into(),
             lost_after_ms: config.lost_after_ms.into(),
         });
-        let routing = Routing::new(
-            config.prefill_threshold_tokens,
-            config.routing.mode(),
-            RouterMetrics::default(),
-        );
+        let policy = Policy {
+            mode: config.routing.mode(),
+            prefill_threshold_tokens: config.prefill_threshold_tokens,
+            stay: config.stay,
+            ..Policy::default()
+        };
+        let routing = Routing::new(policy, RouterMetrics::default());
         let cluster = Self {
             metrics: Metrics::new(store.clone(), routing.clone()),
             routing,
@@ -119,6 +127,9 @@ impl Cluster {
             identity,
             registry: Mutex::new(registry),
             lives: Mutex::new(HashMap::new()),
+            differs: Notify::new(),
+            proposed: Mutex::new(HashSet::new()),
+            group,
             changes: watch::Sender::new(0),
             clock: Instant::now(),
             config,
@@ -127,7 +138,7 @@ impl Cluster {
         let now_ms = cluster.now_ms();
         for record in cluster.store.workers()? {
             if let Some(register) = record.worker {
-                cluster.registry().recover(register, record.epoch, now_ms);
+                cluster.registry().known(register, record.epoch, now_ms);
             }
         }
         Ok(Arc::new(cluster))
@@ -135,6 +146,10 @@ impl Cluster {
 
     pub(crate) fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    pub(crate) fn routing_metrics(&self) -> &RouterMetrics {
+        self.routing.metrics()
     }
 
     #[cfg(test)]
@@ -164,357 +179,10 @@ impl Cluster {
         self.changes.subscribe()
     }
 
-    fn changed(&self) {
+    /// There may be room for a waiting request.
+    pub(crate) fn changed(&self) {
         self.changes.send_modify(|count| *count = count.wrapping_add(1));
         self.poll_doors();
-    }
-
-    /// Registers a worker through Raft. The token ends when this registration is over; `None` if a newer one came
-    /// first.
-    pub(crate) async fn register(
-        self: &Arc<Self>,
-        register: Register,
-        orders: Orders,
-    ) -> Result<(u64, Option<CancellationToken>), RaftStoreError> {
-        let kind = command::Kind::RegisterWorker(RegisterWorker {
-            worker: Some(register.clone()),
-            at_unix_ms: unix_ms(),
-        });
-        let epoch = match self
-            .store
-            .propose(Command {
-                kind: Some(kind),
-                ..Command::default()
-            })
-            .await?
-        {
-            Applied::Registered { epoch } => epoch,
-            other => {
-                return Err(RaftStoreError::Stopped(format!(
-                    "a registration was answered with {other:?}"
-                )));
-            }
-        };
-        let worker_id = register.worker_id.clone();
-        let (taken, effects) = self.registry().registered(register, epoch, self.now_ms());
-        if !taken {
-            return Ok((epoch, None));
-        }
-        tracing::info!(%worker_id, epoch, "worker registered");
-        self.carry_out(effects);
-        let over = self.shutdown.child_token();
-        let life = Life {
-            epoch,
-            over: over.clone(),
-            link: None,
-            orders,
-        };
-        self.routing.join(epoch);
-        self.lives().insert(worker_id, life);
-        Ok((epoch, Some(over)))
-    }
-
-    pub(crate) fn heartbeat(self: &Arc<Self>, worker_id: &str, epoch: u64, heartbeat: Heartbeat) {
-        let (waiting, pending) = (heartbeat.waiting, heartbeat.pending_prompt_tokens);
-        let effects = self.registry().heartbeat(worker_id, epoch, heartbeat, self.now_ms());
-        self.carry_out(effects);
-        self.observe_load(worker_id, waiting, pending);
-    }
-
-    /// Takes in what a worker tells of its prefix cache; true if it must tell everything anew.
-    pub(crate) fn block_events(&self, epoch: u64, events: &BlockEvents) -> bool {
-        self.routing.block_events(epoch, events, self.now_ms())
-    }
-
-    pub(crate) fn join_closed(self: &Arc<Self>, worker_id: &str, epoch: u64) {
-        let effects = self.registry().join_closed(worker_id, epoch, self.now_ms());
-        self.carry_out(effects);
-    }
-
-    pub(crate) fn left(self: &Arc<Self>, worker_id: &str, epoch: u64, reason: &str) {
-        let effects = self.registry().left(worker_id, epoch, reason, self.now_ms());
-        self.carry_out(effects);
-    }
-
-    /// Takes a worker out of service: no new work from now on, its requests go on elsewhere, and it is ordered to leave once
-    /// it has nothing left, after `deadline_ms` at the latest.
-    pub(crate) fn drain(self: &Arc<Self>, worker_id: &str, deadline_ms: u32) -> Result<(), DrainError> {
-        let drained = self.registry().drain(worker_id);
-        let (epoch, effects) = drained.ok_or(DrainError::Unknown)?;
-        tracing::info!(%worker_id, epoch, deadline_ms, "draining");
-        self.carry_out(effects);
-        let orders = {
-            let lives = self.lives();
-            let life = lives.get(worker_id).filter(|life| life.epoch == epoch);
-            life.map(|life| life.orders.clone())
-        };
-        let order = Drain {
-            reason: "an operator asked for it".into(),
-            deadline_ms,
-        };
-        let order = CoordinatorOrder {
-            kind: Some(coordinator_order::Kind::Drain(order)),
-        };
-        match orders.map(|orders| orders.try_send(Ok(order))) {
-            Some(Ok(())) => Ok(()),
-            _ => Err(DrainError::Unreachable),
-        }
-    }
-
-    /// Tells the registry the time.
-    pub(crate) fn tick(self: &Arc<Self>) {
-        let effects = self.registry().tick(self.now_ms());
-        self.carry_out(effects);
-        self.routing.tick();
-        self.poll_doors();
-    }
-
-    fn carry_out(self: &Arc<Self>, effects: Vec<Effect>) {
-        for effect in effects {
-            match effect {
-                Effect::Connect { worker_id, epoch, addr } => {
-                    let over = self
-                        .lives()
-                        .get(&worker_id)
-                        .filter(|life| life.epoch == epoch)
-                        .map(|life| life.over.clone());
-                    if let Some(over) = over {
-                        self.tasks.spawn(self.clone().keep_link(worker_id, epoch, addr, over));
-                    }
-                }
-                Effect::Replaced { worker_id, epoch } => {
-                    tracing::info!(%worker_id, epoch, "a newer registration took this worker's place");
-                    self.end_life(&worker_id, epoch, "the worker registered anew");
-                }
-                Effect::Drain { worker_id, epoch } => {
-                    tracing::info!(%worker_id, epoch, "worker draining");
-                    let lives = self.lives();
-                    let life = lives.get(&worker_id).filter(|life| life.epoch == epoch);
-                    if let Some(link) = life.and_then(|life| life.link.as_ref()) {
-                        link.leave();
-                    }
-                }
-                Effect::Remove {
-                    worker_id,
-                    epoch,
-                    reason,
-                } => {
-                    tracing::warn!(%worker_id, epoch, %reason, "worker lost");
-                    self.metrics.workers_lost.inc();
-                    self.forget_load(&worker_id);
-                    self.end_life(&worker_id, epoch, "the worker is lost");
-                    self.tasks.spawn(self.clone().remove(worker_id, epoch, reason));
-                }
-            }
-        }
-    }
-
-    fn end_life(&self, worker_id: &str, epoch: u64, reason: &str) {
-        let life = {
-            let mut lives = self.lives();
-            match lives.get(worker_id) {
-                Some(life) if life.epoch == epoch => lives.remove(worker_id),
-                _ => None,
-            }
-        };
-        if let Some(life) = life {
-            self.routing.leave(epoch);
-            life.over.cancel();
-            if let Some(link) = life.link {
-                link.break_off(reason);
-            }
-        }
-    }
-
-    async fn remove(self: Arc<Self>, worker_id: String, epoch: u64, reason: String) {
-        let kind = command::Kind::RemoveWorker(RemoveWorker {
-            worker_id: worker_id.clone(),
-            epoch,
-            reason,
-            at_unix_ms: unix_ms(),
-        });
-        let command = Command {
-            kind: Some(kind),
-            ..Command::default()
-        };
-        for attempt in 1..=REMOVE_ATTEMPTS_MAX {
-            match self.store.propose(command.clone()).await {
-                Ok(_) => return,
-                Err(error) => tracing::warn!(%worker_id, attempt, %error, "a worker's removal was not committed"),
-            }
-            tokio::select! {
-                () = tokio::time::sleep(LINK_PAUSE_MAX * attempt) => {}
-                () = self.shutdown.cancelled() => return,
-            }
-        }
-    }
-
-    /// Keeps the link to one life of a worker up until that life is over.
-    async fn keep_link(self: Arc<Self>, worker_id: String, epoch: u64, addr: String, over: CancellationToken) {
-        let kept = async {
-            let mut pause = LINK_PAUSE_MIN;
-            let target = Target {
-                worker_id: &worker_id,
-                epoch,
-                addr: &addr,
-            };
-            loop {
-                match Link::connect(&target, &self.identity, &self.config.name).await {
-                    Ok((link, reader)) => {
-                        if !self.link_up(&worker_id, epoch, &link) {
-                            return;
-                        }
-                        tracing::info!(%worker_id, epoch, "worker attached");
-                        pause = LINK_PAUSE_MIN;
-                        let reason = reader.run().await;
-                        tracing::warn!(%worker_id, epoch, %reason, "the link to a worker broke");
-                    }
-                    Err(error) => tracing::warn!(%worker_id, epoch, %error, "cannot attach to a worker"),
-                }
-                self.link_down(&worker_id, epoch);
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(LINK_PAUSE_MAX);
-            }
-        };
-        tokio::select! {
-            () = over.cancelled() => {}
-            () = kept => {}
-        }
-    }
-
-    fn link_up(&self, worker_id: &str, epoch: u64, link: &Link) -> bool {
-        match self.lives().get_mut(worker_id) {
-            Some(life) if life.epoch == epoch => life.link = Some(link.clone()),
-            _ => return false,
-        }
-        let up = self.registry().link_up(worker_id, epoch);
-        if self.registry().is_draining(worker_id, epoch) {
-            link.leave();
-        }
-        self.changed();
-        up
-    }
-
-    fn link_down(self: &Arc<Self>, worker_id: &str, epoch: u64) {
-        if let Some(life) = self.lives().get_mut(worker_id)
-            && life.epoch == epoch
-        {
-            life.link = None;
-        }
-        let effects = self.registry().link_down(worker_id, epoch, self.now_ms());
-        self.carry_out(effects);
-    }
-
-    /// Routes a request and sends it. `avoid` names lives of workers that have failed it; they get it only if nobody
-    /// else can.
-    pub(crate) fn place(
-        self: &Arc<Self>,
-        model: &str,
-        mut generate: Generate,
-        avoid: &[LifeId],
-    ) -> Result<Placed, PlaceError> {
-        let started = Instant::now();
-        let kinds = Routing::kinds(self.registry().serving(model, self.now_ms()).map(|(worker, _)| worker));
-        let names = self.routing.names(kinds, &generate.cache_salt, &generate.prompt);
-        let ask = Ask {
-            prompt_tokens: generate.prompt.len(),
-            max_tokens: generate.max_tokens as usize,
-        };
-        let mut tried = avoid.to_vec();
-        // A link can break between the choice and the sending; then its worker is no candidate the next time.
-        let mut unreachable: Vec<LifeId> = Vec::new();
-        loop {
-            let route = self.route(model, &ask, &names, started, &tried, &unreachable)?;
-            let (decode, prefill, peer) = (route.decode, route.prefill, route.peer);
-            let link = {
-                let lives = self.lives();
-                let life = lives.get(&decode.0).filter(|life| life.epoch == decode.1);
-                life.and_then(|life| life.link.clone())
-            };
-            generate.prefill_peer = peer;
-            match link.map(|link| link.submit(generate.clone())) {
-                Some(Ok(submission)) => {
-                    let pending = self.routing.placed(
-                        (decode.1, &route.kinds.0),
-                        prefill.as_ref().map(|(_, epoch)| *epoch).zip(route.kinds.1.as_ref()),
-                        &names,
-                        route.estimate,
-                        self.now_ms(),
-                    );
-                    let placed = Placed {
-                        submission,
-                        decode: Assignment::new(self, decode, false),
-                        prefill: prefill.map(|prefill| Assignment::new(self, prefill, true)),
-                        pending: Some(pending),
-                        predicted_cached_tokens: route.estimate.cached_tokens,
-                        routing: self.routing.clone(),
-                    };
-                    self.metrics.placed(placed.prefill.is_some());
-                    return Ok(placed);
-                }
-                _ => {
-                    tried.push(decode.clone());
-                    unreachable.push(decode);
-                }
-            }
-        }
-    }
-
-    fn route(
-        &self,
-        model: &str,
-        ask: &Ask,
-        names: &Names,
-        started: Instant,
-        avoid: &[LifeId],
-        unreachable: &[LifeId],
-    ) -> Result<Route, PlaceError> {
-        let now_ms = self.now_ms();
-        let found = self.routing.look_up(names, now_ms);
-        let listed = |list: &[LifeId], id: &str, epoch: u64| list.iter().any(|(i, e)| i == id && *e == epoch);
-        let registry = self.registry();
-        let workers: Vec<Considered<'_>> = registry
-            .serving(model, now_ms)
-            .filter(|(worker, _)| !listed(unreachable, &worker.register.worker_id, worker.epoch))
-            .map(|(worker, state)| Considered {
-                worker,
-                state,
-                avoid: listed(avoid, &worker.register.worker_id, worker.epoch),
-                requests_max: self.config.requests_per_worker_max,
-            })
-            .collect();
-        let life = |index: usize| {
-            let worker = workers[index].worker;
-            (worker.register.worker_id.clone(), worker.epoch)
-        };
-        match self.routing.choose(&workers, &found, ask, started) {
-            Choice::Nobody => Err(PlaceError::Nobody),
-            Choice::Full => Err(PlaceError::Full),
-            Choice::Place {
-                decode,
-                prefill,
-                estimate,
-            } => {
-                let peer = prefill.map(|index| {
-                    let worker = workers[index].worker;
-                    PrefillPeer {
-                        worker_id: worker.register.worker_id.clone(),
-                        epoch: worker.epoch,
-                        addr: worker.register.addr.clone(),
-                    }
-                });
-                Ok(Route {
-                    decode: life(decode),
-                    prefill: prefill.map(life),
-                    peer,
-                    kinds: (
-                        kind_of(workers[decode].worker),
-                        prefill.map(|index| kind_of(workers[index].worker)),
-                    ),
-                    estimate,
-                })
-            }
-        }
     }
 
     /// Whether a live worker serves the model, and the smallest context length of those that do.
@@ -523,70 +191,6 @@ impl Cluster {
         let serving = registry.serving(model, self.now_ms());
         let lengths = serving.map(|(worker, _)| worker.register.context_length);
         lengths.min()
-    }
-}
-
-/// A request on a worker. Dropping it cancels it there and gives its place back.
-pub(crate) struct Placed {
-    pub(crate) submission: Submission,
-    pub(crate) decode: Assignment,
-    /// Dropped when the first token shows that the prompt is computed.
-    prefill: Option<Assignment>,
-    pending: Option<Pending>,
-    predicted_cached_tokens: usize,
-    routing: Routing,
-}
-
-impl Placed {
-    /// Tokens came: the prompt is computed.
-    pub(crate) fn first_token(&mut self) {
-        self.prefill = None;
-        if let Some(pending) = self.pending.take() {
-            pending.first_token();
-        }
-    }
-
-    /// The worker said how it ended.
-    pub(crate) fn finished(&self, finish: &Finish) {
-        if matches!(finish.reason(), FinishReason::Stop | FinishReason::Length) {
-            self.routing
-                .finished(self.predicted_cached_tokens, finish.cached_tokens);
-        }
-    }
-
-    pub(crate) fn placement(&self, attempts: u32) -> Placement {
-        Placement {
-            decode_worker_id: self.decode.worker.0.clone(),
-            prefill_worker_id: self.prefill.as_ref().map(|a| a.worker.0.clone()).unwrap_or_default(),
-            attempts,
-        }
-    }
-}
-
-/// A place in a worker's load, given back on drop.
-pub(crate) struct Assignment {
-    cluster: Arc<Cluster>,
-    pub(crate) worker: LifeId,
-    prefill: bool,
-}
-
-impl Assignment {
-    fn new(cluster: &Arc<Cluster>, worker: LifeId, prefill: bool) -> Self {
-        cluster.registry().assigned(&worker.0, worker.1, prefill);
-        Self {
-            cluster: cluster.clone(),
-            worker,
-            prefill,
-        }
-    }
-}
-
-impl Drop for Assignment {
-    fn drop(&mut self) {
-        self.cluster
-            .registry()
-            .released(&self.worker.0, self.worker.1, self.prefill);
-        self.cluster.changed();
     }
 }
 

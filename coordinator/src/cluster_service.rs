@@ -1,12 +1,16 @@
 //! The gRPC service `Cluster.Join`: workers register, report and say goodbye here. One session per stream; what it
 //! hears goes to the [`Cluster`], and it ends when the worker's life does.
+//!
+//! A worker registers through any one member of the group, and joins the others under the epoch it got. A session that claims
+//! an epoch is believed only if the applied state has it.
 
-use crate::cluster::{Cluster, Orders};
+use crate::cluster::{Cluster, Orders, Standing};
 use baton_identity::{Role, require_role};
 use baton_proto::PROTOCOL_VERSION;
 use baton_proto::cluster::cluster_server::Cluster as ClusterRpc;
 use baton_proto::cluster::{
-    self, CoordinatorOrder, Refused, Register, Registered, ResyncBlocks, WorkerReport, coordinator_order, worker_report,
+    self, CoordinatorOrder, Fenced, Refused, Register, Registered, ResyncBlocks, WorkerReport, coordinator_order,
+    worker_report,
 };
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -61,25 +65,36 @@ async fn session(cluster: &Arc<Cluster>, mut reports: Streaming<WorkerReport>, o
         return refuse(orders, reason).await;
     }
     let worker_id = register.worker_id.clone();
-    let (epoch, over) = match cluster.register(register, orders.clone()).await {
-        Ok((epoch, Some(over))) => (epoch, over),
-        Ok((_, None)) => return refuse(orders, replaced(&worker_id)).await,
+    let joined = match register.epoch {
+        0 => match cluster.register(register.clone(), orders.clone()).await {
+            Ok((epoch, Some(session))) => Ok(Ok((epoch, session))),
+            Ok((_, None)) => Ok(Err(Standing::Over)),
+            Err(error) => Err(error),
+        },
+        epoch => {
+            let rejoined = cluster.rejoin(register.clone(), orders.clone()).await;
+            rejoined.map(|joined| joined.map(|session| (epoch, session)))
+        }
+    };
+    let (epoch, session) = match joined {
+        Ok(Ok(joined)) => joined,
+        Ok(Err(standing)) => return turn_away(orders, standing, &register).await,
         Err(error) => return fail(orders, Status::unavailable(error.to_string())).await,
     };
+    let register = Register { epoch, ..register };
     let registered = coordinator_order::Kind::Registered(Registered {
         epoch,
         heartbeat_interval_ms: cluster.config.heartbeat_interval_ms,
         lost_after_ms: cluster.config.lost_after_ms,
+        coordinators: Some(cluster.group.coordinators()),
     });
     let _ = orders.send(order(registered)).await;
     loop {
         let report = tokio::select! {
-            () = over.cancelled() => {
-                // Lost for silence: it may register anew. Replaced: it must not, or two would fight over one id.
-                let taken = cluster.registry().workers(0).any(|(worker, _)| {
-                    worker.register.worker_id == worker_id && worker.epoch > epoch
-                });
-                if taken {
+            () = session.over.cancelled() => {
+                // Lost for silence, by this member or by the group: it comes again, and is told then. Replaced by another
+                // process: it must not, or two would fight over one id.
+                if let Ok(Standing::Replaced) = cluster.standing(&register) {
                     refuse(orders, replaced(&worker_id)).await;
                 }
                 return;
@@ -110,7 +125,7 @@ async fn session(cluster: &Arc<Cluster>, mut reports: Streaming<WorkerReport>, o
             Ok(None) | Err(_) => break,
         }
     }
-    cluster.join_closed(&worker_id, epoch);
+    cluster.join_closed(&worker_id, epoch, &session);
 }
 
 /// Why a registration cannot be taken, in a sentence for the worker's operator.
@@ -160,6 +175,22 @@ fn check(cluster: &Cluster, register: &Register) -> Result<(), String> {
         ));
     }
     Ok(())
+}
+
+/// The registration that was claimed does not stand.
+async fn turn_away(orders: &Orders, standing: Standing, register: &Register) {
+    let Register { worker_id, epoch, .. } = register;
+    if standing == Standing::Replaced {
+        return refuse(orders, replaced(worker_id)).await;
+    }
+    let reason = match standing {
+        Standing::Ahead => format!("epoch {epoch} is not known here"),
+        _ => format!("the registration of epoch {epoch} is over"),
+    };
+    tracing::info!(%worker_id, %reason, "a worker is to register anew");
+    let _ = orders
+        .send(order(coordinator_order::Kind::Fenced(Fenced { reason })))
+        .await;
 }
 
 fn replaced(worker_id: &str) -> String {

@@ -18,17 +18,23 @@ mod cluster;
 mod cluster_service;
 mod config;
 mod error;
+mod group;
 mod link;
 mod mailbox;
 mod metrics;
+mod placement;
+mod read_ahead;
 pub mod registry;
 mod request;
 mod router;
 mod server;
 
-pub use config::{CoordinatorConfig, ModelConfig, RoutingMode};
+pub use config::{CoordinatorConfig, MemberConfig, ModelConfig, RoutingMode};
 pub use error::CoordinatorError;
 pub use server::{Ready, run};
+
+/// What brings a backup back: see `baton snapshot restore`.
+pub use baton_raftstore::{BackupInfo, RaftStoreError, restore};
 
 #[cfg(test)]
 mod tests;

@@ -11,7 +11,8 @@ use crate::mailbox::{Delivery, End, Mailbox};
 use baton_identity::{Identity, Role};
 use baton_proto::worker::worker_client::WorkerClient;
 use baton_proto::worker::{
-    Cancel, FinishReason, FromWorker, Generate, Hello, Pulse, SequenceDelta, ToWorker, from_worker, to_worker,
+    Cancel, FinishReason, FromWorker, Generate, Hello, Pulse, ReadAhead, SequenceDelta, ToWorker, from_worker,
+    to_worker,
 };
 use baton_proto::{PROTOCOL_VERSION, limits};
 use baton_watchdog::{LOOK_EVERY_MS, Vitals, Watch};
@@ -32,9 +33,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// A connection is probed this often, and given up after as long again without an answer: a host that vanished
 /// without a word is noticed by its missing heartbeats at about the same time.
 const KEEP_ALIVE: Duration = Duration::from_secs(1);
-/// Messages on their way to the worker. Every open request has at most two there (its start and its cancellation), so
-/// this cannot fill before the limit on open requests is reached.
-const OUTBOUND_MAX: usize = 2 * limits::REQUESTS_PER_STREAM_MAX + 1;
+/// Messages on their way to the worker. Every open request has at most two there (its start and its cancellation), and hints
+/// take no more than half of it, so this cannot fill before the limit on open requests is reached.
+const OUTBOUND_MAX: usize = 2 * (2 * limits::REQUESTS_PER_STREAM_MAX + 1);
 
 /// Why a link could not be made or used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -217,6 +218,14 @@ impl Link {
             Err(mpsc::error::TrySendError::Full(_)) => Err(LinkError::Full),
             Err(mpsc::error::TrySendError::Closed(_)) => Err(LinkError::Down),
         }
+    }
+
+    /// Sends a hint, unless messages that matter may need the room. Answers whether it was sent.
+    pub(crate) fn hint(&self, hint: ReadAhead) -> bool {
+        let message = ToWorker {
+            kind: Some(to_worker::Kind::ReadAhead(hint)),
+        };
+        self.shared.outbound.capacity() > OUTBOUND_MAX / 2 && self.shared.outbound.try_send(message).is_ok()
     }
 
     /// Ends every request as broken and takes no more.

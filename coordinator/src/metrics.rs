@@ -167,6 +167,8 @@ pub(crate) struct RouterMetrics {
     cached_predicted: Counter,
     cached_measured: Counter,
     cached_missed: Counter,
+    hints: Counter,
+    hinted_blocks: Counter,
 }
 
 impl Default for RouterMetrics {
@@ -180,6 +182,8 @@ impl Default for RouterMetrics {
             cached_predicted: Counter::default(),
             cached_measured: Counter::default(),
             cached_missed: Counter::default(),
+            hints: Counter::default(),
+            hinted_blocks: Counter::default(),
         }
     }
 }
@@ -193,6 +197,12 @@ impl RouterMetrics {
     /// A first token came.
     pub(crate) fn first_token(&self, predicted_s: f64, measured_s: f64) {
         self.ttft_error.observe((predicted_s - measured_s).abs());
+    }
+
+    /// A worker was told that so many blocks on its disk or in the store will be asked for.
+    pub(crate) fn hinted(&self, blocks: u32) {
+        self.hints.inc();
+        self.hinted_blocks.inc_by(u64::from(blocks));
     }
 
     /// A request ended that had so many prompt tokens from a cache.
@@ -228,6 +238,16 @@ impl RouterMetrics {
             "baton:router_missed_cached_tokens",
             "Prompt tokens that were expected in a cache and were not there",
             self.cached_missed.clone(),
+        );
+        registry.register(
+            "baton:router_read_ahead_hints",
+            "Times a worker was told which blocks it will be asked for",
+            self.hints.clone(),
+        );
+        registry.register(
+            "baton:router_read_ahead_blocks",
+            "Blocks on a disk or in a store that these hints were about",
+            self.hinted_blocks.clone(),
         );
     }
 }

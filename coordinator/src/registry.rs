@@ -7,8 +7,13 @@
 //!                                                                                       │ drain     │
 //!                                                                                       ▼           │
 //!   (forgotten) ◀── a while ── Lost ◀── no heartbeat for `lost_after_ms`, or Join stream ◀──────────┘
-//!                                       and request link both gone, or it left:  Remove
+//!                               │ ▲     and request link both gone, or it left, or the group removed it:  Lost
+//!                               ▼ └──────────────────────────┐
+//!                    heard again under the same epoch: Joining
 //! ```
+//!
+//! What is lost here is only not heard by this coordinator. Whether the registration is over is for the replicated state to
+//! say ([`Registry::removed`]); until then a worker that is heard again goes on where it was.
 //!
 //! A worker is *suspect* while its Join stream is broken or a heartbeat is late: it keeps its requests and gets new
 //! ones only if no other worker can take them. Every registration has a new epoch; what is told under an older one is
@@ -58,8 +63,8 @@ pub enum Effect {
         /// Its epoch.
         epoch: u64,
     },
-    /// Close link and Join stream, and take the worker out of the replicated state.
-    Remove {
+    /// Close link and Join stream. The group is told that this coordinator has lost the worker, unless it knows.
+    Lost {
         /// The worker.
         worker_id: String,
         /// Its epoch.
@@ -105,6 +110,12 @@ pub struct Worker {
     link_up: bool,
     draining: bool,
     lost_at_ms: Option<u64>,
+    /// Why, for people.
+    lost_reason: String,
+    /// It said goodbye.
+    left: bool,
+    /// The replicated state has it no more.
+    removed: bool,
 }
 
 impl Worker {
@@ -125,6 +136,21 @@ impl Worker {
 
     fn silence_ms(&self, now_ms: u64) -> u64 {
         now_ms.saturating_sub(self.last_heartbeat_ms)
+    }
+
+    /// Why this coordinator has lost it, if it has.
+    pub fn lost(&self) -> Option<&str> {
+        self.lost_at_ms.map(|_| self.lost_reason.as_str())
+    }
+
+    /// Whether it said goodbye.
+    pub fn left(&self) -> bool {
+        self.left
+    }
+
+    /// Whether it is heard here at the moment.
+    pub fn is_heard(&self) -> bool {
+        self.lost_at_ms.is_none() && self.join_open && self.reported
     }
 }
 
@@ -151,14 +177,49 @@ impl Registry {
         self.workers.contains_key(worker_id) || self.workers.len() < WORKERS_MAX
     }
 
-    /// A worker known from the replicated state after this coordinator's restart. It has the usual time to come back.
-    pub fn recover(&mut self, register: Register, epoch: u64, now_ms: u64) {
-        let mut worker = new_worker(register, epoch, now_ms);
-        worker.join_open = false;
-        self.workers.insert(worker.register.worker_id.clone(), worker);
+    /// The replicated state has this registration, made through another coordinator or in an earlier life of this one. The
+    /// worker has the usual time to be heard here. Without effect if it is known, or a newer one.
+    pub fn known(&mut self, register: Register, epoch: u64, now_ms: u64) -> Vec<Effect> {
+        let worker_id = register.worker_id.clone();
+        let (new, effects) = self.registered(register, epoch, now_ms);
+        if let Some(worker) = self.workers.get_mut(&worker_id).filter(|_| new) {
+            worker.join_open = false;
+        }
+        effects
     }
 
-    /// A registration was committed under `epoch`. False if a newer one is known: this one is over already.
+    /// A Join stream of a known registration was opened. False if that registration is not the current one, or over.
+    pub fn rejoined(&mut self, worker_id: &str, epoch: u64, now_ms: u64) -> bool {
+        let Some(worker) = self.workers.get_mut(worker_id).filter(|worker| worker.epoch == epoch) else {
+            return false;
+        };
+        if worker.left || worker.removed {
+            return false;
+        }
+        if worker.lost_at_ms.take().is_some() {
+            // Its link went with its loss: it is made anew at the first heartbeat.
+            worker.reported = false;
+        }
+        worker.join_open = true;
+        worker.last_heartbeat_ms = now_ms;
+        true
+    }
+
+    /// The replicated state has this registration no more.
+    pub fn removed(&mut self, worker_id: &str, epoch: u64, now_ms: u64) -> Vec<Effect> {
+        let Some(worker) = self.workers.get_mut(worker_id).filter(|worker| worker.epoch == epoch) else {
+            return Vec::new();
+        };
+        if std::mem::replace(&mut worker.removed, true) {
+            return Vec::new();
+        }
+        match worker.lost_at_ms {
+            Some(_) => Vec::new(),
+            None => self.lose(worker_id, "the group has removed it".into(), now_ms),
+        }
+    }
+
+    /// A registration was committed under `epoch`. False if it, or a newer one, is known.
     pub fn registered(&mut self, register: Register, epoch: u64, now_ms: u64) -> (bool, Vec<Effect>) {
         let worker_id = register.worker_id.clone();
         let mut effects = Vec::new();
@@ -214,7 +275,10 @@ impl Registry {
     pub fn left(&mut self, worker_id: &str, epoch: u64, reason: &str, now_ms: u64) -> Vec<Effect> {
         match self.current(worker_id, epoch) {
             None => Vec::new(),
-            Some(_) => self.lose(worker_id, format!("it left: {reason}"), now_ms),
+            Some(worker) => {
+                worker.left = true;
+                self.lose(worker_id, format!("it left: {reason}"), now_ms)
+            }
         }
     }
 
@@ -264,10 +328,10 @@ impl Registry {
                 worker.last_heartbeat_ms = (worker.last_heartbeat_ms + gap).min(now_ms);
             }
         }
+        // One that the state still has stays: it may be heard again.
         self.workers.retain(|_, worker| {
-            worker
-                .lost_at_ms
-                .is_none_or(|at| now_ms.saturating_sub(at) < LOST_KEPT_MS)
+            let lost_for_ms = worker.lost_at_ms.map_or(0, |at| now_ms.saturating_sub(at));
+            !worker.removed || lost_for_ms < LOST_KEPT_MS
         });
         let lost_after_ms = self.config.lost_after_ms;
         let silent: Vec<String> = self
@@ -341,9 +405,10 @@ impl Registry {
             return Vec::new();
         };
         worker.lost_at_ms = Some(now_ms);
+        worker.lost_reason.clone_from(&reason);
         worker.link_up = false;
         worker.join_open = false;
-        vec![Effect::Remove {
+        vec![Effect::Lost {
             worker_id: worker_id.to_owned(),
             epoch: worker.epoch,
             reason,
@@ -393,6 +458,9 @@ fn new_worker(register: Register, epoch: u64, now_ms: u64) -> Worker {
         link_up: false,
         draining: false,
         lost_at_ms: None,
+        lost_reason: String::new(),
+        left: false,
+        removed: false,
     }
 }
 
@@ -444,6 +512,8 @@ fn tier_status(tiers: &KvTiers) -> KvTiersStatus {
             writes_total: usage.writes_total,
             dropped_total: usage.dropped_total,
             broken_total: usage.broken_total,
+            // Whole bytes are plenty; a float beyond the range saturates.
+            load_bytes_per_s: usage.load_bytes_per_s as u64,
         })
     };
     KvTiersStatus {
@@ -455,6 +525,10 @@ fn tier_status(tiers: &KvTiers) -> KvTiersStatus {
         loads_total: tiers.loads_total,
         expired_total: tiers.expired_total,
         load_us_total: tiers.load_us_total,
+        ahead_read_total: tiers.ahead_read_total,
+        ahead_hits_total: tiers.ahead_hits_total,
+        ahead_wasted_total: tiers.ahead_wasted_total,
+        ahead_refused_total: tiers.ahead_refused_total,
     }
 }
 

@@ -25,8 +25,8 @@ fn state(registry: &Registry, id: &str, now_ms: u64) -> Option<State> {
     found.map(|(_, state)| state)
 }
 
-fn is_remove(effects: &[Effect], id: &str, at_epoch: u64) -> bool {
-    matches!(effects, [Effect::Remove { worker_id, epoch, .. }] if worker_id == id && *epoch == at_epoch)
+fn is_lost(effects: &[Effect], id: &str, at_epoch: u64) -> bool {
+    matches!(effects, [Effect::Lost { worker_id, epoch, .. }] if worker_id == id && *epoch == at_epoch)
 }
 
 /// A registry with worker "w" of epoch 1, attached at time 0.
@@ -52,19 +52,59 @@ fn silence_makes_suspect_and_then_lost() {
     assert_eq!(state(&registry, "w", 1950), Some(State::Ready));
     assert_eq!(registry.tick(2900), []);
     assert_eq!(registry.tick(3900), []);
-    assert!(is_remove(&registry.tick(3950), "w", 1));
+    assert!(is_lost(&registry.tick(3950), "w", 1));
     assert_eq!(state(&registry, "w", 3950), Some(State::Lost));
     // Once only; a late heartbeat of the lost life changes nothing.
     assert_eq!(registry.tick(4000), []);
     assert_eq!(registry.heartbeat("w", 1, Heartbeat::default(), 4000), []);
     assert!(!registry.link_up("w", 1));
     assert_eq!(state(&registry, "w", 4000), Some(State::Lost));
-    for now_ms in (5000..3950 + LOST_KEPT_MS).step_by(500) {
+    for now_ms in (5000..4950 + LOST_KEPT_MS).step_by(500) {
         registry.tick(now_ms);
     }
-    assert_eq!(state(&registry, "w", 60_000), Some(State::Lost));
-    registry.tick(3950 + LOST_KEPT_MS);
+    assert_eq!(
+        state(&registry, "w", 65_000),
+        Some(State::Lost),
+        "the state still has it"
+    );
+    assert_eq!(registry.removed("w", 1, 65_000), []);
+    registry.tick(65_000);
     assert_eq!(state(&registry, "w", 65_000), None);
+}
+
+#[test]
+fn a_lost_worker_that_the_group_still_has_goes_on_where_it_was() {
+    let mut registry = with_ready();
+    registry.join_closed("w", 1, 10);
+    assert!(is_lost(&registry.link_down("w", 1, 20), "w", 1));
+    assert!(!registry.rejoined("w", 2, 30), "an epoch that is not its own");
+    assert!(registry.rejoined("w", 1, 30));
+    assert_eq!(state(&registry, "w", 30), Some(State::Joining));
+    let effects = registry.heartbeat("w", 1, Heartbeat::default(), 40);
+    assert!(
+        matches!(&effects[..], [Effect::Connect { epoch: 1, .. }]),
+        "its link is made anew"
+    );
+    assert!(registry.link_up("w", 1));
+    assert_eq!(state(&registry, "w", 40), Some(State::Ready));
+
+    // Over for the group is over here, heard or not, once.
+    assert!(is_lost(&registry.removed("w", 1, 50), "w", 1));
+    assert_eq!(registry.removed("w", 1, 50), []);
+    assert!(!registry.rejoined("w", 1, 60));
+    assert_eq!(registry.known(register("w"), 1, 60), [], "and not new");
+    assert_eq!(state(&registry, "w", 60), Some(State::Lost));
+    // Its next registration, made elsewhere, is.
+    assert_eq!(registry.known(register("w"), 2, 70), []);
+    assert_eq!(state(&registry, "w", 70), Some(State::Joining));
+    assert!(registry.rejoined("w", 2, 80));
+}
+
+#[test]
+fn who_said_goodbye_does_not_come_back() {
+    let mut registry = with_ready();
+    assert!(is_lost(&registry.left("w", 1, "stop", 5), "w", 1));
+    assert!(!registry.rejoined("w", 1, 6));
 }
 
 #[test]
@@ -72,7 +112,7 @@ fn both_connections_gone_is_lost_at_once_and_one_is_not() {
     let mut registry = with_ready();
     assert_eq!(registry.join_closed("w", 1, 10), []);
     assert_eq!(state(&registry, "w", 10), Some(State::Suspect));
-    assert!(is_remove(&registry.link_down("w", 1, 20), "w", 1));
+    assert!(is_lost(&registry.link_down("w", 1, 20), "w", 1));
 
     let mut registry = with_ready();
     assert_eq!(registry.link_down("w", 1, 10), []);
@@ -80,13 +120,13 @@ fn both_connections_gone_is_lost_at_once_and_one_is_not() {
     assert!(registry.link_up("w", 1));
     assert_eq!(state(&registry, "w", 11), Some(State::Ready));
     assert_eq!(registry.link_down("w", 1, 20), []);
-    assert!(is_remove(&registry.join_closed("w", 1, 30), "w", 1));
+    assert!(is_lost(&registry.join_closed("w", 1, 30), "w", 1));
 }
 
 #[test]
 fn a_goodbye_is_at_once() {
     let mut registry = with_ready();
-    assert!(is_remove(&registry.left("w", 1, "stop", 5), "w", 1));
+    assert!(is_lost(&registry.left("w", 1, "stop", 5), "w", 1));
     assert_eq!(registry.join_closed("w", 1, 6), []);
 }
 
@@ -122,12 +162,12 @@ fn a_pause_of_this_process_is_not_the_workers_silence() {
 #[test]
 fn a_recovered_worker_has_the_usual_time_to_come_back() {
     let mut registry = Registry::new(CONFIG);
-    registry.recover(register("w"), 7, 0);
-    registry.recover(register("v"), 8, 0);
+    assert_eq!(registry.known(register("w"), 7, 0), []);
+    assert_eq!(registry.known(register("v"), 8, 0), []);
     assert!(registry.registered(register("w"), 9, 500).0);
     assert_eq!(registry.tick(900), []);
     assert_eq!(registry.tick(1800), []);
-    assert!(is_remove(&registry.tick(2000), "v", 8));
+    assert!(is_lost(&registry.tick(2000), "v", 8));
 }
 
 #[test]
@@ -169,7 +209,7 @@ fn a_worker_drains_once_whoever_says_so() {
     // Its next life takes work again.
     registry.registered(register("w"), 2, 30);
     assert!(!registry.is_draining("w", 2));
-    assert!(is_remove(&registry.left("w", 2, "drained", 40), "w", 2));
+    assert!(is_lost(&registry.left("w", 2, "drained", 40), "w", 2));
     assert_eq!(registry.drain("w"), None);
 }
 
@@ -245,11 +285,11 @@ proptest! {
             for effect in effects {
                 match effect {
                     Effect::Connect { epoch, .. } | Effect::Drain { epoch, .. } => prop_assert!(!ended.contains(&epoch)),
-                    Effect::Replaced { epoch, .. } | Effect::Remove { epoch, .. } => prop_assert!(ended.insert(epoch)),
+                    Effect::Replaced { epoch, .. } | Effect::Lost { epoch, .. } => prop_assert!(ended.insert(epoch)),
                 }
             }
             registry.tick(now_ms).into_iter().for_each(|effect| {
-                if let Effect::Remove { epoch, .. } = effect {
+                if let Effect::Lost { epoch, .. } = effect {
                     assert!(ended.insert(epoch));
                 }
             });

@@ -19,9 +19,10 @@
 //! Deliberately not here: which worker (router), and what a client sees of it (gateway).
 
 use crate::admission::Admitted;
-use crate::cluster::{Cluster, LifeId, PlaceError, Placed};
+use crate::cluster::{Cluster, LifeId, PlaceError};
 use crate::link::Submission;
 use crate::mailbox::{Delivery, End};
+use crate::placement::Placed;
 use baton_gateway::{GenerationEvent, GenerationSender, Job};
 use baton_proto::limits::PROMPT_TOKENS_MAX;
 use baton_proto::worker::{Finish, FinishReason, Generate};

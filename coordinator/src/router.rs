@@ -10,8 +10,8 @@ use crate::registry::{State, Worker};
 use baton_gateway::WorkerRole;
 use baton_proto::cluster::{self, BlockEvents};
 use baton_router::{
-    Ask, BlockUpdate, Candidate, Choice, Estimate, Mode, Namer, Policy, Prefix, Prefixes, Rates, Role, Router, Seat,
-    Tier, Verdict,
+    Ask, BlockUpdate, Candidate, Choice, Estimate, Namer, Policy, Prefix, Prefixes, Rates, Role, Router, Seat, Tier,
+    Verdict,
 };
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -54,12 +54,7 @@ pub(crate) struct Routing {
 }
 
 impl Routing {
-    pub(crate) fn new(prefill_threshold_tokens: usize, mode: Mode, metrics: RouterMetrics) -> Self {
-        let policy = Policy {
-            mode,
-            prefill_threshold_tokens,
-            ..Policy::default()
-        };
+    pub(crate) fn new(policy: Policy, metrics: RouterMetrics) -> Self {
         Self {
             inner: Arc::new(RwLock::new(Inner {
                 router: Router::new(policy),
@@ -294,11 +289,19 @@ fn candidate<'a>(considered: &Considered<'a>, prefix: Prefix, pending_tokens: u6
             prefill_tokens_per_s: heartbeat.prefill_tokens_per_s,
             decode_step_us: heartbeat.decode_step_us,
             transfer_bytes_per_s: heartbeat.transfer_bytes_per_s,
-            load_bytes_per_s: [0.0; Tier::LOWER],
+            load_bytes_per_s: load_rates(heartbeat.kv_tiers.as_ref()),
         },
         full: worker.assigned >= considered.requests_max,
         doubtful: considered.state == State::Suspect || considered.avoid,
     }
+}
+
+/// Measured loads from host memory, disk and object store.
+fn load_rates(tiers: Option<&cluster::KvTiers>) -> [f32; Tier::LOWER] {
+    let rate = |usage: Option<cluster::TierUsage>| usage.map_or(0.0, |usage| usage.load_bytes_per_s);
+    tiers.map_or([0.0; Tier::LOWER], |tiers| {
+        [rate(tiers.host), rate(tiers.disk), rate(tiers.object)]
+    })
 }
 
 /// A prompt that is being computed somewhere. Dropped at the first token, or when there will be none.

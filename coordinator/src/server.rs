@@ -6,10 +6,13 @@
 use crate::backend::ClusterBackend;
 use crate::cluster::Cluster;
 use crate::cluster_service::Service;
-use crate::{CoordinatorConfig, CoordinatorError};
+use crate::group::{AddressBook, BATCH_BYTES_MAX, Group, Outbox, Peering, RaftService};
+use crate::{CoordinatorConfig, CoordinatorError, MemberConfig};
 use baton_gateway::{GatewayConfig, ServedModel};
 use baton_identity::Identity;
 use baton_proto::cluster::cluster_server::ClusterServer;
+use baton_proto::raft::raft_server::RaftServer;
+use baton_proto::state::Member;
 use baton_raftstore::{RaftStore, RaftStoreConfig};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -62,9 +65,12 @@ pub async fn run(
         ..config.gateway.clone()
     };
     gateway_config.validate(bound.http_addr)?;
-    let (models, store) = load(&config).await?;
     let over = CancellationToken::new();
-    let cluster = Cluster::new(config, store, identity, over.clone())?;
+    let peering = Peering::new(address_book(&config, &bound), identity.clone(), over.clone());
+    let (models, store) = load(&config, peering.outbox()).await?;
+    let group = Group::new(store.clone(), peering);
+    let cluster = Cluster::new(config, store, group, identity, over.clone())?;
+    cluster.tasks.spawn(cluster.clone().follow());
     let mut grpc = tokio::spawn(serve_cluster(cluster.clone(), joining));
     let backend = Arc::new(ClusterBackend(cluster.clone()));
     // Ends the gateway on our own failure too.
@@ -79,6 +85,14 @@ pub async fn run(
     tracing::info!(http = %bound.http_addr, cluster = %bound.cluster_addr, "serving");
     let _ = ready.send(bound);
 
+    // At the beginning of the end: requests that still run are settled by whoever leads then.
+    let handing_over = tokio::spawn({
+        let (group, shutdown) = (cluster.group.clone(), shutdown.clone());
+        async move {
+            shutdown.cancelled().await;
+            group.hand_over().await;
+        }
+    });
     let failed = |error: tokio::task::JoinError| CoordinatorError::Cluster(error.to_string());
     let mut result = tokio::select! {
         ended = &mut gateway => ended.map_err(failed)?.map_err(CoordinatorError::from),
@@ -89,6 +103,12 @@ pub async fn run(
     if !gateway.is_finished() {
         let ended = gateway.await.map_err(failed)?;
         result = result.and(ended.map_err(CoordinatorError::from));
+    }
+    if shutdown.is_cancelled() {
+        // Bounded by itself.
+        let _ = handing_over.await;
+    } else {
+        handing_over.abort();
     }
     over.cancel();
     cluster.tasks.close();
@@ -103,16 +123,19 @@ pub async fn run(
     result
 }
 
-/// Serves the workers' side until the cluster's shutdown.
+/// Serves workers and the other members until the cluster's shutdown.
 pub(crate) async fn serve_cluster(cluster: Arc<Cluster>, listener: TcpListener) -> Result<(), CoordinatorError> {
     let shutdown = cluster.shutdown.clone();
     let failed = |error: tonic::transport::Error| CoordinatorError::Cluster(error.to_string());
+    let raft = RaftService::new(cluster.group.clone(), shutdown.clone());
+    let raft = RaftServer::new(raft).max_decoding_message_size(BATCH_BYTES_MAX);
     let server = tonic::transport::Server::builder()
         .tls_config(cluster.identity().tonic_server())
         .map_err(failed)?
         .http2_keepalive_interval(Some(KEEP_ALIVE))
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
         .max_concurrent_streams(Some(STREAMS_PER_CONNECTION_MAX))
+        .add_service(raft)
         .add_service(ClusterServer::new(Service(cluster)).max_decoding_message_size(REPORT_BYTES_MAX))
         .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
     // Not a graceful end: a worker's stream has none by itself.
@@ -135,7 +158,45 @@ async fn watch(cluster: &Arc<Cluster>) -> CoordinatorError {
     }
 }
 
-async fn load(config: &CoordinatorConfig) -> Result<(Vec<ServedModel>, RaftStore), CoordinatorError> {
+/// The members that the configuration names; a lone coordinator is where it listens.
+pub(crate) fn address_book(config: &CoordinatorConfig, bound: &Ready) -> AddressBook {
+    let member = |member: &MemberConfig| Member {
+        id: member.id,
+        name: member.name.clone(),
+        cluster_addr: member.cluster_addr.clone(),
+        api_url: member.api_url.clone(),
+        ..Member::default()
+    };
+    let me = config.members.iter().find(|member| member.id == config.node_id);
+    let me = me.map_or_else(
+        || Member {
+            id: config.node_id,
+            name: config.name.clone(),
+            cluster_addr: bound.cluster_addr.to_string(),
+            api_url: format!("http://{}", bound.http_addr),
+            ..Member::default()
+        },
+        member,
+    );
+    AddressBook::new(me, config.members.iter().map(member))
+}
+
+/// The Raft settings that follow from the configuration.
+pub(crate) fn raft_config(config: &CoordinatorConfig) -> RaftStoreConfig {
+    let voters = match (config.join, config.members.is_empty()) {
+        (true, _) => Vec::new(),
+        (false, true) => vec![config.node_id],
+        (false, false) => config.members.iter().map(|member| member.id).collect(),
+    };
+    let base = RaftStoreConfig::member(config.node_id, voters);
+    RaftStoreConfig {
+        log_entries_keep: config.log_entries_keep,
+        tick_ms: config.election_timeout_ms / base.election_ticks as u64,
+        ..base
+    }
+}
+
+async fn load(config: &CoordinatorConfig, outbox: Outbox) -> Result<(Vec<ServedModel>, RaftStore), CoordinatorError> {
     let config = config.clone();
     let loading = tokio::task::spawn_blocking(move || {
         let models = config
@@ -143,11 +204,7 @@ async fn load(config: &CoordinatorConfig) -> Result<(Vec<ServedModel>, RaftStore
             .iter()
             .map(|model| ServedModel::load(&model.name, &model.path));
         let models = models.collect::<Result<Vec<_>, _>>()?;
-        let raft = RaftStoreConfig {
-            log_entries_keep: config.log_entries_keep,
-            ..RaftStoreConfig::single()
-        };
-        let store = RaftStore::open(&config.data_dir, &raft)?;
+        let store = RaftStore::open_with_peers(&config.data_dir, &raft_config(&config), outbox)?;
         Ok((models, store))
     });
     loading

@@ -3,20 +3,23 @@
 mod admission;
 mod drain;
 mod fake_worker;
+mod group;
 mod hangs;
 mod lives;
+mod read_ahead;
 mod requests;
 mod routing;
 mod whole;
 
 use crate::backend::ClusterBackend;
 use crate::cluster::Cluster;
-use crate::{CoordinatorConfig, ModelConfig, server};
+use crate::group::{Group, Peering};
+use crate::{CoordinatorConfig, MemberConfig, ModelConfig, Ready, server};
 use baton_gateway::{Backend, Generation, Job, WorkerState, WorkerStatus};
 use baton_identity::{Authority, Identity, Role};
 use baton_proto::cluster::Role as WorkerRole;
 use baton_proto::worker::{Finish, Sampling};
-use baton_raftstore::{RaftStore, RaftStoreConfig};
+use baton_raftstore::RaftStore;
 use fake_worker::FakeWorker;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -35,7 +38,7 @@ struct Coordinator {
     backend: ClusterBackend,
     cluster_addr: SocketAddr,
     authority: Authority,
-    _dir: tempfile::TempDir,
+    _dir: Arc<tempfile::TempDir>,
 }
 
 impl Coordinator {
@@ -45,14 +48,78 @@ impl Coordinator {
 
     async fn start_with(adjust: impl FnOnce(&mut CoordinatorConfig)) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let authority = Authority::load_or_create(&dir.path().join("identity")).unwrap();
         let mut config = config(dir.path());
         adjust(&mut config);
-        let identity = authority.issue(Role::Coordinator, &config.name).unwrap();
-        let store = RaftStore::open(&config.data_dir, &RaftStoreConfig::single()).unwrap();
-        let cluster = Cluster::new(config, store, identity, CancellationToken::new()).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::serve(Arc::new(dir), config, listener)
+    }
+
+    /// Three members of one group.
+    async fn start_group(adjust: impl Fn(&mut CoordinatorConfig)) -> Vec<Self> {
+        let dir = Arc::new(tempfile::tempdir().unwrap());
+        let mut listeners = Vec::new();
+        let mut members = Vec::new();
+        for index in 0..3 {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            members.push(MemberConfig {
+                id: index + 1,
+                name: format!("coordinator-{index}"),
+                cluster_addr: listener.local_addr().unwrap().to_string(),
+                api_url: String::new(),
+            });
+            listeners.push(listener);
+        }
+        let start = |(listener, member): (TcpListener, &MemberConfig)| {
+            let mut config = config(dir.path());
+            config.name.clone_from(&member.name);
+            config.node_id = member.id;
+            config.data_dir = dir.path().join(&member.name);
+            config.members.clone_from(&members);
+            adjust(&mut config);
+            config.validate().unwrap();
+            Self::serve(dir.clone(), config, listener)
+        };
+        listeners.into_iter().zip(&members).map(start).collect()
+    }
+
+    /// A member to be of this one's group, which is to be added.
+    async fn newcomer(&self, id: u64) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let me = MemberConfig {
+            id,
+            name: format!("coordinator-{}", id - 1),
+            cluster_addr: listener.local_addr().unwrap().to_string(),
+            api_url: String::new(),
+        };
+        let mut config = config(self._dir.path());
+        config.name.clone_from(&me.name);
+        config.node_id = id;
+        config.data_dir = self._dir.path().join(&me.name);
+        config.members = self.cluster.config.members.iter().cloned().chain([me]).collect();
+        config.join = true;
+        config.validate().unwrap();
+        Self::serve(self._dir.clone(), config, listener)
+    }
+
+    fn serve(dir: Arc<tempfile::TempDir>, config: CoordinatorConfig, listener: TcpListener) -> Self {
+        let authority = Authority::load_or_create(&dir.path().join("identity")).unwrap();
+        let identity = authority.issue(Role::Coordinator, &config.name).unwrap();
         let cluster_addr = listener.local_addr().unwrap();
+        let shutdown = CancellationToken::new();
+        let bound = Ready {
+            http_addr: cluster_addr,
+            cluster_addr,
+        };
+        let peering = Peering::new(
+            server::address_book(&config, &bound),
+            identity.clone(),
+            shutdown.clone(),
+        );
+        let store =
+            RaftStore::open_with_peers(&config.data_dir, &server::raft_config(&config), peering.outbox()).unwrap();
+        let group = Group::new(store.clone(), peering);
+        let cluster = Cluster::new(config, store, group, identity, shutdown).unwrap();
+        tokio::spawn(cluster.clone().follow());
         tokio::spawn(server::serve_cluster(cluster.clone(), listener));
         let ticking = cluster.clone();
         tokio::spawn(async move {
@@ -68,6 +135,12 @@ impl Coordinator {
             authority,
             _dir: dir,
         }
+    }
+
+    /// As `kill -9`, as far as others can tell: nothing is sent any more, and connections break.
+    fn kill(&self) {
+        self.cluster.shutdown.cancel();
+        self.cluster.store.close();
     }
 
     fn worker_identity(&self, name: &str) -> Identity {

@@ -1,7 +1,8 @@
 //! How fast bytes move between two processes of this machine: every transport of the crate against `memcpy`.
 //!
 //! ```text
-//! cargo run --release -p baton-kvtransfer --example bandwidth -- [--quick] [--iperf] [--runs N] [--mib M] [--transfer-kib K]
+//! cargo run --release -p baton-kvtransfer --example bandwidth -- [--quick] [--iperf] [--only TRANSPORT]
+//!     [--runs N] [--mib M] [--transfer-kib K]
 //! ```
 //!
 //! The program starts itself a second time as the receiver. One *run* moves the whole sending region, `--mib` MiB,
@@ -11,6 +12,8 @@
 //! KV that was computed a while ago. `memcpy` copies the same pieces in the same order on one thread of one process, and is
 //! measured in turn with the transports, because a shared machine's memory bandwidth drifts. Each number is the median
 //! of `--runs` runs. GB are 10^9 bytes; CPU seconds are those of both processes, all threads, per GB.
+//!
+//! `--only` measures one transport, by its name in the table, beside `memcpy`; the others are not even started.
 //!
 //! With `--iperf`, `iperf3` (TCP in clear, one stream, for a second) runs in turn with them before each size of pieces.
 //!
@@ -48,10 +51,15 @@ const fn only(shared_memory: bool, tcp: bool, nixl: bool) -> TransportOptions {
     }
 }
 
-/// Those to measure: NIXL only where `BATON_NIXL_LIBRARY` names its library.
-fn transports() -> &'static [(TransportKind, TransportOptions)] {
+/// Those to measure: the one called `only`, or all, of which NIXL only where `BATON_NIXL_LIBRARY` names its library.
+fn transports(only: Option<&str>) -> Result<&'static [(TransportKind, TransportOptions)]> {
+    if let Some(only) = only {
+        let named = TRANSPORTS.iter().position(|(kind, _)| kind.to_string() == only);
+        let at = named.ok_or_else(|| format!("there is no transport {only}"))?;
+        return Ok(&TRANSPORTS[at..=at]);
+    }
     let nixl = std::env::var_os("BATON_NIXL_LIBRARY").is_some();
-    &TRANSPORTS[..TRANSPORTS.len() - usize::from(!nixl)]
+    Ok(&TRANSPORTS[..TRANSPORTS.len() - usize::from(!nixl)])
 }
 
 struct Options {
@@ -60,6 +68,7 @@ struct Options {
     runs: usize,
     bytes: usize,
     transfer: usize,
+    only: Option<String>,
 }
 
 fn main() -> Result<()> {
@@ -70,6 +79,7 @@ fn main() -> Result<()> {
         runs: 0,
         bytes: 0,
         transfer: 16 << 20,
+        only: None,
     };
     while let Some(argument) = arguments.next() {
         let mut number = || -> Result<usize> {
@@ -86,10 +96,12 @@ fn main() -> Result<()> {
             "--runs" => options.runs = number()?,
             "--mib" => options.bytes = number()? << 20,
             "--transfer-kib" => options.transfer = number()? << 10,
+            "--only" => options.only = Some(arguments.next().ok_or("--only wants a transport")?),
             // The second process.
             "--receive" => {
                 let bytes = number()?;
-                return receive(Path::new(&arguments.next().ok_or("no directory")?), bytes);
+                let dir = arguments.next().ok_or("no directory")?;
+                return receive(Path::new(&dir), bytes, transports(options.only.as_deref())?);
             }
             other => return Err(format!("unknown option {other}; see the head of examples/bandwidth.rs").into()),
         }
@@ -107,7 +119,7 @@ fn main() -> Result<()> {
 }
 
 /// One agent for each transport.
-fn agents(dir: &Path, name: &str) -> Result<Vec<Agent>> {
+fn agents(dir: &Path, name: &str, transports: &[(TransportKind, TransportOptions)]) -> Result<Vec<Agent>> {
     let identity = Identity::load(dir, name)?;
     let bind = |(_, transports): &(TransportKind, TransportOptions)| {
         Ok(Agent::bind(AgentConfig {
@@ -119,7 +131,7 @@ fn agents(dir: &Path, name: &str) -> Result<Vec<Agent>> {
             transports: transports.clone(),
         })?)
     };
-    transports().iter().map(bind).collect()
+    transports.iter().map(bind).collect()
 }
 
 /// CPU time of this process so far, in nanoseconds.
@@ -129,10 +141,10 @@ fn cpu_ns() -> u64 {
 }
 
 /// The receiver: obeys lines on its input until that ends.
-fn receive(dir: &Path, bytes: usize) -> Result<()> {
+fn receive(dir: &Path, bytes: usize, transports: &[(TransportKind, TransportOptions)]) -> Result<()> {
     let runtime = Runtime::new()?;
     let _inside = runtime.enter();
-    let agents = agents(dir, "receiver")?;
+    let agents = agents(dir, "receiver", transports)?;
     let region = Region::new(bytes)?;
     assert!(region.copy_in(0, &vec![0; bytes]));
     let addresses: Vec<_> = agents.iter().map(|agent| agent.local_addr().to_string()).collect();
@@ -188,8 +200,9 @@ struct Receiver {
 }
 
 impl Receiver {
-    fn start(dir: &Path, bytes: usize) -> Result<Self> {
+    fn start(dir: &Path, bytes: usize, only: Option<&str>) -> Result<Self> {
         let mut child = Command::new(std::env::current_exe()?)
+            .args(only.into_iter().flat_map(|only| ["--only", only]))
             .args(["--receive", &bytes.to_string()])
             .arg(dir)
             .stdin(Stdio::piped())
@@ -242,6 +255,7 @@ struct Sample {
 /// The sending side.
 struct Bench {
     runtime: Runtime,
+    kinds: &'static [(TransportKind, TransportOptions)],
     agents: Vec<Agent>,
     peers: Vec<SocketAddr>,
     receiver: Receiver,
@@ -287,8 +301,8 @@ impl Bench {
         let theirs = self.receiver.order("cpu")?.parse::<u64>()? - theirs;
         for report in reports {
             let used = report?.transport;
-            if used != TRANSPORTS[index].0 {
-                return Err(format!("{used} carried a push instead of {}", TRANSPORTS[index].0).into());
+            if used != self.kinds[index].0 {
+                return Err(format!("{used} carried a push instead of {}", self.kinds[index].0).into());
             }
         }
         self.receiver.order("close")?;
@@ -342,13 +356,14 @@ fn iperf() -> Result<f64> {
 }
 
 fn send(options: &Options) -> Result<()> {
+    let transports = transports(options.only.as_deref())?;
     let dir = tempfile::tempdir()?;
     let authority = Authority::load_or_create(dir.path())?;
     for name in ["sender", "receiver"] {
         authority.issue(Role::Worker, name)?.save(dir.path(), name)?;
     }
     let runtime = Runtime::new()?;
-    let mut receiver = Receiver::start(dir.path(), options.bytes)?;
+    let mut receiver = Receiver::start(dir.path(), options.bytes, options.only.as_deref())?;
     let peers = receiver
         .line()?
         .split(' ')
@@ -356,7 +371,7 @@ fn send(options: &Options) -> Result<()> {
         .collect::<std::result::Result<_, _>>()?;
     let agents = {
         let _inside = runtime.enter();
-        agents(dir.path(), "sender")?
+        agents(dir.path(), "sender", transports)?
     };
     let source = Region::new(options.bytes)?;
     let pattern: Vec<u8> = (0..options.bytes)
@@ -365,6 +380,7 @@ fn send(options: &Options) -> Result<()> {
     assert!(source.copy_in(0, &pattern));
     let mut bench = Bench {
         runtime,
+        kinds: transports,
         agents,
         peers,
         receiver,
@@ -384,7 +400,7 @@ fn send(options: &Options) -> Result<()> {
     );
     // Connections, first touches, and whether every byte arrives.
     let digest = digest(&bench.source).to_string();
-    for (index, (kind, _)) in transports().iter().enumerate() {
+    for (index, (kind, _)) in transports.iter().enumerate() {
         bench.receiver.order("clear")?;
         bench.transport(index, 64 << 10, 4)?;
         if bench.receiver.order("digest")? != digest {
@@ -400,7 +416,7 @@ fn send(options: &Options) -> Result<()> {
     let mut lines = Vec::new();
     println!(
         "\n piece KiB  in flight   memcpy GB/s (CPU s/GB)  {}",
-        transports()
+        transports
             .iter()
             .map(|(kind, _)| format!("{kind} GB/s (CPU s/GB) of memcpy"))
             .collect::<Vec<_>>()
@@ -419,17 +435,16 @@ fn send(options: &Options) -> Result<()> {
         }
         for &in_flight in flights {
             let piece = (kib << 10).min(options.transfer);
-            let mut samples = vec![Vec::new(); 1 + transports().len()];
+            let mut samples = vec![Vec::new(); 1 + transports.len()];
             for _ in 0..options.runs {
                 samples[0].push(bench.memcpy(piece));
-                for index in 0..transports().len() {
+                for index in 0..transports.len() {
                     samples[index + 1].push(bench.transport(index, piece, in_flight)?);
                 }
             }
             let (memcpy, memcpy_cpu) = medians(&samples[0], options.bytes);
             let mut row = format!("{kib:>10} {in_flight:>10} {memcpy:>13.2} ({memcpy_cpu:.3})      ");
-            let names =
-                std::iter::once("memcpy".to_owned()).chain(transports().iter().map(|(kind, _)| kind.to_string()));
+            let names = std::iter::once("memcpy".to_owned()).chain(transports.iter().map(|(kind, _)| kind.to_string()));
             for (name, samples) in names.zip(&samples) {
                 let (rate, cpu) = medians(samples, options.bytes);
                 if name != "memcpy" {

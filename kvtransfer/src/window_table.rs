@@ -16,9 +16,14 @@ use crate::{Refusal, SetupError, TransferLimits, WindowError};
 use bytes::Bytes;
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
+
+/// How often a copy yields to those who wait for its window's lock, before it takes it again: a waker needs some tens of µs,
+/// and waiting on for one that does not get a core would stop the copy.
+const MAKE_WAY_TURNS_MAX: usize = 1000;
 
 /// Locks even if another thread panicked while it held the lock: the state machines are consistent between calls.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -31,69 +36,104 @@ pub(crate) struct WindowCell {
     id: u64,
     /// The fence: bytes are copied only while this is held.
     state: Mutex<WindowState>,
+    /// How many wait for the lock: whoever holds it for long makes way.
+    waiting: AtomicU32,
     changed: Notify,
     counters: Arc<Counters>,
 }
 
 impl WindowCell {
+    fn state(&self) -> MutexGuard<'_, WindowState> {
+        if let Ok(state) = self.state.try_lock() {
+            return state;
+        }
+        self.waiting.fetch_add(1, Relaxed);
+        let state = lock(&self.state);
+        self.waiting.fetch_sub(1, Relaxed);
+        state
+    }
+
     pub(crate) fn id(&self) -> u64 {
         self.id
     }
 
     pub(crate) fn landed(&self) -> u64 {
-        lock(&self.state).landed()
+        self.state().landed()
     }
 
     pub(crate) fn phase(&self) -> Phase {
-        lock(&self.state).phase().clone()
+        self.state().phase().clone()
     }
 
     pub(crate) fn claim(&self, push: u64, lane: LaneKey) -> Result<(), Refusal> {
-        lock(&self.state).claim(push, lane)?;
+        self.state().claim(push, lane)?;
         // A rescued window has another deadline.
         self.changed.notify_waiters();
         Ok(())
     }
 
     pub(crate) fn admit(&self, lane: LaneKey, offset: u64, len: u64) -> Result<usize, Refusal> {
-        lock(&self.state).admit(lane, offset, len)
+        self.state().admit(lane, offset, len)
     }
 
     pub(crate) fn land(&self, lane: LaneKey, offset: usize, bytes: &[u8]) -> Result<(), Refusal> {
-        lock(&self.state).land(lane, offset, bytes)?;
+        self.state().land(lane, offset, bytes)?;
         self.counters.bytes_in.add(bytes.len() as u64);
         Ok(())
     }
 
     /// [`WindowCell::land`] for bytes that `copy` brings to `places` (offset, length) from elsewhere, under the fence.
-    /// They are counted for the transport, too.
+    /// It says how many of the places, from the first, it has brought bytes to: fewer than all if it was asked to make way
+    /// for others, by its second argument. Those are covered, and counted for the transport, too. Their number, and the
+    /// push's total if they complete the window.
     pub(crate) fn land_with(
         &self,
         lane: LaneKey,
         transport: TransportKind,
         places: impl Iterator<Item = (usize, usize)> + Clone,
-        copy: impl FnOnce(&Memory) -> Result<(), Refusal>,
-    ) -> Result<(), Refusal> {
-        lock(&self.state).land_with(lane, places.clone(), copy)?;
-        let len = places.map(|(_, len)| len as u64).sum();
+        copy: impl FnOnce(&Memory, &dyn Fn() -> bool) -> Result<usize, Refusal>,
+    ) -> Result<(usize, Option<u64>), Refusal> {
+        let wanted = || self.waiting.load(Relaxed) > 0;
+        let (mut copied, mut total) = (places.clone().count(), None);
+        let before = {
+            let mut state = self.state();
+            let before = state.live();
+            state.land_with(lane, places.clone(), |memory| {
+                copied = copy(memory, &wanted)?;
+                Ok(())
+            })?;
+            for (offset, len) in places.clone().take(copied) {
+                total = state.cover(lane, offset..offset + len)?.or(total);
+            }
+            before
+        };
+        self.completed(before && total.is_some());
+        let len = places.take(copied).map(|(_, len)| len as u64).sum();
         self.counters.bytes_in.add(len);
         match transport {
             TransportKind::SharedMemory => self.counters.shared_memory_bytes_in.add(len),
             TransportKind::Nixl => self.counters.nixl_bytes_in.add(len),
             TransportKind::Quic | TransportKind::Tcp => {}
         }
-        Ok(())
+        // The lock is not fair: who takes it again at once takes it before those that have to be woken.
+        for _ in 0..MAKE_WAY_TURNS_MAX {
+            if !wanted() {
+                break;
+            }
+            std::thread::yield_now();
+        }
+        Ok((copied, total))
     }
 
     /// The memory that is written.
     pub(crate) fn memory(&self) -> Memory {
-        lock(&self.state).memory().clone()
+        self.state().memory().clone()
     }
 
     /// All bytes of a write are in memory. The push's total if that completes the window.
     pub(crate) fn cover(&self, lane: LaneKey, range: Range<usize>) -> Result<Option<u64>, Refusal> {
         let (before, total) = {
-            let mut state = lock(&self.state);
+            let mut state = self.state();
             (state.live(), state.cover(lane, range)?)
         };
         self.completed(before && total.is_some());
@@ -102,7 +142,7 @@ impl WindowCell {
 
     pub(crate) fn finish(&self, lane: LaneKey, finish: Finish) -> Result<Option<u64>, Refusal> {
         let (before, total) = {
-            let mut state = lock(&self.state);
+            let mut state = self.state();
             (state.live(), state.finish(lane, finish)?)
         };
         self.completed(before && total.is_some());
@@ -118,24 +158,24 @@ impl WindowCell {
 
     /// The notification that the push asked for, once completed.
     pub(crate) fn notification(&self) -> Option<Bytes> {
-        lock(&self.state).notification()
+        self.state().notification()
     }
 
     /// A lane ended, but its push may go on.
     pub(crate) fn lane_broke(&self, lane: LaneKey, cause: WindowError, now: Instant) {
-        lock(&self.state).lane_broke(lane, cause, now);
+        self.state().lane_broke(lane, cause, now);
         self.changed.notify_waiters();
     }
 
     /// When the window wants [`WindowCell::expire`].
     #[cfg(test)]
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        lock(&self.state).deadline()
+        self.state().deadline()
     }
 
     /// Fails the window if it has waited for another lane long enough.
     pub(crate) fn expire(&self, now: Instant) {
-        if lock(&self.state).expire(now) {
+        if self.state().expire(now) {
             self.counters.windows_failed.add(1);
             self.changed.notify_waiters();
         }
@@ -143,7 +183,7 @@ impl WindowCell {
 
     /// Fences and fails the window, unless it is over already.
     pub(crate) fn fail(&self, error: WindowError) {
-        if lock(&self.state).fail(error) {
+        if self.state().fail(error) {
             self.counters.windows_failed.add(1);
             self.changed.notify_waiters();
         }
@@ -151,7 +191,7 @@ impl WindowCell {
 
     /// Fences and closes the window, unless it is over already.
     pub(crate) fn close(&self) {
-        if lock(&self.state).close() {
+        if self.state().close() {
             self.changed.notify_waiters();
         }
     }
@@ -164,7 +204,7 @@ impl WindowCell {
             // Listen first, look second: a change in between is not missed.
             changed.as_mut().enable();
             let deadline = {
-                let state = lock(&self.state);
+                let state = self.state();
                 if let Some(value) = done(state.phase()) {
                     return value;
                 }
@@ -246,7 +286,7 @@ impl WindowTable {
             return Err(SetupError::Windows { max: self.windows_max });
         }
         // Two owners of one byte is a bug that would show up as wrong tokens; here it is cheap to catch.
-        let conflict = |cell: &Arc<WindowCell>| lock(&cell.state).conflict(memory, &ranges);
+        let conflict = |cell: &Arc<WindowCell>| cell.state().conflict(memory, &ranges);
         if let Some(range) = windows.cells.values().find_map(conflict) {
             return Err(SetupError::WindowOverlap { range });
         }
@@ -259,6 +299,7 @@ impl WindowTable {
         let cell = Arc::new(WindowCell {
             id,
             state: Mutex::new(WindowState::new(memory.clone(), ranges, bytes_max, self.lane_grace)),
+            waiting: AtomicU32::new(0),
             changed: Notify::new(),
             counters: self.counters.clone(),
         });
@@ -304,7 +345,7 @@ impl WindowTable {
         let mut windows = lock(&self.windows);
         if windows.cells.remove(&cell.id).is_some() {
             self.counters.windows_open.sub(1);
-            if let Some((push, total)) = lock(&cell.state).completed() {
+            if let Some((push, total)) = cell.state().completed() {
                 windows.remember((cell.id, push), total);
             }
         }
@@ -330,5 +371,51 @@ impl Windows {
             self.remembered.pop_front();
         }
         self.remembered.push_back((key, total));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Region;
+    use crate::ranges::RangeSet;
+    use std::sync::mpsc;
+
+    /// A copy that goes on for as long as nobody wants the lock: the owner's `close` gets it, and nothing lands after it.
+    #[test]
+    fn a_long_copy_makes_way_for_close() {
+        let region = Region::new(4096).unwrap();
+        let table = WindowTable::new(&TransferLimits::default(), Arc::default());
+        let ranges = RangeSet::new(vec![0..2048, 2048..4096], region.len(), 8).unwrap();
+        let cell = table.open(&(&region).into(), ranges, 4096, || Ok(7)).unwrap();
+        let lane = LaneKey { slot: 0, generation: 0 };
+        cell.claim(1, lane).unwrap();
+        let land = |copy: &dyn Fn(&dyn Fn() -> bool) -> usize| {
+            let places = [(0, 8), (8, 8), (16, 8)].into_iter();
+            cell.land_with(lane, TransportKind::Nixl, places, |_, wanted| Ok(copy(wanted)))
+        };
+        let (begun, closer) = mpsc::channel();
+        std::thread::scope(|scope| {
+            let cell = &cell;
+            let close = scope.spawn(move || {
+                closer.recv().unwrap();
+                cell.close();
+            });
+            let landed = land(&|wanted| {
+                begun.send(()).unwrap();
+                let until = Instant::now() + Duration::from_secs(20);
+                while !wanted() {
+                    assert!(Instant::now() < until, "nobody is heard waiting");
+                    std::thread::yield_now();
+                }
+                2
+            });
+            // What was copied before counts, and only that.
+            assert_eq!(landed, Ok((2, None)));
+            close.join().unwrap();
+        });
+        assert_eq!(cell.landed(), 16);
+        let late = land(&|_| panic!("a byte landed after close"));
+        assert_eq!(late, Err(Refusal::WindowClosed));
     }
 }

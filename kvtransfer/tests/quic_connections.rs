@@ -7,6 +7,7 @@ mod common;
 use baton_kvtransfer::Region;
 use bytes::Bytes;
 use common::{Cluster, eventually, filled, within};
+use std::time::Duration;
 
 const LEN: usize = 64 << 10;
 
@@ -23,6 +24,8 @@ async fn a_quiet_pair_keeps_one_connection_and_a_busy_one_a_few() {
         push.writer().write(0..LEN, at * LEN).unwrap();
         within(push.finish(Bytes::new())).await.unwrap();
         assert_eq!(to.stats().connections_in, 1);
+        // A push is told of its end a moment before its lane gives the connection up.
+        tokio::time::sleep(Duration::from_millis(100)).await;
     }
     // Sixteen that are all under way at once.
     let windows: Vec<_> = (0..16).map(open).collect();

@@ -19,8 +19,8 @@ use tokio::time::{Instant, timeout, timeout_at};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of an error answer that are read for its message.
 const ERROR_BODY_BYTES_MAX: usize = 16 << 10;
-/// Bytes of a non-streaming answer (the model list).
-const PLAIN_BODY_BYTES_MAX: usize = 1 << 20;
+/// Bytes of a non-streaming answer: the model list, a page of the ledger.
+const PLAIN_BODY_BYTES_MAX: usize = 16 << 20;
 /// Chunks of one answer. Above any context length in use, so only a server in a loop gets there.
 const CHUNKS_MAX: usize = 4 << 20;
 
@@ -177,6 +177,28 @@ impl Client {
             Ok(result) => result,
             Err(_) => Err(Failure::new(FailureKind::Timeout, "no answer in time")),
         }
+    }
+
+    /// Fetches a resource of any length into `to`; the request's time limit is that of each piece. Returns its length.
+    pub async fn download(&self, path: &str, to: &mut impl std::io::Write) -> Result<u64, Failure> {
+        let late = |_| Failure::new(FailureKind::Timeout, "no answer in time");
+        let sent = timeout(self.request_timeout, self.send(Method::GET, path, Bytes::new())).await;
+        let (response, _connection) = sent.map_err(late)??;
+        if response.status() != StatusCode::OK {
+            let (status, body) = read_all(response, ERROR_BODY_BYTES_MAX).await;
+            return Err(status_failure(status, &body));
+        }
+        let mut body = response.into_body();
+        let mut bytes = 0;
+        while let Some(frame) = timeout(self.request_timeout, body.frame()).await.map_err(late)? {
+            let frame = frame.map_err(|e| Failure::new(FailureKind::Cut, format!("the stream broke: {e}")))?;
+            if let Some(data) = frame.data_ref() {
+                to.write_all(data)
+                    .map_err(|e| Failure::new(FailureKind::Cut, format!("it cannot be written: {e}")))?;
+                bytes += data.len() as u64;
+            }
+        }
+        Ok(bytes)
     }
 
     /// Posts a small JSON body and reads the small answer, whose status must be one of success.

@@ -24,6 +24,11 @@ mod generated {
             tonic::include_proto!("baton.cluster.v1");
         }
     }
+    pub mod raft {
+        pub mod v1 {
+            tonic::include_proto!("baton.raft.v1");
+        }
+    }
     pub mod state {
         pub mod v1 {
             tonic::include_proto!("baton.state.v1");
@@ -33,6 +38,8 @@ mod generated {
 
 /// Worker to coordinator: see `proto/cluster.proto`.
 pub use generated::cluster::v1 as cluster;
+/// Coordinator to coordinator: see `proto/raft.proto`.
+pub use generated::raft::v1 as raft;
 /// Replicated commands and records: see `proto/state.proto`.
 pub use generated::state::v1 as state;
 /// Gateway or peer worker to worker: see `proto/worker.proto`.

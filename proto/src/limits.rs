@@ -10,5 +10,8 @@ pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
 /// Stop token ids in one request. Models list a handful; more is a mistake or an attack.
 pub const STOP_TOKEN_IDS_MAX: usize = 64;
 
+/// Blocks that one hint names, 16 bytes each: a prompt of 16k tokens in the usual blocks, and more than a worker reads ahead.
+pub const READ_AHEAD_BLOCKS_MAX: usize = 1024;
+
 /// Requests one caller may have open on one worker stream. Above any batch a worker can run or queue.
 pub const REQUESTS_PER_STREAM_MAX: usize = 4096;

@@ -33,6 +33,9 @@ pub struct BenchSimulateArgs {
     /// when `baton bench` and `baton mock` have this speed
     #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
     pub time_scale: f64,
+    /// How much cached blocks hold a request to their worker, for cache-aware: the coordinator's setting `stay`
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
+    pub stay: f64,
     /// Seed of the policies
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
@@ -92,6 +95,7 @@ pub fn run(args: BenchSimulateArgs) -> anyhow::Result<ExitCode> {
                 seqs_max: args.seqs_max,
                 speed: args.speed,
                 time_scale: args.time_scale,
+                stay: args.stay,
                 requests_max: args.requests.unwrap_or(usize::MAX),
                 event_delay: Duration::from_millis(args.event_delay),
                 ttft_target: Duration::from_millis(args.ttft_target),

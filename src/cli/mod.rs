@@ -6,7 +6,9 @@ pub mod bench_engine;
 pub mod bench_simulate;
 #[cfg(test)]
 mod docs;
+pub mod ledger;
 pub mod mock;
+pub mod prices;
 pub mod size;
 pub mod tenant;
 
@@ -37,7 +39,11 @@ pub enum Command {
     Coordinator(ServeArgs),
     /// Runs one worker: the engine for one model.
     Worker(ServeArgs),
-    /// Shows the workers of a running cluster: role, process, state, load, blocks, last heartbeat.
+    /// Shows and changes the group of coordinators.
+    Coordinators(CoordinatorsArgs),
+    /// Saves the coordinators' whole state into a file, and makes a new group of one from such a file.
+    Snapshot(SnapshotArgs),
+    /// Shows the coordinators and workers of a running cluster: role, process, state, load, blocks, last heartbeat.
     Status(StatusArgs),
     /// Takes a worker out of service: its running requests go on elsewhere, and it exits once nothing is left on it.
     ///
@@ -45,6 +51,12 @@ pub enum Command {
     /// is left then is broken off. Waits until the worker has left. A worker drained under `baton up` is not started again
     /// until `baton up` is.
     Drain(DrainArgs),
+    /// Exports the ledger, and verifies exports offline.
+    #[command(subcommand)]
+    Ledger(ledger::LedgerCommand),
+    /// Converts price lists.
+    #[command(subcommand)]
+    Prices(prices::PricesCommand),
     /// Writes a GGUF file's tokenizer, chat template and context length to a directory that a coordinator can read.
     ///
     /// `baton up` does this by itself. On real hosts, run it once, give the directory as the model's `path` in the
@@ -80,7 +92,8 @@ pub struct UpArgs {
     /// Workers that stream tokens
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub decode: u16,
-    /// Coordinators; only 1 today
+    /// Coordinators, each its own process: 1, or a group of 3 or 5 in which any serves the API and one or two may fail. With
+    /// more than one, their APIs are on --port and the ports after it
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub coordinators: u16,
     /// Address the API listens on
@@ -197,6 +210,120 @@ pub struct Remote {
     /// Key to send as a bearer token
     #[arg(long, value_name = "KEY", env = "BATON_API_KEY", hide_env_values = true)]
     pub api_key: Option<String>,
+}
+
+/// Arguments of `baton coordinators`.
+#[derive(Debug, Clone, Args)]
+pub struct CoordinatorsArgs {
+    #[command(subcommand)]
+    pub action: CoordinatorsAction,
+}
+
+/// What to do about the coordinators.
+#[derive(Debug, Clone, Subcommand)]
+pub enum CoordinatorsAction {
+    /// Lists the coordinators: role, term, how far each has applied the log.
+    List(CoordinatorsList),
+    /// Takes a new coordinator in: it learns what the group knows, and then votes.
+    ///
+    /// Start it first, with an id and a data directory that were never used, with `join = true`, and with all members in its
+    /// configuration. Waits until it votes.
+    Add(CoordinatorsAdd),
+    /// Takes a coordinator out of the group. Stop its process afterwards.
+    Remove(CoordinatorsId),
+    /// Lets another coordinator lead.
+    Transfer(CoordinatorsTransfer),
+}
+
+/// Flags of `baton coordinators list`.
+#[derive(Debug, Clone, Args)]
+pub struct CoordinatorsList {
+    #[command(flatten)]
+    pub remote: Remote,
+    /// Print the group as a JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Flags of `baton coordinators add`.
+#[derive(Debug, Clone, Args)]
+pub struct CoordinatorsAdd {
+    /// Its `node_id`
+    #[arg(value_name = "ID")]
+    pub id: u64,
+    /// Its `name`, which is its certificate's
+    #[arg(long, value_name = "NAME")]
+    pub name: String,
+    /// Where members and workers reach it
+    #[arg(long, value_name = "HOST:PORT")]
+    pub cluster_addr: String,
+    /// Base URL of its API
+    #[arg(long = "coordinator-url", value_name = "URL")]
+    pub api_url: String,
+    #[command(flatten)]
+    pub list: CoordinatorsList,
+}
+
+/// Flags of `baton coordinators remove`.
+#[derive(Debug, Clone, Args)]
+pub struct CoordinatorsId {
+    /// The coordinator's id, as `baton coordinators list` shows it
+    #[arg(value_name = "ID")]
+    pub id: u64,
+    #[command(flatten)]
+    pub list: CoordinatorsList,
+}
+
+/// Flags of `baton coordinators transfer`.
+#[derive(Debug, Clone, Args)]
+pub struct CoordinatorsTransfer {
+    /// Who shall lead [default: whoever is furthest of the others]
+    #[arg(value_name = "ID")]
+    pub id: Option<u64>,
+    #[command(flatten)]
+    pub list: CoordinatorsList,
+}
+
+/// Arguments of `baton snapshot`.
+#[derive(Debug, Clone, Args)]
+pub struct SnapshotArgs {
+    #[command(subcommand)]
+    pub action: SnapshotAction,
+}
+
+/// What to do about a backup.
+#[derive(Debug, Clone, Subcommand)]
+pub enum SnapshotAction {
+    /// Saves the state of a running group, as of one moment, while it goes on.
+    Save(SnapshotSave),
+    /// Makes the data directory of a new coordinator, alone in its group, from a backup. Others then join it.
+    ///
+    /// No member of the old group must run any more: the two would know different histories.
+    Restore(SnapshotRestore),
+}
+
+/// Flags of `baton snapshot save`.
+#[derive(Debug, Clone, Args)]
+pub struct SnapshotSave {
+    /// Where to; it appears only when it is whole
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    #[command(flatten)]
+    pub remote: Remote,
+}
+
+/// Flags of `baton snapshot restore`.
+#[derive(Debug, Clone, Args)]
+pub struct SnapshotRestore {
+    /// The backup
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// The coordinator's `data_dir`, which must hold no state
+    #[arg(value_name = "DIR")]
+    pub directory: PathBuf,
+    /// The coordinator's `node_id`
+    #[arg(long, value_name = "ID", default_value_t = 1)]
+    pub id: u64,
 }
 
 /// Flags of `baton status`.

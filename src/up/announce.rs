@@ -28,6 +28,9 @@ pub struct ReadyProcess {
     pub role: &'static str,
     /// Its process id; 0 while it is being restarted.
     pub pid: u32,
+    /// Base URL of the API it serves: every coordinator's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub url: Option<String>,
 }
 
 impl Ready {
@@ -54,8 +57,18 @@ impl Ready {
             "http://127.0.0.1:8080" => String::new(),
             url => format!(" --url {url}"),
         };
+        let others: Vec<&str> = self
+            .coordinators
+            .iter()
+            .skip(1)
+            .filter_map(|c| c.url.as_deref())
+            .collect();
+        let others = match others.is_empty() {
+            true => String::new(),
+            false => format!("any coordinator serves the same: {}\n", others.join(" ")),
+        };
         format!(
-            "\nbaton serves {model} at {url}/v1\n\n  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{authorization} \\\n    -d '{body}'\n\n\
+            "\nbaton serves {model} at {url}/v1\n{others}\n  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{authorization} \\\n    -d '{body}'\n\n\
              workers  baton status{url_flag}\nlogs     {logs}\nstop     Ctrl-C\n",
             model = self.model,
             url = self.url,
@@ -81,5 +94,28 @@ mod tests {
         assert!(text.contains("\"model\":\"it'\\''s\""), "{text}");
         assert!(text.contains("baton status --url http://127.0.0.1:9\n"));
         assert!(ready.welcome(Path::new("/logs"), true).contains("$BATON_API_KEY"));
+        assert!(!text.contains("any coordinator"));
+    }
+
+    #[test]
+    fn every_coordinators_address_is_told() {
+        let coordinator = |index: u16| ReadyProcess {
+            name: format!("coordinator-{index}"),
+            role: "coordinator",
+            pid: 7,
+            url: Some(format!("http://127.0.0.1:{}", 8080 + index)),
+        };
+        let ready = Ready {
+            url: "http://127.0.0.1:8080".into(),
+            model: "m".into(),
+            pid: 1,
+            coordinators: (0..3).map(coordinator).collect(),
+            workers: vec![],
+        };
+        let text = ready.welcome(Path::new("/logs"), false);
+        assert!(
+            text.contains("the same: http://127.0.0.1:8081 http://127.0.0.1:8082\n"),
+            "{text}"
+        );
     }
 }

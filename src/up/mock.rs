@@ -165,7 +165,7 @@ async fn serve(args: &MockArgs, data: &DataDir, processes: &mut Supervisor, host
         config["prefill_threshold_tokens"] = json!(tokens);
     }
     let coordinator = processes.start(child(data, COORDINATOR, "coordinator", &config)?)?;
-    let (http_addr, cluster_addr) = timeout(COORDINATOR_START_MAX, coordinator_serves(processes, &mut display))
+    let (_, http_addr, cluster_addr) = timeout(COORDINATOR_START_MAX, coordinator_serves(processes, &mut display))
         .await
         .map_err(|_| anyhow!("the coordinator did not start in time; see its log"))??;
     display.done(COORDINATOR, &format!("listening on {http_addr}"));
@@ -198,6 +198,7 @@ async fn serve(args: &MockArgs, data: &DataDir, processes: &mut Supervisor, host
                 name: name.clone(),
                 role: role_name(*role),
                 pid: std::process::id(),
+                url: None,
             })
             .collect(),
     };

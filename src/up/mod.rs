@@ -15,6 +15,7 @@
 
 mod announce;
 mod child;
+mod coordinators;
 mod data_dir;
 mod log_file;
 mod memory;
@@ -25,7 +26,6 @@ mod restart;
 mod supervisor;
 
 use crate::cli::UpArgs;
-use crate::cli::tenant::Tenant;
 use crate::process::{Report, StopSignals};
 use announce::{Ready, ReadyProcess};
 use anyhow::{Context, anyhow, bail};
@@ -46,7 +46,7 @@ use std::time::Duration;
 use supervisor::{Event, Slot, Supervisor};
 use tokio::time::{Instant, sleep, timeout};
 
-/// Name of the one coordinator.
+/// Name of the first coordinator.
 const COORDINATOR: &str = "coordinator-0";
 /// Time for a coordinator to replay its log and listen.
 const COORDINATOR_START_MAX: Duration = Duration::from_secs(60);
@@ -120,31 +120,13 @@ async fn start_and_serve(
     supervisor: &mut Supervisor,
     progress: &mut Progress,
 ) -> anyhow::Result<()> {
-    progress.begin(COORDINATOR, "starting");
-    let config = |http: SocketAddr, cluster: SocketAddr| coordinator_config(plan, data, http, cluster);
-    let ephemeral = SocketAddr::from(([127, 0, 0, 1], 0));
-    let coordinator = supervisor.start(child(
-        data,
-        COORDINATOR,
-        "coordinator",
-        &config(plan.http_addr, ephemeral),
-    )?)?;
-    let (http_addr, cluster_addr) = timeout(COORDINATOR_START_MAX, coordinator_serves(supervisor, progress))
-        .await
-        .map_err(|_| {
-            anyhow!(
-                "the coordinator did not start within {} s; see its log",
-                COORDINATOR_START_MAX.as_secs()
-            )
-        })??;
-    // Should it be restarted, it must come back where clients and workers know it.
-    write_config(data, COORDINATOR, &config(http_addr, cluster_addr))?;
-    progress.done(COORDINATOR, &format!("listening on {http_addr}"));
+    let (coordinators, seats) = coordinators::start(plan, data, supervisor, progress).await?;
+    let cluster_addrs: Vec<SocketAddr> = seats.iter().map(|seat| seat.cluster_addr).collect();
 
     let mut workers = Vec::new();
     for (name, role) in &plan.workers {
         progress.begin(name, "starting");
-        let config = worker_config(plan, data, name, role.name(), cluster_addr);
+        let config = worker_config(plan, data, name, role.name(), &cluster_addrs);
         workers.push(supervisor.start(child(data, name, "worker", &config)?)?);
     }
     timeout(WORKERS_START_MAX, workers_register(supervisor, progress, &workers))
@@ -156,15 +138,24 @@ async fn start_and_serve(
             )
         })??;
 
-    let url = format!("http://{}", reachable(http_addr));
-    is_ready(&url, plan.api_key.clone(), supervisor).await?;
+    let url = seats[0].url();
+    for seat in &seats {
+        is_ready(&seat.url(), plan.api_key.clone(), supervisor).await?;
+    }
     progress.close();
 
     let ready = |supervisor: &Supervisor| Ready {
         url: url.clone(),
         model: plan.model_name.clone(),
         pid: std::process::id(),
-        coordinators: vec![process(supervisor, coordinator, "coordinator")],
+        coordinators: coordinators
+            .iter()
+            .zip(&seats)
+            .map(|(slot, seat)| ReadyProcess {
+                url: Some(seat.url()),
+                ..process(supervisor, *slot, "coordinator")
+            })
+            .collect(),
         workers: workers
             .iter()
             .zip(&plan.workers)
@@ -183,11 +174,11 @@ async fn start_and_serve(
             Event::Restarted => ready(supervisor).write(&data.ready_file())?,
             Event::Left(slot) => {
                 let name = supervisor.describe(slot).0;
-                if slot == coordinator {
-                    bail!("{name} was told to stop, and without it nothing is served");
+                if coordinators.iter().all(|slot| supervisor.is_out(*slot)) {
+                    bail!("{name} was told to stop, and without a coordinator nothing is served");
                 }
                 say(&format!("{name} has left, as it was told to; it is not started again"));
-                if workers.iter().all(|w| supervisor.is_out(*w)) {
+                if workers.contains(&slot) && workers.iter().all(|w| supervisor.is_out(*w)) {
                     say("no worker is left; requests are refused until `baton up` is started anew");
                 }
                 ready(supervisor).write(&data.ready_file())?;
@@ -206,7 +197,8 @@ async fn start_and_serve(
                             "{name} died {} times in a row and is left dead: {why}",
                             restart::FAST_DEATHS_MAX + 1
                         );
-                        let nothing_left = slot == coordinator || workers.iter().all(|w| supervisor.is_out(*w));
+                        let nothing_left = coordinators.iter().all(|c| supervisor.is_out(*c))
+                            || workers.iter().all(|w| supervisor.is_out(*w));
                         if nothing_left {
                             bail!(sentence);
                         }
@@ -225,6 +217,7 @@ fn process(supervisor: &Supervisor, slot: Slot, role: &'static str) -> ReadyProc
         name: name.to_owned(),
         role,
         pid,
+        url: None,
     }
 }
 
@@ -236,16 +229,16 @@ fn start_failed(supervisor: &Supervisor, slot: Slot, why: &str) -> anyhow::Error
 async fn coordinator_serves(
     supervisor: &mut Supervisor,
     progress: &mut Progress,
-) -> anyhow::Result<(SocketAddr, SocketAddr)> {
+) -> anyhow::Result<(Slot, SocketAddr, SocketAddr)> {
     loop {
         match supervisor.next().await {
             Event::Report(
-                _,
+                slot,
                 Report::Serving {
                     http_addr,
                     cluster_addr,
                 },
-            ) => return Ok((http_addr, cluster_addr)),
+            ) => return Ok((slot, http_addr, cluster_addr)),
             Event::Died { slot, why, .. } => return Err(start_failed(supervisor, slot, &why)),
             Event::Report(..) | Event::Restarted | Event::Left(_) => progress.update(COORDINATOR, "starting"),
         }
@@ -317,8 +310,14 @@ fn issue_identities(data: &DataDir, plan: &Plan) -> anyhow::Result<()> {
         .workers
         .iter()
         .map(|(name, _)| (name.as_str(), IdentityRole::Worker));
-    for (name, role) in workers.chain([(COORDINATOR, IdentityRole::Coordinator)]) {
+    for (name, role) in workers {
         authority.issue(role, name)?.save(&data.identity(), name)?;
+    }
+    for index in 0..plan.coordinators {
+        let name = coordinators::name(index);
+        authority
+            .issue(IdentityRole::Coordinator, &name)?
+            .save(&data.identity(), &name)?;
     }
     Ok(())
 }
@@ -348,41 +347,8 @@ fn utf8(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }
 
-/// The coordinator's settings, where `up` has an opinion; the rest are its defaults.
-fn coordinator_config(plan: &Plan, data: &DataDir, http: SocketAddr, cluster: SocketAddr) -> Value {
-    let mut config = json!({
-        "name": COORDINATOR,
-        "data_dir": utf8(&data.state(COORDINATOR)),
-        "http_addr": http,
-        "cluster_addr": cluster,
-        "identity_dir": utf8(&data.identity()),
-        "models": [{"name": plan.model_name, "path": utf8(&plan.text_path)}],
-    });
-    if let Some(key) = &plan.api_key {
-        config["api_key"] = json!(key);
-    }
-    if let Some(tokens) = plan.prefill_threshold {
-        config["prefill_threshold_tokens"] = json!(tokens);
-    }
-    if !plan.tenants.is_empty() {
-        let tenant = |t: &Tenant| json!({"name": t.name, "api_key": t.api_key, "weight": t.weight});
-        let tenants: Vec<Value> = plan.tenants.iter().map(tenant).collect();
-        config["gateway"] = json!({"tenants": tenants});
-    }
-    let targets = [
-        ("ttft_target_ms", plan.ttft_target_ms),
-        ("itl_target_ms", plan.itl_target_ms),
-    ];
-    for (name, target) in targets {
-        if let Some(target) = target {
-            config["admission"][name] = json!(target);
-        }
-    }
-    config
-}
-
 /// A worker's settings, likewise.
-fn worker_config(plan: &Plan, data: &DataDir, name: &str, role: &str, coordinator: SocketAddr) -> Value {
+fn worker_config(plan: &Plan, data: &DataDir, name: &str, role: &str, coordinators: &[SocketAddr]) -> Value {
     let mut tiers = json!({"host": plan.kv_host_bytes});
     if plan.kv_disk_bytes > 0 {
         tiers["disk_dir"] = json!(utf8(&data.state(name).join("kv")));
@@ -396,7 +362,7 @@ fn worker_config(plan: &Plan, data: &DataDir, name: &str, role: &str, coordinato
         "role": role,
         "model_path": utf8(&plan.model_path),
         "model_name": plan.model_name,
-        "coordinator_addrs": [coordinator],
+        "coordinator_addrs": coordinators,
         "identity_dir": utf8(&data.identity()),
         "threads": plan.threads,
         "tensor_parallel": plan.tensor_parallel,

@@ -55,6 +55,8 @@ pub struct Plan {
     pub text_path: PathBuf,
     /// The model's name for clients.
     pub model_name: String,
+    /// How many coordinators.
+    pub coordinators: usize,
     /// Names and roles of the workers.
     pub workers: Vec<(String, Role)>,
     /// Compute threads of each worker.
@@ -92,9 +94,9 @@ pub struct Plan {
 impl Plan {
     /// Checks what needs no model, cheapest first. Blocking.
     pub fn check_flags(args: &UpArgs) -> anyhow::Result<SocketAddr> {
-        if args.coordinators != 1 {
+        if !matches!(args.coordinators, 1 | 3 | 5) {
             bail!(
-                "--coordinators {} is not possible yet: a cluster has one coordinator today; leave the flag out",
+                "--coordinators {} makes no group: 3 survive the loss of one, 5 of two, and 1 is alone",
                 args.coordinators
             );
         }
@@ -190,6 +192,7 @@ impl Plan {
             threads,
             tensor_parallel,
             cores_shared: threads * workers.len() > cores,
+            coordinators: args.coordinators.into(),
             workers,
             quantization: args.quantize,
             kv_compression: args.kv_compression,

@@ -81,10 +81,7 @@ fn models_that_cannot_be_served() {
 fn flags_that_cannot_work() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let data = directory.path().join("data");
-    sentence(
-        &up(&data, &["--coordinators", "3"]),
-        &["--coordinators 3", "one coordinator"],
-    );
+    sentence(&up(&data, &["--coordinators", "2"]), &["--coordinators 2", "3 survive"]);
     sentence(&up(&data, &["--host", "0.0.0.0"]), &["--api-key"]);
     let file = directory.path().join("file");
     std::fs::write(&file, "").expect("writable");

@@ -9,6 +9,7 @@ mod disaggregated;
 mod drain;
 mod failures;
 mod gguf;
+mod group;
 mod mock;
 mod proof;
 mod serving;

@@ -13,6 +13,7 @@ use crate::rates::TransferRate;
 use crate::tiers::{OpenTiers, WorkerTiers};
 use baton_engine::{Engine, Scheduler, SchedulerConfig};
 use baton_kvtransfer::PushReport;
+use baton_proto::block_hash::BlockHash;
 use baton_proto::cluster::Heartbeat;
 use baton_proto::worker::{Finish, Generate, Prefill, PrefillDone, Pulse};
 use std::collections::{HashMap, HashSet};
@@ -62,6 +63,11 @@ pub(crate) enum Command {
     },
     /// A tier has read or written something.
     Tier(Box<baton_tiers::Done<baton_tiers::Block>>),
+    /// A router's hint: these blocks, in order, after a block of that short name, will be asked for.
+    ReadAhead {
+        parent: u64,
+        names: Vec<BlockHash>,
+    },
     /// A load may have to end.
     TierDeadline,
     /// The push is gone; nothing reads the sequence's blocks any more.
@@ -151,6 +157,13 @@ impl EngineHandle {
     /// Queues a command. If the thread is gone the process is about to end, and nobody waits for an answer.
     pub(crate) async fn send(&self, command: Command) {
         let _ = self.commands.send(command).await;
+    }
+
+    /// Queues a command that may as well be lost: only while there is plenty of room.
+    pub(crate) fn hint(&self, command: Command) {
+        if self.commands.capacity() > COMMANDS_MAX / 2 {
+            let _ = self.commands.try_send(command);
+        }
     }
 
     /// Announces a stream.
@@ -275,7 +288,9 @@ pub(crate) fn spawn(
     let (commands, queued) = mpsc::channel(COMMANDS_MAX);
     let shared = Arc::new(Shared {
         next: AtomicU64::new(1),
-        blocks: BlockFeed::new(scheduler.config().total_blocks as usize),
+        blocks: BlockFeed::new(
+            scheduler.config().total_blocks as usize + tiers.as_ref().map_or(0, OpenTiers::blocks_told_max),
+        ),
         ..Shared::default()
     });
     let handle = EngineHandle {

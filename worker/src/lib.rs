@@ -24,6 +24,7 @@
 #![forbid(unsafe_code)]
 
 mod block_feed;
+mod block_teller;
 mod caller;
 mod compression;
 mod config;
@@ -40,6 +41,7 @@ mod push;
 mod rates;
 mod server;
 mod service;
+mod session;
 mod tiers;
 
 pub use compression::KvCompression;

@@ -1,245 +1,326 @@
-//! The worker's side of cluster membership: register with a coordinator, report load, register again when the stream
-//! breaks.
+//! The worker's side of cluster membership: register through any one coordinator, then join all of them under the epoch
+//! that gave; report load and block names to each; register anew when a coordinator says that the epoch is over.
 //!
 //! ```text
-//! Connecting ──Registered(epoch)──▶ Member ──stream breaks──▶ Connecting (next coordinator, growing pause)
-//!     │                               │
-//!     └──Refused──▶ the process ends  └──Shutdown, or drained (`drain.rs`)──▶ Leaving, the process ends
+//!                 a session registers: epoch e             fenced by any, or nothing heard of any for long
+//! Registering ────────────────────────────▶ Member(e) ────────────────────────────────────────────▶ Registering
+//!     │  (one coordinator after the other)     │  one session per coordinator (`session.rs`), each on its own:
+//!     │                                        │  connect ─▶ "I am e" ─▶ report … broken: again, under e
+//!     └──Refused──▶ the process ends           └──Shutdown, or drained (`drain.rs`)──▶ goodbye to all, the process ends
 //! ```
 //!
-//! Each registration gets a new epoch. Requests keep running while the stream is down: membership says where new work
-//! goes, not whether old work lives.
+//! Each registration gets a new epoch, which fences everything done under an older one. Requests keep running while streams
+//! are down: membership says where new work goes, not whether old work lives. One reachable coordinator is enough.
+//!
+//! Whom to join is configured, until a coordinator of a group tells all members; the latest list counts, by how much of the
+//! log its teller had applied. The configured addresses are where a worker begins again.
 
-use crate::block_feed::{BlockFeed, Taken};
+use crate::block_teller::BlockTeller;
 use crate::drain::DrainOrders;
-use crate::engine_thread::{Command, EngineHandle};
+use crate::engine_thread::EngineHandle;
 use crate::server::{Advertised, Startup};
+use crate::session::{self, End, Heard, HeardSender};
 use crate::{WorkerConfig, WorkerError};
-use baton_identity::{Identity, Role};
-use baton_proto::cluster::cluster_client::ClusterClient;
-use baton_proto::cluster::{Leaving, Register, WorkerReport, coordinator_order, worker_report};
-use std::net::SocketAddr;
+use baton_identity::Identity;
+use baton_proto::cluster::Coordinators;
+use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
-use tokio::time::Instant;
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Endpoint;
 
-/// Time to reach a coordinator before the next one is tried.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// A coordinator is asked this often whether it is still there, and has as long to answer: after a cut of the network both
-/// sides must find out, or the worker would wait for the system's retransmissions.
-const KEEP_ALIVE: Duration = Duration::from_secs(1);
 /// First pause between attempts; doubles up to [`PAUSE_MAX`].
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 /// Longest pause between attempts: a returning coordinator sees its workers within this.
 const PAUSE_MAX: Duration = Duration::from_secs(1);
-/// Reports under way: one heartbeat, a goodbye and a few messages of block events; a heartbeat that finds no place is
-/// skipped, block events leave it one.
-const REPORTS_MAX: usize = 6;
-/// Places that block events leave free.
-const REPORTS_RESERVED: usize = 2;
-/// Block events are told at most this often, so that those of several steps share a message. A router knows of a block
-/// that much later; until then its own record of what it placed stands in.
-const EVENTS_INTERVAL: Duration = Duration::from_millis(25);
-/// Shortest heartbeat interval a coordinator may ask for.
-const HEARTBEAT_MIN: Duration = Duration::from_millis(50);
+/// Coordinators that are joined at once, whatever a list says.
+const COORDINATORS_MAX: usize = 16;
+/// What sessions have said and nobody has looked at: a list, or how one ended, each.
+const HEARD_MAX: usize = 32;
+/// Time for all sessions to say goodbye.
+const GOODBYE_MAX: Duration = Duration::from_secs(3);
 
 /// What a member is and knows.
-pub(crate) struct Member<'a> {
-    pub(crate) config: &'a WorkerConfig,
-    pub(crate) identity: &'a Identity,
-    pub(crate) advertised: &'a Advertised,
-    pub(crate) engine: &'a EngineHandle,
+#[derive(Clone)]
+pub(crate) struct Member {
+    pub(crate) config: Arc<WorkerConfig>,
+    pub(crate) identity: Identity,
+    pub(crate) advertised: Arc<Advertised>,
+    pub(crate) engine: EngineHandle,
     /// Takes orders to drain, each with its deadline.
     pub(crate) drain_orders: DrainOrders,
+    /// Tells block names to every session.
+    pub(crate) blocks: Arc<BlockTeller>,
 }
 
-/// How one registration ended.
-enum End {
+/// How being a member under one epoch ended.
+enum Over {
+    /// This worker is to stop, and has said so.
     Stopped,
-    /// The stream broke or never came up; the reason is for the log.
-    Broken(String),
+    /// The epoch is over.
+    Fenced(String),
+}
+
+/// The coordinators as last told.
+struct Known {
+    addrs: Vec<String>,
+    applied_index: u64,
+}
+
+impl Known {
+    /// Takes a list in; whether it changed anything. A lone coordinator tells an empty one.
+    fn learn(&mut self, told: &Coordinators) -> bool {
+        if told.cluster_addrs.is_empty() || told.applied_index < self.applied_index {
+            return false;
+        }
+        self.applied_index = told.applied_index;
+        let mut addrs: Vec<String> = told.cluster_addrs.iter().take(COORDINATORS_MAX).cloned().collect();
+        addrs.sort();
+        addrs.dedup();
+        let changed = addrs != self.addrs;
+        self.addrs = addrs;
+        changed
+    }
 }
 
 /// Keeps this worker registered until `leave`, or until a coordinator refuses it or orders it to stop.
 pub(crate) async fn run(
-    member: &Member<'_>,
+    member: &Member,
     startup: &(dyn Fn(Startup) + Send + Sync),
     leave: &CancellationToken,
 ) -> Result<(), WorkerError> {
-    let mut pause = PAUSE_MIN;
-    for &addr in member.config.coordinator_addrs.iter().cycle() {
-        let mut registered = false;
-        let end = join(member, addr, leave, |epoch| {
-            registered = true;
-            startup(Startup::Registered { epoch });
-        });
-        match end.await? {
-            End::Stopped => return Ok(()),
-            End::Broken(reason) => {
-                tracing::warn!(coordinator = %addr, %reason, "not registered with the coordinator; trying again");
+    let seeds: Vec<String> = member
+        .config
+        .coordinator_addrs
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    if seeds.is_empty() {
+        return Err(WorkerError::Config(
+            "coordinator_addrs is empty; name at least one coordinator".into(),
+        ));
+    }
+    let telling = CancellationToken::new();
+    let _stop_telling = telling.clone().drop_guard();
+    tokio::spawn({
+        let blocks = member.blocks.clone();
+        async move {
+            tokio::select! {
+                () = blocks.run() => {}
+                () = telling.cancelled() => {}
             }
         }
-        pause = if registered {
-            PAUSE_MIN
-        } else {
-            (pause * 2).min(PAUSE_MAX)
+    });
+    let mut known = Known {
+        addrs: seeds.clone(),
+        applied_index: 0,
+    };
+    loop {
+        // Seeds after what was told: after a move of the whole group only one of the two is right.
+        let mut addrs = known.addrs.clone();
+        addrs.extend(seeds.iter().filter(|seed| !known.addrs.contains(seed)).cloned());
+        let Some((first, epoch)) = register(member, addrs, leave).await? else {
+            return Ok(());
         };
-        tokio::select! {
-            () = leave.cancelled() => return Ok(()),
-            () = tokio::time::sleep(pause) => {}
+        startup(Startup::Registered { epoch });
+        match be_member(member, epoch, first, &mut known, leave).await? {
+            Over::Stopped => return Ok(()),
+            Over::Fenced(reason) => tracing::warn!(epoch, %reason, "registering anew"),
         }
     }
-    Err(WorkerError::Config(
-        "coordinator_addrs is empty; name at least one coordinator".into(),
-    ))
 }
 
-async fn join(
-    member: &Member<'_>,
-    addr: SocketAddr,
-    leave: &CancellationToken,
-    mut registered: impl FnMut(u64),
-) -> Result<End, WorkerError> {
-    let Member {
-        config,
-        identity,
-        advertised,
-        engine,
-        drain_orders,
-    } = member;
-    let broken = |what: &str, error: &dyn std::fmt::Display| Ok(End::Broken(format!("{what}: {error}")));
-    let endpoint = match Endpoint::from_shared(format!("https://{addr}"))
-        .and_then(|endpoint| endpoint.tls_config(identity.tonic_client(Role::Coordinator)))
-    {
-        Ok(endpoint) => endpoint
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(KEEP_ALIVE)
-            .keep_alive_timeout(KEEP_ALIVE)
-            .keep_alive_while_idle(true),
-        Err(error) => return broken("cannot set up TLS", &error),
-    };
-    let channel = match endpoint.connect().await {
-        Ok(channel) => channel,
-        Err(error) => return broken("cannot connect", &error),
-    };
-    let (reports, queued) = mpsc::channel(REPORTS_MAX);
-    let register = WorkerReport {
-        kind: Some(worker_report::Kind::Register(register_message(config, advertised))),
-    };
-    if reports.send(register).await.is_err() {
-        return Ok(End::Broken("the stream closed at once".into()));
+/// A session that runs, and what it says.
+struct Sessions {
+    heard_sender: HeardSender,
+    heard: mpsc::Receiver<(String, Heard)>,
+    /// By address; cancelling ends one without a goodbye.
+    running: HashMap<String, CancellationToken>,
+    tasks: JoinSet<()>,
+}
+
+impl Sessions {
+    fn new() -> Self {
+        let (heard_sender, heard) = mpsc::channel(HEARD_MAX);
+        Self {
+            heard_sender,
+            heard,
+            running: HashMap::new(),
+            tasks: JoinSet::new(),
+        }
     }
-    let mut client = ClusterClient::new(channel);
-    let mut orders = match tokio::time::timeout(CONNECT_TIMEOUT, client.join(ReceiverStream::new(queued))).await {
-        Ok(Ok(response)) => response.into_inner(),
-        Ok(Err(status)) => return broken("join failed", &status.message()),
-        Err(_) => return Ok(End::Broken(format!("no answer within {CONNECT_TIMEOUT:?}"))),
-    };
-    // Until the coordinator says otherwise; replaced by its own interval on registration.
-    let mut heartbeat = tokio::time::interval(Duration::from_millis(500));
-    let mut registered_here = false;
-    let mut told_draining = false;
-    let heartbeat_report = || WorkerReport {
-        kind: Some(worker_report::Kind::Heartbeat(engine.heartbeat())),
-    };
-    let mut events_sent = 0u64;
-    let mut events_due = Instant::now();
+
+    /// Keeps a session with `addr` up under `epoch`; with 0 it registers, once.
+    fn start(&mut self, member: &Member, addr: &str, epoch: u64, leave: &CancellationToken) {
+        let stop = CancellationToken::new();
+        self.running.insert(addr.to_owned(), stop.clone());
+        let (member, addr, leave) = (member.clone(), addr.to_owned(), leave.clone());
+        let heard = self.heard_sender.clone();
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = keep(&member, &addr, epoch, &leave, &heard) => {}
+                () = stop.cancelled() => {}
+            }
+        });
+    }
+
+    /// Waits for all sessions, which are saying goodbye.
+    async fn goodbye(mut self) {
+        let all = async { while self.tasks.join_next().await.is_some() {} };
+        let _ = tokio::time::timeout(GOODBYE_MAX, all).await;
+    }
+}
+
+/// Registers through one coordinator after the other. Returns the sessions, of which one runs, and the epoch; `None` if it is
+/// to leave instead.
+async fn register(
+    member: &Member,
+    addrs: Vec<String>,
+    leave: &CancellationToken,
+) -> Result<Option<(Sessions, u64)>, WorkerError> {
+    let mut pause = PAUSE_MIN;
     loop {
-        tokio::select! {
-            () = leave.cancelled() => {
-                let leaving = Leaving { reason: "it was told to, and has nothing left".into() };
-                let _ = reports.send(WorkerReport { kind: Some(worker_report::Kind::Leaving(leaving)) }).await;
-                drop(reports);
-                // The coordinator closes the stream once it has taken the goodbye.
-                let _ = tokio::time::timeout(CONNECT_TIMEOUT, orders.message()).await;
-                return Ok(End::Stopped);
+        for addr in &addrs {
+            let mut sessions = Sessions::new();
+            sessions.start(member, addr, 0, leave);
+            let reason = loop {
+                let heard = tokio::select! {
+                    () = leave.cancelled() => return Ok(None),
+                    heard = sessions.heard.recv() => heard,
+                };
+                match heard {
+                    Some((_, Heard::Registered { epoch, coordinators })) => {
+                        let _ = sessions
+                            .heard_sender
+                            .try_send((addr.clone(), Heard::Coordinators(coordinators)));
+                        return Ok(Some((sessions, epoch)));
+                    }
+                    Some((_, Heard::Ended(End::Refused(reason)))) => return Err(WorkerError::Refused(reason)),
+                    Some((_, Heard::Ended(End::Stopped))) => return Ok(None),
+                    Some((_, Heard::Ended(End::Fenced(reason) | End::Broken(reason)))) => break reason,
+                    Some((_, Heard::Coordinators(_))) => {}
+                    None => break "the session ended".to_owned(),
+                }
+            };
+            tracing::warn!(coordinator = %addr, %reason, "not registered with the coordinator; trying again");
+            tokio::select! {
+                () = leave.cancelled() => return Ok(None),
+                () = tokio::time::sleep(pause) => {}
             }
-            order = orders.message() => match order {
-                Ok(Some(order)) => match order.kind {
-                    Some(coordinator_order::Kind::Registered(order)) => {
-                        advertised.set_epoch(order.epoch);
-                        let interval = Duration::from_millis(order.heartbeat_interval_ms.into());
-                        heartbeat = tokio::time::interval(interval.max(HEARTBEAT_MIN));
-                        registered_here = true;
-                        tracing::info!(coordinator = %addr, epoch = order.epoch, "registered");
-                        registered(order.epoch);
-                        // This coordinator, or this life, has heard nothing yet.
-                        engine.blocks().restart();
-                    }
-                    Some(coordinator_order::Kind::ResyncBlocks(_)) => {
-                        tracing::debug!("the coordinator asked for all block names anew");
-                        engine.blocks().restart();
-                    }
-                    Some(coordinator_order::Kind::Refused(refused)) => return Err(WorkerError::Refused(refused.reason)),
-                    Some(coordinator_order::Kind::Shutdown(order)) => {
-                        tracing::info!(reason = %order.reason, "the coordinator ordered a stop");
-                        return Ok(End::Stopped);
-                    }
-                    Some(coordinator_order::Kind::Drain(order)) => {
-                        tracing::info!(reason = %order.reason, deadline_ms = order.deadline_ms, "ordered to drain");
-                        // Full: it drains already.
-                        let _ = drain_orders.try_send(Duration::from_millis(order.deadline_ms.into()));
-                    }
-                    _ => tracing::debug!("an order of a kind this version does not know"),
-                },
-                Ok(None) => return Ok(End::Broken("the coordinator closed the stream".into())),
-                Err(status) => return broken("the stream broke", &status.message()),
-            },
-            // Told at once, so that coordinators have the whole time left to move what runs here.
-            () = engine.drains(), if registered_here && !told_draining => {
-                told_draining = true;
-                let _ = reports.send(heartbeat_report()).await;
-            }
-            () = due(engine.blocks(), events_due), if registered_here => {
-                events_due = Instant::now() + EVENTS_INTERVAL;
-                // Without room they wait, and are told anew if they wait too long.
-                while reports.capacity() > REPORTS_RESERVED {
-                    match engine.blocks().take() {
-                        Taken::Nothing => break,
-                        // Waits for room in the command queue at most, as every command does.
-                        Taken::Ask => engine.send(Command::TellBlocks).await,
-                        Taken::Message(mut events) => {
-                            events_sent += 1;
-                            events.number = events_sent;
-                            let report = WorkerReport { kind: Some(worker_report::Kind::BlockEvents(events)) };
-                            let _ = reports.try_send(report);
-                        }
-                    }
+        }
+        pause = (pause * 2).min(PAUSE_MAX);
+    }
+}
+
+/// Runs the sessions of one epoch until it is over.
+async fn be_member(
+    member: &Member,
+    epoch: u64,
+    mut sessions: Sessions,
+    known: &mut Known,
+    leave: &CancellationToken,
+) -> Result<Over, WorkerError> {
+    let mut changed = true;
+    loop {
+        if std::mem::take(&mut changed) {
+            for addr in &known.addrs {
+                if !sessions.running.contains_key(addr) {
+                    sessions.start(member, addr, epoch, leave);
                 }
             }
-            _ = heartbeat.tick(), if registered_here => {
-                // A full queue means that the last heartbeat has not left yet: a newer one would not help.
-                let _ = reports.try_send(heartbeat_report());
+            // A seed may be an address that nobody listens at any more, or another name of a member.
+            sessions.running.retain(|addr, stop| {
+                let stays = known.addrs.contains(addr);
+                if !stays {
+                    stop.cancel();
+                }
+                stays
+            });
+        }
+        let heard = tokio::select! {
+            () = leave.cancelled() => {
+                sessions.goodbye().await;
+                return Ok(Over::Stopped);
+            }
+            heard = sessions.heard.recv() => heard,
+        };
+        match heard {
+            Some((_, Heard::Coordinators(told))) => changed = known.learn(&told),
+            Some((_, Heard::Registered { coordinators, .. })) => changed = known.learn(&coordinators),
+            Some((_, Heard::Ended(End::Fenced(reason)))) => return Ok(Over::Fenced(reason)),
+            Some((_, Heard::Ended(End::Refused(reason)))) => return Err(WorkerError::Refused(reason)),
+            Some((_, Heard::Ended(End::Stopped))) => return Ok(Over::Stopped),
+            // The one that registered does not come back by itself: under its epoch it does.
+            Some((addr, Heard::Ended(End::Broken(_)))) => {
+                if known.addrs.contains(&addr) {
+                    sessions.start(member, &addr, epoch, leave);
+                } else {
+                    sessions.running.remove(&addr);
+                }
+            }
+            // This end holds a sender.
+            None => return Ok(Over::Stopped),
+        }
+    }
+}
+
+/// Keeps one session up: again and again under a known epoch, once if it is to register. What is heard goes to `heard`, the
+/// end too, except that a session under a known epoch that breaks is only tried again.
+async fn keep(member: &Member, addr: &str, epoch: u64, leave: &CancellationToken, heard: &HeardSender) {
+    let mut pause = PAUSE_MIN;
+    // Said once, until it has worked again.
+    let mut quiet = false;
+    loop {
+        let mut joined = false;
+        let end = session::run(member, addr, epoch, leave, heard, &mut joined).await;
+        match end {
+            End::Broken(reason) if epoch != 0 => {
+                if joined || !quiet {
+                    tracing::warn!(coordinator = %addr, epoch, %reason, "the coordinator does not hear this worker; trying again");
+                }
+                quiet = true;
+                pause = if joined { PAUSE_MIN } else { (pause * 2).min(PAUSE_MAX) };
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => {}
+                    () = leave.cancelled() => return,
+                }
+            }
+            end => {
+                let _ = heard.send((addr.to_owned(), Heard::Ended(end))).await;
+                return;
             }
         }
     }
 }
 
-/// Resolves when there are block events to tell and the last ones left long enough ago.
-async fn due(blocks: &BlockFeed, not_before: Instant) {
-    tokio::time::sleep_until(not_before).await;
-    blocks.ready().await;
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-fn register_message(config: &WorkerConfig, advertised: &Advertised) -> Register {
-    Register {
-        protocol_version: baton_proto::PROTOCOL_VERSION,
-        worker_id: config.worker_id.clone(),
-        role: config.role.to_proto() as i32,
-        model: config.model_name.clone(),
-        kv_digest: advertised.kv_digest.to_vec().into(),
-        addr: advertised.addr.to_string(),
-        transfer_addr: advertised.transfer_addr.to_string(),
-        pid: std::process::id(),
-        total_blocks: advertised.total_blocks,
-        block_size: u32::try_from(advertised.geometry.block_size).unwrap_or(u32::MAX),
-        context_length: u32::try_from(advertised.context_length).unwrap_or(u32::MAX),
-        kv_bytes_per_block: advertised.geometry.block_bytes() as u64,
-        device: "cpu".into(),
-        model_digest: advertised.model_digest.to_vec().into(),
+    fn list(addrs: &[&str], applied_index: u64) -> Coordinators {
+        Coordinators {
+            cluster_addrs: addrs.iter().map(ToString::to_string).collect(),
+            applied_index,
+        }
+    }
+
+    #[test]
+    fn the_list_of_whoever_has_applied_more_counts() {
+        let mut known = Known {
+            addrs: vec!["seed:1".into()],
+            applied_index: 0,
+        };
+        assert!(!known.learn(&list(&[], 7)), "a lone coordinator knows of nobody");
+        assert_eq!(known.addrs, ["seed:1"]);
+        assert!(known.learn(&list(&["b:1", "a:1", "b:1"], 5)));
+        assert_eq!(known.addrs, ["a:1", "b:1"]);
+        assert!(!known.learn(&list(&["a:1"], 4)), "of a member that is behind");
+        assert!(!known.learn(&list(&["a:1", "b:1"], 6)));
+        assert!(known.learn(&list(&["a:1", "c:1"], 6)));
+        let many: Vec<String> = (0..100).map(|i| format!("h{i}:1")).collect();
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        known.learn(&list(&many, 7));
+        assert_eq!(known.addrs.len(), COORDINATORS_MAX);
     }
 }

@@ -1,5 +1,6 @@
 //! Serves an engine: engine thread, transfer agent, gRPC server, membership; and stops them in order.
 
+use crate::block_teller::BlockTeller;
 use crate::engine_thread::{self, EngineHandle};
 use crate::fill::FillContext;
 use crate::peers::Peers;
@@ -187,10 +188,11 @@ pub async fn serve(
     let leave = CancellationToken::new();
     let (drain_orders, ordered) = mpsc::channel(1);
     let member = membership::Member {
-        config: &config,
-        identity: &identity,
-        advertised: &advertised,
-        engine: &handle,
+        config: Arc::new(config),
+        identity: identity.clone(),
+        advertised,
+        blocks: BlockTeller::new(handle.clone()),
+        engine: handle.clone(),
         drain_orders,
     };
     let draining = async {

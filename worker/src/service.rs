@@ -14,7 +14,9 @@ use baton_identity::{Role, require_role};
 use baton_kvtransfer::{Agent, Region};
 use baton_model::KvGeometry;
 use baton_proto::worker::worker_server::Worker;
-use baton_proto::worker::{FromWorker, Generate, HelloReply, KvCompression, Prefill, ToWorker, from_worker, to_worker};
+use baton_proto::worker::{
+    FromWorker, Generate, HelloReply, KvCompression, Prefill, ReadAhead, ToWorker, from_worker, to_worker,
+};
 use baton_proto::{PROTOCOL_VERSION, limits};
 use baton_watchdog::PULSE_INTERVAL_MS;
 use std::collections::HashMap;
@@ -183,6 +185,7 @@ impl Service {
                     let ticket = self.admit_id(open, request.id)?;
                     self.prefill(request, ticket, caller).await?;
                 }
+                Some(to_worker::Kind::ReadAhead(hint)) => self.read_ahead(hint, role)?,
                 Some(to_worker::Kind::Hello(_)) => return Err(Status::invalid_argument("a second Hello")),
                 None => tracing::debug!("a message of a kind this version does not know"),
             }
@@ -228,6 +231,27 @@ impl Service {
                 request: Box::new(request),
             })
             .await;
+        Ok(())
+    }
+
+    /// A hint: dropped where the engine has better to do.
+    #[allow(clippy::result_large_err)]
+    fn read_ahead(&self, hint: ReadAhead, role: Role) -> Result<(), Status> {
+        if role != Role::Coordinator {
+            return Err(Status::permission_denied("only a coordinator sends hints"));
+        }
+        let (names, rest) = hint.names.as_chunks();
+        if !rest.is_empty() || names.len() > limits::READ_AHEAD_BLOCKS_MAX {
+            return Err(Status::invalid_argument(format!(
+                "a hint of {} bytes; up to {} names of 16 bytes are taken",
+                hint.names.len(),
+                limits::READ_AHEAD_BLOCKS_MAX
+            )));
+        }
+        self.engine.hint(Command::ReadAhead {
+            parent: hint.parent,
+            names: names.to_vec(),
+        });
         Ok(())
     }
 

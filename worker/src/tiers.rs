@@ -4,19 +4,22 @@
 //! runtime and answer with a [`Command`]. A block is copied out in the plan that evicts it, before anybody writes there, so
 //! there is nothing to pin; and only this thread copies in, so a late read has nowhere to land. A copy costs microseconds
 //! where the block's computation costs milliseconds; still all copies of one turn share a budget, because streams
-//! wait meanwhile: what exceeds it is not kept, or loaded in the next turn.
+//! wait meanwhile: what exceeds it is not kept, or loaded in the next turn. What comes and goes below the pool is told to routers
+//! with the pool's own events ([`crate::block_feed`]).
 //!
 //! Not here: what is kept and whether loading pays (`baton-tiers`), the sequence's states (`baton-engine`).
 
+use crate::block_feed::TierChanges;
 use crate::config::TierConfig;
 use crate::engine_thread::{Command, EngineHandle};
 use crate::{WorkerConfig, WorkerError};
 use baton_engine::{BlockEvent, KvTiers, LoadRequest, LoadStart, Plan, Scheduler, SeqId};
 use baton_kvtransfer::Region;
 use baton_model::KvGeometry;
-use baton_proto::cluster;
+use baton_proto::block_hash::{BlockHash, short};
+use baton_proto::{cluster, limits};
 use baton_tiers::record::Shape;
-use baton_tiers::{Block, DiskTier, Done, Limits, ObjectTier, Pool, TierIo, TierUsage, Tiers};
+use baton_tiers::{Block, DiskTier, Done, Limits, ObjectTier, Pool, Tier, TierIo, TierUsage, Tiers};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -35,6 +38,14 @@ const WRITES_QUEUED_MAX: usize = 1024;
 const READS_BYTES: usize = 32 << 20;
 const READS_MIN: usize = 32;
 const READS_MAX: usize = 256;
+/// Memory for blocks that are read because of a router's hint, and blocks in any case: several prompts' worth, since a hint
+/// takes no room from loads, and a prompt that would not fit is read as far as it does.
+const AHEAD_BYTES: usize = 64 << 20;
+const AHEAD_MIN: usize = 32;
+const AHEAD_MAX: usize = limits::READ_AHEAD_BLOCKS_MAX;
+/// Blocks of each tier that a router is told of when it is told everything: some 6 MiB here, and 4 there. Of a larger tier it
+/// learns of the rest as it changes.
+const TOLD_MAX: usize = 1 << 18;
 /// Sequences that wait for loads at once.
 const LOADS_MAX: usize = 64;
 
@@ -57,10 +68,19 @@ pub(crate) struct OpenTiers {
     object: Option<ObjectTier>,
 }
 
+impl OpenTiers {
+    /// Blocks that routers are told of at most.
+    pub(crate) fn blocks_told_max(&self) -> usize {
+        let stats = self.core.stats();
+        let told = |usage: TierUsage| usize::try_from(usage.blocks_max).unwrap_or(usize::MAX).min(TOLD_MAX);
+        told(stats.host) + told(stats.disk) + told(stats.object)
+    }
+}
+
 /// Memory that the tiers take at most.
 pub(crate) fn memory_bytes_max(config: &TierConfig) -> u64 {
     let writers = u64::from(config.disk > 0) + u64::from(config.object_url.is_some());
-    let reading = if writers > 0 { READS_BYTES } else { 0 };
+    let reading = if writers > 0 { READS_BYTES + AHEAD_BYTES } else { 0 };
     config
         .host
         .saturating_add(writers * WRITES_QUEUED_BYTES as u64 + reading as u64)
@@ -109,6 +129,11 @@ pub(crate) fn open(
         writes_in_flight_max: writes / 2,
         reads_max: (READS_BYTES / block_bytes).clamp(READS_MIN, READS_MAX),
         loads_max: LOADS_MAX,
+        ahead_max: if disk.is_some() || object.is_some() {
+            (AHEAD_BYTES / block_bytes).clamp(AHEAD_MIN, AHEAD_MAX)
+        } else {
+            0
+        },
     };
     let mut core = Tiers::new(limits);
     let disk = disk.map(|(disk, found)| {
@@ -116,6 +141,7 @@ pub(crate) fn open(
         core.restore_disk(found.into_iter());
         disk
     });
+    core.watch();
     Ok(Some(OpenTiers {
         core,
         pool: Pool::new(block_bytes, limits.buffers()),
@@ -215,6 +241,22 @@ impl WorkerTiers {
         self.core.done(done, self.now());
     }
 
+    /// A router says that these blocks will be asked for soon, and what precedes the first of them.
+    pub(crate) fn read_ahead(&mut self, scheduler: &Scheduler, parent: u64, names: &[BlockHash]) {
+        let in_pool = |name: &BlockHash| scheduler.has_block(name);
+        self.core.read_ahead(parent, names, in_pool, self.now());
+    }
+
+    /// What came and went in each tier since the last call; `None` if routers must be told of all of it.
+    pub(crate) fn take_changes(&mut self) -> Option<[TierChanges; 3]> {
+        self.core.take_changes()
+    }
+
+    /// What each tier has.
+    pub(crate) fn present(&mut self) -> [TierChanges; 3] {
+        self.core.present(TOLD_MAX)
+    }
+
     /// The sequence is gone, or its blocks only wait for a push to end.
     pub(crate) fn cancel(&mut self, seq: SeqId) {
         if self.waiting.remove(&seq).is_some() {
@@ -245,7 +287,14 @@ impl WorkerTiers {
 
     pub(crate) fn stats(&self) -> cluster::KvTiers {
         let stats = self.core.stats();
-        let usage = |usage: TierUsage| cluster::TierUsage {
+        let block_bytes = self.pool.block_bytes() as f64;
+        let rate = |tier| {
+            let time = self.core.block_time(tier).filter(|time| !time.is_zero());
+            // Rounded to what the wire carries.
+            time.map_or(0.0, |time| (block_bytes / time.as_secs_f64()) as f32)
+        };
+        let usage = |tier, usage: TierUsage| cluster::TierUsage {
+            load_bytes_per_s: rate(tier),
             blocks: usage.blocks,
             blocks_max: usage.blocks_max,
             hits_total: usage.hits,
@@ -254,21 +303,26 @@ impl WorkerTiers {
             broken_total: usage.broken,
         };
         cluster::KvTiers {
-            host: (stats.host.blocks_max > 0).then(|| usage(stats.host)),
-            disk: (stats.disk.blocks_max > 0).then(|| usage(stats.disk)),
-            object: (stats.object.blocks_max > 0).then(|| usage(stats.object)),
+            host: (stats.host.blocks_max > 0).then(|| usage(Tier::Host, stats.host)),
+            disk: (stats.disk.blocks_max > 0).then(|| usage(Tier::Disk, stats.disk)),
+            object: (stats.object.blocks_max > 0).then(|| usage(Tier::Object, stats.object)),
             misses_total: stats.misses,
             declined_total: stats.declined,
             loads_total: stats.loads,
             expired_total: stats.expired,
             load_us_total: u64::try_from(stats.load_time.as_micros()).unwrap_or(u64::MAX),
+            ahead_read_total: stats.ahead.read,
+            ahead_hits_total: stats.ahead.hits,
+            ahead_wasted_total: stats.ahead.wasted,
+            ahead_refused_total: stats.ahead.refused,
         }
     }
 }
 
 impl KvTiers for WorkerTiers {
     fn observe(&mut self, event: &BlockEvent) {
-        let (BlockEvent::Stored { hash, block, .. } | BlockEvent::Evicted { hash, block }) = *event;
+        let (BlockEvent::Stored { parent, hash, block } | BlockEvent::Evicted { parent, hash, block }) = *event;
+        let parent = short(&parent);
         let (pool, region, copied_for) = (&self.pool, &self.region, &mut self.copied_for);
         let start = self.geometry.block_range(block).start;
         let copy = || {
@@ -281,14 +335,19 @@ impl KvTiers for WorkerTiers {
             copy
         };
         match event {
-            BlockEvent::Stored { .. } => self.core.stored(hash, copy),
-            BlockEvent::Evicted { .. } => self.core.evicted(hash, copy),
+            BlockEvent::Stored { .. } => self.core.stored(hash, parent, copy),
+            BlockEvent::Evicted { .. } => self.core.evicted(hash, parent, copy),
         }
     }
 
     fn load(&mut self, request: &LoadRequest) -> LoadStart {
         let (seq, now) = (request.seq, self.now());
-        if self.core.load(seq.0, request.names.clone(), request.compute, now) == 0 {
+        let parent = short(&request.parent);
+        if self
+            .core
+            .load(seq.0, parent, request.names.clone(), request.compute, now)
+            == 0
+        {
             return LoadStart::default();
         }
         let waiting = Waiting {

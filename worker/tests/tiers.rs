@@ -5,9 +5,11 @@
 mod support;
 
 use baton_engine::{MockConfig, MockEngine, MockTiming};
-use baton_proto::cluster::KvTiers;
+use baton_proto::block_hash::{BlockHash, cache_root, chain, root, short};
+use baton_proto::cluster::{KvTiers, Tier};
 use baton_proto::worker::Generate;
 use baton_worker::{TierConfig, WorkerRole};
+use std::collections::HashSet;
 use std::path::Path;
 use std::time::Duration;
 use support::{Answer, Cell, Gateway, request, within};
@@ -33,6 +35,12 @@ fn long(n: u32) -> Generate {
         max_tokens: 10,
         ..request(0)
     }
+}
+
+/// The names of its full blocks but the one with the last token, and the short name of what precedes them.
+fn names(request: &Generate) -> (u64, Vec<BlockHash>) {
+    let salted = cache_root(&[7; 32], &request.cache_salt);
+    (short(&root(&salted)), chain(&salted, &request.prompt[..192], 16))
 }
 
 async fn worker(cell: &Cell, id: &str, tiers: TierConfig) -> (support::Node, Gateway) {
@@ -127,6 +135,27 @@ async fn a_restarted_worker_finds_its_prefixes_on_disk_and_damaged_ones_are_miss
     node.stop().await;
 
     let (node, gateway) = worker(&cell, "disk", tiers()).await;
+    // A router hears of what is on the disk before anybody asks.
+    let expected: HashSet<u64> = (0..6)
+        .flat_map(|n| names(&long(n)).1)
+        .map(|name| short(&name))
+        .collect();
+    within("the telling", async {
+        while !cell.heard("disk", |heard| {
+            heard
+                .lower
+                .get(&Tier::Disk)
+                .is_some_and(|disk| disk.is_superset(&expected))
+        }) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    assert_eq!(
+        cell.heard("disk", |heard| heard.blocks.len()),
+        0,
+        "and that nothing is in the pool"
+    );
     let again = all(&gateway, 0..6).await;
     assert_same_tokens(&first, &again);
     assert!(
@@ -136,6 +165,7 @@ async fn a_restarted_worker_finds_its_prefixes_on_disk_and_damaged_ones_are_miss
     let seen = eventually(&cell, "disk", |t| t.loads_total >= 6).await;
     assert!(seen.loads_total == 6 && seen.load_us_total > 0, "{seen:?}");
     assert_eq!(seen.disk.unwrap().broken_total, 0);
+    assert!(seen.disk.unwrap().load_bytes_per_s > 0.0, "{seen:?}");
     node.stop().await;
 
     // A byte here and there: most blocks are no longer what they were.
@@ -218,4 +248,62 @@ async fn a_crowd_over_all_tiers_leaves_nothing_behind() {
         (seen.disk.unwrap().broken_total, seen.object.unwrap().broken_total),
         (0, 0)
     );
+}
+
+/// A hint is read while nobody asks, so that who asks then does not wait; a resync tells of every tier, and evictions below the
+/// pool are told.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hint_is_read_before_the_request_comes() {
+    let cell = Cell::new().await;
+    let dir = tempfile::tempdir().unwrap();
+    let (_node, gateway) = worker(&cell, "ahead", sizes(16 << 10, Some(dir.path()), None)).await;
+    let first = all(&gateway, 0..6).await;
+    eventually(&cell, "ahead", |t| t.disk.is_some_and(|disk| disk.blocks >= 6 * 12)).await;
+    let (parent, wanted) = names(&long(0));
+    gateway.read_ahead(parent, &wanted).await;
+    // Of another tenant nobody has a block.
+    let (parent, others) = names(&Generate {
+        cache_salt: vec![1].into(),
+        ..long(0)
+    });
+    gateway.read_ahead(parent, &others).await;
+    let seen = eventually(&cell, "ahead", |t| t.ahead_read_total > 0).await;
+    assert_eq!((seen.ahead_hits_total, seen.loads_total), (0, 0), "{seen:?}");
+    let again = gateway.generate(long(0)).await;
+    assert_same_tokens(&first[..1], std::slice::from_ref(&again));
+    assert_eq!(again.finish.cached_tokens, 192);
+    let seen = eventually(&cell, "ahead", |t| t.ahead_hits_total > 0).await;
+    assert_eq!((seen.ahead_hits_total, seen.ahead_read_total), (12, 12), "{seen:?}");
+    assert_eq!(
+        (seen.loads_total, seen.ahead_wasted_total, seen.ahead_refused_total),
+        (0, 0, 0),
+        "nobody waited: {seen:?}"
+    );
+
+    // What is believed of each tier is what it has.
+    let told = |tier| cell.heard("ahead", |heard| heard.lower.get(&tier).map_or(0, HashSet::len) as u64);
+    let agrees = || async {
+        within("agreement", async {
+            loop {
+                let tiers = cell.at_rest("ahead").await.kv_tiers.expect("there are tiers");
+                let (host, disk) = (tiers.host.unwrap().blocks, tiers.disk.unwrap().blocks);
+                if (told(Tier::Host), told(Tier::Disk)) == (host, disk) {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+    };
+    agrees().await;
+    assert!(told(Tier::Host) > 0 && told(Tier::Disk) >= 6 * 12);
+    let resets = cell.heard("ahead", |heard| heard.resets);
+    cell.resync("ahead").await;
+    within("a telling", async {
+        while cell.heard("ahead", |heard| heard.resets) == resets {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    agrees().await;
 }

@@ -204,6 +204,12 @@ impl From<BackendError> for ApiError {
                 reject_reason: Some("no_worker"),
                 ..Self::unavailable(error.to_string())
             },
+            BackendError::Refused { reason } => Self::new(
+                StatusCode::CONFLICT,
+                "invalid_request_error",
+                Some("conflict"),
+                reason.clone(),
+            ),
             BackendError::Unavailable { .. } => Self::unavailable(error.to_string()),
         }
     }

@@ -13,6 +13,7 @@ use baton_proto::worker;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
+use crate::coordinators::{CoordinatorGroup, GroupChange};
 use crate::tier_metrics::KvTiersStatus;
 
 /// Events buffered between the cluster and one response. An event carries the tokens of one engine step, so this is a
@@ -43,6 +44,34 @@ pub trait Backend: Send + Sync + 'static {
         let _ = deadline;
         Err(BackendError::UnknownWorker {
             worker_id: worker_id.to_owned(),
+        })
+    }
+
+    /// Whether what must not be lost can be kept at the moment: the coordinators have a leader. Part of `/ready`.
+    fn has_quorum(&self) -> bool {
+        true
+    }
+
+    /// The coordinators, for `GET /cluster/coordinators`. Asks the others; the implementer bounds the time.
+    fn coordinators(&self) -> impl Future<Output = Result<CoordinatorGroup, BackendError>> + Send {
+        async { Ok(CoordinatorGroup::default()) }
+    }
+
+    /// Changes the group of coordinators; done on `Ok`. The implementer bounds the time.
+    fn change_group(&self, change: GroupChange) -> impl Future<Output = Result<(), BackendError>> + Send {
+        let _ = change;
+        async {
+            Err(BackendError::Refused {
+                reason: "this backend has no group".into(),
+            })
+        }
+    }
+
+    /// Writes a backup of the whole durable state, as of one moment, and flushes it. Blocks.
+    fn save_snapshot(&self, to: &mut dyn std::io::Write) -> Result<(), BackendError> {
+        let _ = to;
+        Err(BackendError::Refused {
+            reason: "this backend has no state to save".into(),
         })
     }
 
@@ -133,6 +162,12 @@ pub enum BackendError {
     UnknownWorker {
         /// The id asked for.
         worker_id: String,
+    },
+    /// What an operator asked for makes no sense as the cluster is. Becomes 409.
+    #[error("refused: {reason}")]
+    Refused {
+        /// Why.
+        reason: String,
     },
     /// The coordinator cannot serve now (no Raft leader, shutting down, a record that could not be committed in
     /// time). Becomes 503.

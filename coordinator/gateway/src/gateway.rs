@@ -187,13 +187,14 @@ impl<B: Backend> Gateway<B> {
         self.models.get(id).map(|model| self.card(model))
     }
 
-    /// True if a live worker serves one of the models.
-    pub fn ready(&self) -> bool {
-        self.ledger
-            .backend
-            .models()
-            .iter()
-            .any(|model| model.served && self.models.contains_key(&model.id))
+    /// What is missing to take requests, if anything: a leader of the coordinators, or a live worker for one of the models.
+    pub fn missing(&self) -> Option<&'static str> {
+        let backend = &self.ledger.backend;
+        if !backend.has_quorum() {
+            return Some("The coordinators have no leader at the moment.");
+        }
+        let served = |model: &ModelInfo| model.served && self.models.contains_key(&model.id);
+        (!backend.models().iter().any(served)).then_some("No worker serves a model yet.")
     }
 
     /// What the cluster says of a model it has heard of.

@@ -7,6 +7,7 @@ mod auth;
 pub mod backend;
 mod chat;
 mod config;
+mod coordinators;
 mod detokenizer;
 mod drain;
 mod error;
@@ -23,6 +24,7 @@ mod routes;
 mod run;
 mod segment_cache;
 mod server;
+mod snapshot;
 mod sse;
 mod stall;
 mod stop;
@@ -40,6 +42,7 @@ pub use backend::{
     ModelInfo, Placement, WorkerRole, WorkerState, WorkerStatus,
 };
 pub use config::{API_KEY_CHARS_MIN, GatewayConfig, TenantConfig};
+pub use coordinators::{CoordinatorGroup, CoordinatorRole, CoordinatorStatus, GroupChange, NewCoordinator};
 pub use error::GatewayError;
 pub use fields::{FIELDS, Field, FieldSupport};
 pub use model::ServedModel;

@@ -14,9 +14,11 @@ use crate::api_error::ApiError;
 use crate::auth::Caller;
 use crate::backend::{Backend, WorkerStatus};
 use crate::chat;
+use crate::coordinators;
 use crate::drain;
 use crate::gateway::Gateway;
 use crate::response::{ModelCard, ModelList};
+use crate::snapshot;
 use crate::trace::RequestNames;
 
 /// Open without a key: load balancers and orchestrators ask them, and they tell nothing but yes or no.
@@ -26,10 +28,15 @@ const INDEX: &str = "baton: an OpenAI-compatible API.\n\n\
     POST /v1/chat/completions   chat, whole or streamed (\"stream\": true)\n\
     GET  /v1/models             the models served here\n\
     GET  /health                is this process alive?\n\
-    GET  /ready                 does a worker serve a model?\n\
+    GET  /ready                 can requests be taken?\n\
     GET  /metrics               Prometheus metrics\n\
     GET  /cluster/workers       the workers, as JSON\n\
-    POST /cluster/workers/{id}/drain   take a worker out of service\n";
+    POST /cluster/workers/{id}/drain   take a worker out of service\n\
+    GET  /cluster/coordinators  the coordinators, as JSON\n\
+    POST /cluster/coordinators  take a coordinator in\n\
+    POST /cluster/coordinators/{id}/remove take one out\n\
+    POST /cluster/coordinators/transfer    let another one lead\n\
+    GET  /cluster/snapshot      a backup of the coordinators' state\n";
 
 /// The whole application.
 pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>) -> Router {
@@ -43,6 +50,13 @@ pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>) -> Router {
         .route("/metrics", get(metrics::<B>))
         .route("/cluster/workers", get(workers::<B>))
         .route("/cluster/workers/{id}/drain", post(drain::drain::<B>))
+        .route(
+            "/cluster/coordinators",
+            get(coordinators::list::<B>).post(coordinators::add::<B>),
+        )
+        .route("/cluster/coordinators/transfer", post(coordinators::transfer::<B>))
+        .route("/cluster/coordinators/{id}/remove", post(coordinators::remove::<B>))
+        .route("/cluster/snapshot", get(snapshot::save::<B>))
         .fallback(unknown)
         .method_not_allowed_fallback(wrong_method)
         .layer(middleware::from_fn_with_state(gateway.clone(), envelope::<B>))
@@ -90,10 +104,10 @@ async fn health() -> &'static str {
 }
 
 async fn ready<B: Backend>(State(gateway): State<Arc<Gateway<B>>>) -> Response {
-    if gateway.ready() {
-        return "ready\n".into_response();
+    match gateway.missing() {
+        None => "ready\n".into_response(),
+        Some(missing) => ApiError::unavailable(missing).into_response(),
     }
-    ApiError::unavailable("No worker serves a model yet.").into_response()
 }
 
 async fn models<B: Backend>(State(gateway): State<Arc<Gateway<B>>>) -> Json<ModelList> {

@@ -23,6 +23,8 @@ pub struct KvTierStatus {
     pub dropped_total: u64,
     /// Blocks found torn, corrupt, foreign or unreadable.
     pub broken_total: u64,
+    /// Measured speed of loads from it, in bytes per second; 0 while nothing was measured.
+    pub load_bytes_per_s: u64,
 }
 
 /// All tiers of one worker.
@@ -44,6 +46,14 @@ pub struct KvTiersStatus {
     pub expired_total: u64,
     /// Microseconds that all loads waited.
     pub load_us_total: u64,
+    /// Blocks read because of a router's hint.
+    pub ahead_read_total: u64,
+    /// Of these, blocks that a load took.
+    pub ahead_hits_total: u64,
+    /// Of these, blocks that nobody took in time.
+    pub ahead_wasted_total: u64,
+    /// Blocks of hints that found no room.
+    pub ahead_refused_total: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -73,6 +83,10 @@ pub(crate) struct TierMetrics {
     loads: ByModel,
     expired: ByModel,
     load_us: ByModel,
+    ahead_read: ByModel,
+    ahead_hits: ByModel,
+    ahead_wasted: ByModel,
+    ahead_refused: ByModel,
 }
 
 impl TierMetrics {
@@ -122,6 +136,26 @@ impl TierMetrics {
                 "Time that loads waited, all together",
                 &this.load_us,
             ),
+            (
+                "baton:kv_tier_ahead_read",
+                "KV blocks read because of a router's hint",
+                &this.ahead_read,
+            ),
+            (
+                "baton:kv_tier_ahead_hits",
+                "KV blocks read ahead that a load took",
+                &this.ahead_hits,
+            ),
+            (
+                "baton:kv_tier_ahead_wasted",
+                "KV blocks read ahead that nobody took in time",
+                &this.ahead_wasted,
+            ),
+            (
+                "baton:kv_tier_ahead_refused",
+                "KV blocks of hints that found no room",
+                &this.ahead_refused,
+            ),
         ];
         for (name, help, family) in by_model {
             registry.register(name, help, family.clone());
@@ -137,7 +171,17 @@ impl TierMetrics {
         };
         let families = [&self.bytes, &self.hits, &self.writes, &self.dropped, &self.broken];
         families.iter().for_each(|family| family.clear());
-        let by_model = [&self.misses, &self.declined, &self.loads, &self.expired, &self.load_us];
+        let by_model = [
+            &self.misses,
+            &self.declined,
+            &self.loads,
+            &self.expired,
+            &self.load_us,
+            &self.ahead_read,
+            &self.ahead_hits,
+            &self.ahead_wasted,
+            &self.ahead_refused,
+        ];
         by_model.iter().for_each(|family| family.clear());
         for worker in snapshot.workers.iter().filter(|w| w.state != WorkerState::Lost) {
             let tiers = &worker.kv_tiers;
@@ -165,6 +209,10 @@ impl TierMetrics {
                 tiers.loads_total,
                 tiers.expired_total,
                 tiers.load_us_total,
+                tiers.ahead_read_total,
+                tiers.ahead_hits_total,
+                tiers.ahead_wasted_total,
+                tiers.ahead_refused_total,
             ];
             let label = ModelLabel {
                 model_name: worker.model.clone(),

@@ -8,7 +8,7 @@
 //! 3. **A request that came after its reservation had expired** pays nothing; its tokens are recorded.
 //! 4. **Without a price** for the model at the start of the request, nothing is charged.
 //! 5. Each class is `tokens × price per million / 1,000,000` in 128 bits, rounded once, half to even
-//!    ([`money::divide`]). Amounts are never added before they are rounded, so that a class can be checked alone.
+//!    ([`money::divide`](crate::money::divide)). Amounts are never added before they are rounded, so that a class can be checked alone.
 
 use crate::money::divide;
 use baton_proto::state::{Charge, Price, UsageRecord, UsageStatus};
@@ -95,6 +95,15 @@ pub fn is_free(record: &UsageRecord) -> bool {
         UsageStatus::Expired => true,
         UsageStatus::Cancelled | UsageStatus::Failed => record.completion_tokens == 0,
         UsageStatus::Completed | UsageStatus::Length | UsageStatus::Unspecified => false,
+    }
+}
+
+/// The charge that stands in the row of a correction: nothing, in the currency of the row it amends. What changes stands in
+/// the correction, because it may be negative.
+pub fn of_correction(amended: &Charge) -> Charge {
+    Charge {
+        currency: amended.currency.clone(),
+        ..Charge::default()
     }
 }
 

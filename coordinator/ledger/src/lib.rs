@@ -18,9 +18,19 @@
 pub mod charge;
 pub mod checkpoint;
 mod encoding;
+pub mod export;
+pub mod feed;
+pub mod json;
 pub mod merkle;
 pub mod money;
+pub mod prices;
+pub mod proof;
 pub mod row;
+pub mod totals;
+pub mod verify;
+
+#[cfg(test)]
+mod tests;
 
 /// A BLAKE3 hash. All hashes of the ledger are.
 pub type Hash = [u8; 32];

@@ -5,7 +5,7 @@
 //! hash = BLAKE3("baton.ledger.row\n" ‖ version ‖ hash of the row before ‖ sequence ‖ raft index ‖ id ‖ charge ‖ time)
 //! ```
 //!
-//! The first row follows [`GENESIS`]. `docs/ledger-format.md` lists every field in order; the tests here hold vectors, so
+//! The first row follows [`GENESIS`](crate::GENESIS). `docs/ledger-format.md` lists every field in order; the tests here hold vectors, so
 //! that an accidental change is noticed. **Versioning**: fields that are added to a record later are encoded under a higher
 //! version, which is used exactly when one of them is set. So the encoding of what was written before never changes, and
 //! neither do its hashes.
@@ -152,50 +152,9 @@ pub fn price_id(price: &Price) -> String {
 mod tests {
     use super::*;
     use crate::GENESIS;
-    use baton_proto::state::{Attempt, Posting};
+    use crate::tests::full_record as record;
+    use baton_proto::state::Attempt;
     use std::collections::HashSet;
-
-    /// Every field set, each to another value.
-    fn record() -> UsageRecord {
-        UsageRecord {
-            request_id: "chatcmpl-1".into(),
-            model: "demo".into(),
-            status: 1,
-            prompt_tokens: 10,
-            cached_tokens: 4,
-            completion_tokens: 7,
-            prefill_worker_id: "prefill-0".into(),
-            decode_worker_id: "decode-0".into(),
-            started_unix_ms: 1_764_000_000_000,
-            settled_unix_ms: 1_764_000_000_500,
-            attempts: 2,
-            sampled_tokens: 8,
-            reasoning_tokens: 3,
-            accepted_prediction_tokens: 5,
-            rejected_prediction_tokens: 6,
-            organization_id: "org".into(),
-            project_id: "proj".into(),
-            key_id: "key".into(),
-            user: "user".into(),
-            revision: "rev".into(),
-            endpoint: "/v1/chat/completions".into(),
-            service_tier: "default".into(),
-            attempt_list: vec![Attempt {
-                prefill_worker_id: "prefill-1".into(),
-                decode_worker_id: "decode-1".into(),
-                decode_epoch: 9,
-                tokens: 11,
-            }],
-            postings: vec![Posting {
-                budget_id: "budget".into(),
-                slice_id: "slice".into(),
-                reserved_nano: 12,
-            }],
-            idempotency_key_sha256: vec![1; 32].into(),
-            request_sha256: vec![2; 32].into(),
-            price_id: "price".into(),
-        }
-    }
 
     fn charge() -> Charge {
         Charge {

@@ -32,7 +32,7 @@ pub(crate) mod meta {
 }
 
 /// Format of the file; raised when older code would misread it.
-pub(crate) const FORMAT: u64 = 2;
+pub(crate) const FORMAT: u64 = 3;
 /// Page cache of the store in bytes: the working set is the log's tail, the ends of two trees and the upper pages of a
 /// third. What is not in it is mostly in the kernel's.
 const CACHE_BYTES: usize = 8 << 20;

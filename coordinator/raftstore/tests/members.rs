@@ -4,7 +4,7 @@
 mod channel;
 
 use baton_proto::cluster::Register;
-use baton_proto::state::{Command, RegisterWorker, UsageRecord, command};
+use baton_proto::state::{Command, RegisterWorker, UsageRecord, UsageStatus, command};
 use baton_raftstore::{Applied, Consistency, Followed, MembershipChange, RaftStore, RaftStoreConfig, RaftStoreError};
 use channel::Channels;
 use std::time::Duration;
@@ -43,6 +43,7 @@ async fn leader(members: &[Member]) -> usize {
 fn record(id: &str) -> UsageRecord {
     UsageRecord {
         request_id: id.into(),
+        status: UsageStatus::Completed.into(),
         ..UsageRecord::default()
     }
 }

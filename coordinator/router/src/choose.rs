@@ -12,6 +12,7 @@
 
 use crate::calibration::Overheads;
 use crate::cost::{Ask, Candidate, Estimate, Means, Policy, Role, Work};
+use crate::index::Tier;
 use std::cmp::Reverse;
 
 /// The router's answer; numbers are indices of the candidates.
@@ -131,6 +132,9 @@ fn place(
             cached_tokens: computes.cached_tokens(ask),
             uncached_tokens: computes.uncached_tokens(ask),
             decode_cached_tokens: cached_here,
+            read_blocks: streams.prefix.lower[Tier::Disk as usize - 1]
+                + streams.prefix.lower[Tier::Object as usize - 1],
+            waits: streams.is_busy(ask),
         },
     }
 }

@@ -237,12 +237,42 @@ fn lower_tiers_count_by_their_load_rate() {
     let mut on_disk = warm(measured("disk", Role::Combined, 0), 100);
     on_disk.prefix.lower = [0, 100, 0];
     let workers = [on_disk.clone(), warm(measured("arena", Role::Combined, 0), 30)];
-    // Never measured: as good as not cached.
-    assert_eq!(placed(&workers, 1700).0, 1);
-    on_disk.rates.load_bytes_per_s[1] = 16.0 * 1024.0 * 1000.0;
-    let workers = [on_disk, warm(measured("arena", Role::Combined, 0), 30)];
-    // A thousand blocks a second, where computing one takes 16 ms.
+    // Never measured: as disks are, which beats computing.
     assert_eq!(placed(&workers, 1700).0, 0);
+    // Ten blocks a second, where computing one takes 16 ms: as good as not cached.
+    on_disk.rates.load_bytes_per_s[1] = on_disk.kv_bytes_per_block as f32 * 10.0;
+    let workers = [on_disk.clone(), warm(measured("arena", Role::Combined, 0), 30)];
+    assert_eq!(placed(&workers, 1700).0, 1);
+    // What others have measured stands in for what this one has not.
+    let slow = Candidate {
+        id: "slow",
+        full: true,
+        ..on_disk.clone()
+    };
+    on_disk.rates.load_bytes_per_s[1] = 0.0;
+    let workers = [on_disk.clone(), warm(measured("arena", Role::Combined, 0), 30), slow];
+    assert_eq!(placed(&workers, 1700).0, 1);
+    on_disk.rates.load_bytes_per_s[1] = on_disk.kv_bytes_per_block as f32 * 1000.0;
+    let workers = [on_disk, warm(measured("arena", Role::Combined, 0), 30)];
+    assert_eq!(placed(&workers, 1700).0, 0);
+}
+
+#[test]
+fn an_estimate_says_what_would_have_to_be_read_and_whether_there_is_time() {
+    let mut worker = warm(measured("w", Role::Combined, 0), 100);
+    worker.prefix.lower = [20, 30, 40];
+    let estimate = |worker: &Candidate<'_>| match choose(
+        std::slice::from_ref(worker),
+        &ask(1700),
+        &Policy::default(),
+        &Overheads::default(),
+    ) {
+        Choice::Place { estimate, .. } => estimate,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!((estimate(&worker).read_blocks, estimate(&worker).waits), (70, false));
+    worker.streams = 1;
+    assert!(estimate(&worker).waits);
 }
 
 #[test]

@@ -32,6 +32,9 @@ use crate::mode::Mode;
 pub const PREFILL_TOKENS_PER_S_PRIOR: f64 = 2000.0;
 /// Decode step before any was measured, in seconds.
 pub const DECODE_STEP_S_PRIOR: f64 = 0.01;
+/// Bytes per second loaded from host memory, disk and object store before any worker has measured: memory, a common SSD, a
+/// store behind a common network.
+pub const LOAD_BYTES_PER_S_PRIOR: [f64; Tier::LOWER] = [2e9, 3e8, 5e7];
 /// Time for a missing block to become free, in seconds, per stream that would have to end: streams last seconds.
 const MISSING_BLOCKS_S: f64 = 1.0;
 /// Longest time that a cost counts, in seconds: keeps nonsense (a rate of almost nothing) finite.
@@ -163,6 +166,10 @@ pub struct Estimate {
     pub uncached_tokens: usize,
     /// Prompt tokens that the decode worker has, so that they are not sent.
     pub decode_cached_tokens: usize,
+    /// Of the blocks with these, those that it would have to read from its disk or the object store.
+    pub read_blocks: u32,
+    /// Whether something is ahead of the request on the decode worker, or goes on beside it: it may not begin at once.
+    pub waits: bool,
 }
 
 /// Means of what candidates have measured.
@@ -175,6 +182,8 @@ pub(crate) struct Means {
     step_s: f64,
     /// Of transfers, in bytes per second, if any was measured.
     pub(crate) transfer: Option<f64>,
+    /// Of loads from each lower tier, in bytes per second.
+    load: [f64; Tier::LOWER],
 }
 
 fn positive(rate: f32) -> Option<f64> {
@@ -196,6 +205,10 @@ impl Means {
             prefill_measured: prefill.is_some(),
             step_s: mean(steps.map(|rates| f64::from(rates.decode_step_us) * 1e-6)).unwrap_or(DECODE_STEP_S_PRIOR),
             transfer: mean(rates().filter_map(|rates| positive(rates.transfer_bytes_per_s))),
+            load: std::array::from_fn(|tier| {
+                let measured = mean(rates().filter_map(|rates| positive(rates.load_bytes_per_s[tier])));
+                measured.unwrap_or(LOAD_BYTES_PER_S_PRIOR[tier])
+            }),
         }
     }
 }
@@ -247,18 +260,19 @@ impl Candidate<'_> {
         (self.pending_prompt_tokens as f64 / self.prefill_rate(means)).min(SECONDS_MAX)
     }
 
-    /// Loading the cached blocks that are in lower tiers; no longer than computing them would take, which is also the
-    /// answer where loading was never measured.
+    /// Loading the cached blocks that are in lower tiers; no longer than computing them would take, which is what the worker
+    /// does then.
     fn load_s(&self, means: &Means) -> f64 {
         if self.prefix.lower == [0; Tier::LOWER] {
             return 0.0;
         }
         let block = |count: u32| f64::from(count);
         let compute_s = f64::from(self.block_size) / self.prefill_rate(means);
-        let tiers = self.prefix.lower.iter().zip(self.rates.load_bytes_per_s);
+        let rates = self.rates.load_bytes_per_s.iter().zip(means.load);
+        let tiers = self.prefix.lower.iter().zip(rates);
         tiers
-            .map(|(count, rate)| {
-                let load_s = positive(rate).map_or(compute_s, |rate| self.kv_bytes_per_block as f64 / rate);
+            .map(|(count, (own, mean))| {
+                let load_s = self.kv_bytes_per_block as f64 / positive(*own).unwrap_or(mean);
                 block(*count) * load_s.min(compute_s)
             })
             .sum()
@@ -291,6 +305,11 @@ impl Candidate<'_> {
         self.blocks_of(ask.prompt_tokens + 1)
             .saturating_sub(there)
             .saturating_sub(self.available_blocks)
+    }
+
+    /// Whether a request may have to wait here before it begins.
+    pub(crate) fn is_busy(&self, ask: &Ask) -> bool {
+        self.streams > 0 || self.pending_prompt_tokens > 0 || self.missing_blocks(ask) > 0
     }
 
     /// Whether the prompt can ever run here.

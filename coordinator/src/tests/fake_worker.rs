@@ -5,12 +5,12 @@ use baton_identity::{Identity, Role, require_role};
 use baton_proto::PROTOCOL_VERSION;
 use baton_proto::cluster::cluster_client::ClusterClient;
 use baton_proto::cluster::{
-    self, BlockEvents, CoordinatorOrder, Heartbeat, Register, WorkerReport, coordinator_order, worker_report,
+    self, BlockEvents, CoordinatorOrder, Heartbeat, KvTiers, Register, WorkerReport, coordinator_order, worker_report,
 };
 use baton_proto::worker::worker_server::{Worker, WorkerServer};
 use baton_proto::worker::{
-    Finish, FinishReason, FromWorker, Generate, HelloReply, Pulse, SequenceDelta, StepOutput, ToWorker, from_worker,
-    to_worker,
+    Finish, FinishReason, FromWorker, Generate, HelloReply, Pulse, ReadAhead, SequenceDelta, StepOutput, ToWorker,
+    from_worker, to_worker,
 };
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -89,6 +89,10 @@ pub(super) struct Controls {
     pub(super) events: Mutex<VecDeque<BlockEvents>>,
     /// Times the coordinator asked for all of them.
     pub(super) resyncs: AtomicU64,
+    /// Lower tiers to report.
+    pub(super) kv_tiers: Mutex<Option<KvTiers>>,
+    /// Hints of what will be asked for, each with the number of requests that had come before.
+    pub(super) hints: Mutex<Vec<(ReadAhead, usize)>>,
 }
 
 impl Controls {
@@ -209,6 +213,7 @@ pub(super) fn register(id: &str, role: cluster::Role, addr: SocketAddr) -> Regis
         kv_bytes_per_block: 4096,
         device: "none".into(),
         model_digest: super::MODEL_DIGEST.to_vec().into(),
+        epoch: 0,
     }
 }
 
@@ -249,6 +254,7 @@ async fn member(channel: Channel, register: Register, controls: &Controls) -> Re
                         prefill_tokens_per_s: controls.prefill_tokens_per_s.load(Ordering::SeqCst) as f32,
                         decode_step_us: controls.decode_step_us.load(Ordering::SeqCst) as u32,
                         draining: controls.draining.load(Ordering::SeqCst),
+                        kv_tiers: *controls.kv_tiers.lock().unwrap(),
                         ..Heartbeat::default()
                     };
                     let _ = reports.try_send(report(worker_report::Kind::Heartbeat(heartbeat)));
@@ -310,6 +316,10 @@ impl Worker for Service {
                         let id = generate.id;
                         let task = tokio::spawn(sequence(generate, controls.clone(), outbound.clone()));
                         running.insert(id, task);
+                    }
+                    Some(to_worker::Kind::ReadAhead(hint)) => {
+                        let before = controls.generates.lock().unwrap().len();
+                        controls.hints.lock().unwrap().push((hint, before));
                     }
                     Some(to_worker::Kind::Cancel(cancel)) => {
                         controls.cancels.fetch_add(1, Ordering::SeqCst);

@@ -8,17 +8,17 @@ use baton_proto::cluster::{BlockEvents, BlockRun, Role};
 use std::sync::atomic::Ordering;
 
 /// Some turns of a conversation: `turns` blocks of 16 tokens and one token more.
-fn prompt(session: u32, turns: u32) -> Vec<u32> {
+pub(super) fn prompt(session: u32, turns: u32) -> Vec<u32> {
     (0..turns * 16 + 1).map(|i| session * 1000 + i).collect()
 }
 
-fn names(prompt: &[u32]) -> Vec<u64> {
+pub(super) fn names(prompt: &[u32]) -> Vec<u64> {
     let full = &prompt[..prompt.len() - 1];
     let chain = chain(&cache_root(&MODEL_DIGEST, b"salt"), full, 16);
     chain.iter().map(short).collect()
 }
 
-fn stored(number: u64, reset: bool, names: Vec<u64>) -> BlockEvents {
+pub(super) fn stored(number: u64, reset: bool, names: Vec<u64>) -> BlockEvents {
     BlockEvents {
         number,
         reset,
@@ -28,7 +28,7 @@ fn stored(number: u64, reset: bool, names: Vec<u64>) -> BlockEvents {
 }
 
 impl Coordinator {
-    async fn combined(&self, id: &str) -> FakeWorker {
+    pub(super) async fn combined(&self, id: &str) -> FakeWorker {
         let identity = self.worker_identity(id);
         let worker = FakeWorker::start(id, Role::Combined, self.cluster_addr, identity);
         self.wait_ready(id).await;
@@ -36,13 +36,13 @@ impl Coordinator {
     }
 
     /// Runs a request to its end; answers with the worker that streamed it.
-    async fn ask(&self, prompt: &[u32]) -> String {
+    pub(super) async fn ask(&self, prompt: &[u32]) -> String {
         let mut generation = self.backend.generate(job(prompt, 2)).await.unwrap();
         read(&mut generation, usize::MAX).await;
         generation.placement().decode_worker_id.clone()
     }
 
-    fn known(&self) -> u64 {
+    pub(super) fn known(&self) -> u64 {
         self.cluster.routing().stats().index.pairs
     }
 }

@@ -59,7 +59,7 @@ pub(crate) fn correct(machine: &mut Machine<'_>, command: CorrectUsage) -> Handl
     check(&correction, &record, &charge, &after)?;
     aggregates::add_correction(machine, &record, &charge.currency, &correction)?;
     machine.put_message(&keys::named(keys::CORRECTED, &correction.request_id), &after)?;
-    let row = rows::append(machine, body, Charge::default())?;
+    let row = rows::append(machine, body, baton_ledger::charge::of_correction(&charge))?;
     let entry = [&row.sequence.to_le_bytes()[..], &id].concat();
     machine.put(&keys::named(keys::CORRECTIONS, &correction.correction_id), &entry)?;
     audit::write(machine, "correct_usage", &correction.request_id)?;

@@ -2,12 +2,12 @@
 //! needed to build or to run baton.
 //!
 //! Only the calls that [`super::agent`] uses are looked up. Their signatures are those of NIXL 1.x; a library that lacks
-//! one of them is refused by name. Deliberately without the calls that take structs by layout, which have changed
-//! between releases.
+//! one of them is refused by name. One struct is handed over by layout, [`AgentConfig`], because only there can an idle
+//! agent be told not to keep a core busy; its fields are those of every release that has the call.
 
 use super::NixlError;
 use libloading::Library;
-use std::ffi::{c_char, c_int, c_void};
+use std::ffi::{c_char, c_int, c_uint, c_void};
 
 /// What every call answers: 0 is success, 1 in progress, less is an error.
 pub(super) type Status = c_int;
@@ -20,6 +20,22 @@ pub(super) const OPERATION_READ: c_int = 0;
 
 /// An object of the library: agent, backend, list or request.
 pub(super) type Handle = *mut c_void;
+
+/// What an agent is made with (`nixl_capi_agent_config_t`).
+#[repr(C)]
+pub(super) struct AgentConfig {
+    /// A thread of the library's that moves on what peers ask for.
+    pub(super) progress_thread: bool,
+    pub(super) listen_thread: bool,
+    pub(super) listen_port: c_int,
+    /// 0: whoever calls sees to it that calls do not overlap.
+    pub(super) thread_sync: c_int,
+    pub(super) workers: c_uint,
+    /// Longest that the progress thread sleeps, in µs; 0 is not at all.
+    pub(super) progress_delay_us: u64,
+    pub(super) listen_delay_us: u64,
+    pub(super) telemetry: bool,
+}
 
 /// Where the library is: a path, for those who have it outside the loader's search path.
 const PATH_VARIABLE: &str = "BATON_NIXL_LIBRARY";
@@ -50,10 +66,11 @@ macro_rules! calls {
 }
 
 calls! {
-    create_agent = b"nixl_capi_create_agent\0": fn(*const c_char, *mut Handle);
+    create_agent = b"nixl_capi_create_configured_agent\0": fn(*const c_char, *const AgentConfig, *mut Handle);
     destroy_agent = b"nixl_capi_destroy_agent\0": fn(Handle);
     get_plugin_params = b"nixl_capi_get_plugin_params\0": fn(Handle, *const c_char, *mut Handle, *mut Handle);
     destroy_mem_list = b"nixl_capi_destroy_mem_list\0": fn(Handle);
+    params_add = b"nixl_capi_params_add\0": fn(Handle, *const c_char, *const c_char);
     destroy_params = b"nixl_capi_destroy_params\0": fn(Handle);
     create_backend = b"nixl_capi_create_backend\0": fn(Handle, *const c_char, Handle, *mut Handle);
     get_local_md = b"nixl_capi_get_local_md\0": fn(Handle, *mut *mut c_void, *mut usize);

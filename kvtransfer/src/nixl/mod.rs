@@ -9,7 +9,7 @@
 //! ```
 //!
 //! A receiver *reads* from the sender's registered memory. So the receiver decides what lands and when, and the fences
-//! of a window hold as with any other transport: a read is waited for while the window's lock is held, so once a window is
+//! of a window hold as with any other transport: reads are waited for while the window's lock is held, so once a window is
 //! over, none into it is under way. One-sided writes by the sender could not be fenced without taking the memory's
 //! registration back.
 //!

@@ -1,21 +1,24 @@
-//! The processes that are read from, and the reads: each is waited for, within a bound.
+//! The processes that are read from, and the reads: several are under way at once, and each is waited for, within a bound.
 //!
 //! A peer is known to the library by its name, so two links from one process share a [`NixlPeer`], and it is forgotten
 //! when the last is gone. The library frees what it knows of a peer's memory when it forgets the peer, also under reads
 //! that use it; so reads hold a shared lock, and whoever changes what is known holds it alone.
 
 use super::NixlError;
-use super::agent::{NixlAgent, NixlPiece};
+use super::agent::{NixlAgent, NixlPiece, NixlRead};
 use crate::window_table::lock;
 use crate::{Refusal, Region};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::CString;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
-/// Longest that a read of at most a MiB may take; a window's lock is held meanwhile. A hundred times what it takes at
-/// 1 Gbit/s.
+/// Longest that a read of at most half a MiB, with those before it, may take; a window's lock is held meanwhile. Some sixty
+/// times what [`READS_AHEAD`] of them take at 1 Gbit/s.
 pub(super) const READ_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Reads of one call that may be under way: enough that the peer always has the next one. Giving up waits for them.
+const READS_AHEAD: usize = 4;
 
 /// How long a read is polled without a pause. Then it is a slow one, and others can use the core.
 const SPIN: Duration = Duration::from_micros(500);
@@ -89,16 +92,27 @@ impl NixlPeer {
         })
     }
 
-    /// Reads `pieces`, a MiB at most, into `target`, and returns when all are there, or none will be any more.
-    pub(crate) fn read(&self, target: &Arc<Region>, pieces: &[NixlPiece]) -> Result<(), Refusal> {
+    /// Reads `pieces` into `target`, as many as fit at a time in reads of `read_bytes`, and returns when they are there, or
+    /// none will be any more. How many, from the first: all, or at least those of one read if `wanted` says that somebody
+    /// waits.
+    pub(crate) fn read(
+        &self,
+        target: &Arc<Region>,
+        pieces: &[NixlPiece],
+        read_bytes: usize,
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<usize, Refusal> {
         let result = {
             let usable = self.usable.read().unwrap_or_else(PoisonError::into_inner);
             if !*usable {
                 return Err(Refusal::Unreadable);
             }
-            self.wait(target, pieces)
+            self.read_all(target, pieces, read_bytes, wanted)
         };
-        let Err(why) = result else { return Ok(()) };
+        let why = match result {
+            Ok(read) => return Ok(read),
+            Err(why) => why,
+        };
         tracing::warn!(peer = ?self.name, why, "a read through NIXL failed; QUIC carries on");
         let mut usable = self.usable.write().unwrap_or_else(PoisonError::into_inner);
         if std::mem::replace(&mut *usable, false) {
@@ -108,19 +122,33 @@ impl NixlPeer {
         Err(Refusal::Unreadable)
     }
 
-    fn wait(&self, target: &Arc<Region>, pieces: &[NixlPiece]) -> Result<(), String> {
-        let begin = Instant::now();
-        let read = self.peers.agent.read(&self.name, target, pieces);
-        let read = read.map_err(|error| error.to_string())?;
+    /// See [`NixlPeer::read`]. On an error the reads under way are cancelled.
+    fn read_all(
+        &self,
+        target: &Arc<Region>,
+        pieces: &[NixlPiece],
+        read_bytes: usize,
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<usize, String> {
+        let mut ahead: VecDeque<(NixlRead, Instant)> = VecDeque::new();
+        let mut posted = 0;
         loop {
-            if read.poll().map_err(|error| error.to_string())? {
-                return Ok(());
+            while ahead.len() < READS_AHEAD && posted < pieces.len() && (posted == 0 || !wanted()) {
+                let mut bytes = 0;
+                let fitting = pieces[posted..].iter().take_while(|piece| {
+                    bytes += piece.len;
+                    bytes <= read_bytes
+                });
+                let next = &pieces[posted..posted + fitting.count().max(1)];
+                let read = self.peers.agent.read(&self.name, target, next);
+                ahead.push_back((read.map_err(|error| error.to_string())?, Instant::now()));
+                posted += next.len();
             }
-            match begin.elapsed() {
-                waited if waited >= READ_TIMEOUT => return Err(format!("not done within {READ_TIMEOUT:?}")),
-                waited if waited >= SPIN => std::thread::sleep(PAUSE),
-                _ => std::thread::yield_now(),
-            }
+            // They end in about the order in which they began, and polling one moves all on.
+            let Some((read, begin)) = ahead.pop_front() else {
+                return Ok(posted);
+            };
+            wait(&read, begin)?;
         }
     }
 
@@ -145,6 +173,22 @@ impl NixlPeer {
             }
         }
     }
+}
+
+/// Returns when `read`, which began at `begin`, is done.
+fn wait(read: &NixlRead, begin: Instant) -> Result<(), String> {
+    let waiting = Instant::now();
+    while !read.poll().map_err(|error| error.to_string())? {
+        if begin.elapsed() >= READ_TIMEOUT {
+            return Err(format!("not done within {READ_TIMEOUT:?}"));
+        }
+        if waiting.elapsed() >= SPIN {
+            std::thread::sleep(PAUSE);
+        } else {
+            std::thread::yield_now();
+        }
+    }
+    Ok(())
 }
 
 impl Drop for NixlPeer {
@@ -193,13 +237,19 @@ mod tests {
             remote,
             len: LEN,
         };
-        peer.read(&target, &[piece(source.address())]).unwrap();
+        peer.read(&target, &[piece(source.address())], LEN, &|| false).unwrap();
         let mut got = vec![0; LEN];
         assert!(target.copy_out(0, &mut got) && got == [7; LEN]);
         // Memory that was never registered.
-        assert_eq!(peer.read(&target, &[piece(64)]), Err(Refusal::Unreadable));
+        assert_eq!(
+            peer.read(&target, &[piece(64)], LEN, &|| false),
+            Err(Refusal::Unreadable)
+        );
         assert!(!peer.usable());
-        assert_eq!(peer.read(&target, &[piece(source.address())]), Err(Refusal::Unreadable));
+        assert_eq!(
+            peer.read(&target, &[piece(source.address())], LEN, &|| false),
+            Err(Refusal::Unreadable)
+        );
         assert_eq!(
             peers.learn(&metadata, Some(peer.clone())).err(),
             Some(NixlError::GivenUp)
@@ -207,7 +257,7 @@ mod tests {
         // Another connection starts afresh, and outlives those before it.
         let again = peers.learn(&metadata, None).unwrap();
         drop((peer, second));
-        again.read(&target, &[piece(source.address())]).unwrap();
+        again.read(&target, &[piece(source.address())], LEN, &|| false).unwrap();
         assert!(peers.learn(b"not metadata", Some(again.clone())).is_err());
         assert!(!again.usable());
         drop(again);

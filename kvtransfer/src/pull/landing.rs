@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Batches are copied in the order they came, one at a time, and each is answered by LANDED. Every copy is made under
-//! the window's lock, which is the fence, a chunk at a time. Whoever makes the window over makes the push over; the last
+//! the window's lock, which is the fence, and lets go of it soon after somebody else wants it. Whoever makes the window over makes the push over; the last
 //! reply is sent once. A link that is lost ends the lane, not the window: the push may go on over another.
 
 use super::flow::PULLS_AHEAD;
@@ -115,8 +115,29 @@ impl Landing {
     /// Bytes copied, and the push's total if they complete its window.
     fn copy(&self, pieces: &Pieces) -> Result<(u64, Option<u64>), Refusal> {
         self.source.prepare(&self.window.memory())?;
-        let (mut bytes, mut complete) = (0, None);
-        let (mut run, mut run_bytes) = (Vec::new(), 0);
+        let (parts, bytes) = self.parts(pieces)?;
+        let (mut rest, mut complete) = (&parts[..], None);
+        while !rest.is_empty() {
+            let mut held = 0;
+            // Never empty: no part is longer than what one hold may bring.
+            let run = rest.iter().take_while(|part| {
+                held += part.len;
+                held <= self.source.hold_bytes()
+            });
+            let run = &rest[..run.count()];
+            let places = run.iter().map(|part| (part.target, part.len));
+            let copy = |memory: &_, wanted: &dyn Fn() -> bool| self.source.copy_to(run, memory, wanted);
+            let landed = self.window.land_with(self.lane, self.source.transport(), places, copy);
+            let (copied, total) = landed?;
+            complete = total.or(complete);
+            rest = &rest[copied..];
+        }
+        Ok((bytes, complete))
+    }
+
+    /// What to copy for `pieces`, all of it inside source and window, and its bytes.
+    fn parts(&self, pieces: &Pieces) -> Result<(Vec<Part>, u64), Refusal> {
+        let (mut parts, mut bytes) = (Vec::new(), 0);
         let chunk = self.source.chunk_bytes();
         for piece in pieces.iter() {
             let len = u64::from(piece.len);
@@ -125,50 +146,22 @@ impl Landing {
                 return Err(Refusal::FrameTooLong { len, max });
             }
             let start = self.window.admit(self.lane, piece.remote, len)?;
-            let out_of_range = Refusal::OutOfRange {
-                offset: piece.local,
-                len,
-            };
             if !self.source.contains(piece.local, len) {
-                return Err(out_of_range);
+                return Err(Refusal::OutOfRange {
+                    offset: piece.local,
+                    len,
+                });
             }
-            let mut done = 0;
-            while done < piece.len as usize {
-                let part = (chunk - run_bytes).min(piece.len as usize - done);
-                run.push(Part {
+            for done in (0..piece.len as usize).step_by(chunk) {
+                parts.push(Part {
                     local: piece.local + done as u64,
                     target: start + done,
-                    len: part,
+                    len: chunk.min(piece.len as usize - done),
                 });
-                done += part;
-                run_bytes += part;
-                if run_bytes == chunk {
-                    complete = self.copy_run(&run)?.or(complete);
-                    run.clear();
-                    run_bytes = 0;
-                }
             }
             bytes += len;
         }
-        if !run.is_empty() {
-            complete = self.copy_run(&run)?.or(complete);
-        }
-        Ok((bytes, complete))
-    }
-
-    /// Copies at most a chunk, under one hold of the window's lock.
-    fn copy_run(&self, run: &[Part]) -> Result<Option<u64>, Refusal> {
-        let places = run.iter().map(|part| (part.target, part.len));
-        self.window
-            .land_with(self.lane, self.source.transport(), places, |memory| {
-                self.source.copy_to(run, memory)
-            })?;
-        let mut complete = None;
-        for part in run {
-            let covered = self.window.cover(self.lane, part.target..part.target + part.len)?;
-            complete = covered.or(complete);
-        }
-        Ok(complete)
+        Ok((parts, bytes))
     }
 
     /// The push says it is complete.

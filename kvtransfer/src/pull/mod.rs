@@ -15,7 +15,7 @@
 //!
 //! # The invariants
 //!
-//! 1. **Receiver's fence.** The receiver itself copies, under its window's lock, a bounded number of bytes at a time.
+//! 1. **Receiver's fence.** The receiver itself copies, under its window's lock, and stops soon after somebody waits for it.
 //! 2. **Sender's fence.** FINISH leaves only after every byte was acknowledged as landed and while the push is alive, so
 //!    a byte that is read after a push was given up can only land in a window that then fails.
 //! 3. **Bounded.** A push asks for [`flow::PULLS_AHEAD`] batches at once; regions, pushes and frames are limited.

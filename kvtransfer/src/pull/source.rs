@@ -10,8 +10,11 @@ use std::sync::Arc;
 
 /// Bytes copied out of a mapping under one hold of the window's lock: closing a window waits for no more, some tens of µs.
 const MAPPED_CHUNK_BYTES: usize = 256 << 10;
-/// The same of a read through NIXL, each of which costs a round trip.
-const REMOTE_CHUNK_BYTES: usize = 1 << 20;
+/// Bytes of a read through NIXL, several of which are under way at once. Measured best over sockets (docs/kv-transfer.md).
+const REMOTE_CHUNK_BYTES: usize = 512 << 10;
+/// Most bytes read through NIXL under one hold of the window's lock. Whoever wants it waits for the reads that are under way
+/// and no more.
+const REMOTE_HOLD_BYTES: usize = 32 << 20;
 
 /// A region of the peer.
 pub(crate) enum Source {
@@ -63,7 +66,15 @@ impl Source {
         }
     }
 
-    /// Most bytes to copy at once.
+    /// Most bytes to copy under one hold of the window's lock.
+    pub(crate) fn hold_bytes(&self) -> usize {
+        match self {
+            Self::Mapping(_) => MAPPED_CHUNK_BYTES,
+            Self::Remote { .. } => REMOTE_HOLD_BYTES,
+        }
+    }
+
+    /// Most bytes of a [`Part`].
     pub(crate) fn chunk_bytes(&self) -> usize {
         match self {
             Self::Mapping(_) => MAPPED_CHUNK_BYTES,
@@ -87,38 +98,36 @@ impl Source {
         }
     }
 
-    /// Copies all of `parts`, which are inside the source.
+    /// Copies `parts`, which are inside the source and no longer than [`Source::chunk_bytes`]. How many of them, from the
+    /// first, are copied: all, or at least one if `wanted` says that the memory's lock is.
     ///
     /// # Errors
     /// [`Refusal::MemoryFailed`] if `memory` does not take them, [`Refusal::Unreadable`] if the source does not give them.
     /// Some may have been copied then.
-    pub(crate) fn copy_to(&self, parts: &[Part], memory: &Memory) -> Result<(), Refusal> {
+    pub(crate) fn copy_to(&self, parts: &[Part], memory: &Memory, wanted: &dyn Fn() -> bool) -> Result<usize, Refusal> {
         match (self, memory) {
             (Self::Mapping(mapping), Memory::Host(region)) => {
                 let all = parts.iter().all(|p| mapping.copy_to(p.local, region, p.target, p.len));
-                all.then_some(()).ok_or(Refusal::MemoryFailed)
+                all.then_some(parts.len()).ok_or(Refusal::MemoryFailed)
             }
             (Self::Mapping(mapping), memory) => {
                 let all = parts
                     .iter()
                     .all(|p| mapping.copy_through(p.local, memory, p.target, p.len));
-                all.then_some(()).ok_or(Refusal::MemoryFailed)
+                all.then_some(parts.len()).ok_or(Refusal::MemoryFailed)
             }
             (Self::Remote { peer, base, .. }, Memory::Host(region)) => {
                 let pieces: Vec<_> = parts.iter().map(|part| piece(part, *base, part.target)).collect();
-                peer.read(region, &pieces)
+                peer.read(region, &pieces, REMOTE_CHUNK_BYTES, wanted)
             }
             (Self::Remote { peer, base, .. }, memory) => {
-                for part in parts {
-                    let buffer = Region::new(part.len).map_err(|_| Refusal::MemoryFailed)?;
-                    peer.prepare(&buffer)?;
-                    peer.read(&buffer, &[piece(part, *base, 0)])?;
-                    let mut bytes = vec![0; part.len];
-                    if !(buffer.copy_out(0, &mut bytes) && memory.copy_in(part.target, &bytes)) {
-                        return Err(Refusal::MemoryFailed);
-                    }
-                }
-                Ok(())
+                let Some(part) = parts.first() else { return Ok(0) };
+                let buffer = Region::new(part.len).map_err(|_| Refusal::MemoryFailed)?;
+                peer.prepare(&buffer)?;
+                peer.read(&buffer, &[piece(part, *base, 0)], part.len, wanted)?;
+                let mut bytes = vec![0; part.len];
+                let taken = buffer.copy_out(0, &mut bytes) && memory.copy_in(part.target, &bytes);
+                taken.then_some(1).ok_or(Refusal::MemoryFailed)
             }
         }
     }

@@ -69,6 +69,8 @@ pub struct SimulationOptions {
     pub ttft_target: Duration,
     /// ... and the mean time between its tokens is at most this.
     pub tpot_target: Duration,
+    /// How much cached blocks hold a request to their worker ([`baton_router::Policy::stay`]).
+    pub stay: f64,
     /// Seed of the policy.
     pub seed: u64,
 }
@@ -89,6 +91,7 @@ impl Default for SimulationOptions {
             event_delay: Duration::from_millis(10),
             ttft_target: Duration::from_secs(2),
             tpot_target: Duration::from_millis(100),
+            stay: baton_router::Policy::default().stay,
             seed: 0,
         }
     }
@@ -122,6 +125,9 @@ impl SimulationOptions {
         }
         if !(self.time_scale.is_finite() && self.time_scale > 0.0) {
             return wrong("--time-scale", self.time_scale.to_string(), "give a positive factor");
+        }
+        if !(0.0..=100.0).contains(&self.stay) {
+            return wrong("--stay", self.stay.to_string(), "1 is usual, 0 to 100 are taken");
         }
         Ok(())
     }

@@ -57,6 +57,7 @@ impl Routed {
     pub fn new(options: &SimulationOptions, mode: Mode) -> Self {
         let mut router = Router::new(baton_router::Policy {
             mode,
+            stay: options.stay,
             ..baton_router::Policy::default()
         });
         let workers = (0..options.workers).map(|index| Known {
@@ -233,6 +234,7 @@ mod tests {
     #[test]
     fn events_become_what_is_true_after_them() {
         let gone = |n| BlockEvent::Evicted {
+            parent: [0; 16],
             hash: hash(n),
             block: 0,
         };

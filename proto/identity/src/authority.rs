@@ -55,8 +55,8 @@ impl Authority {
         })
     }
 
-    /// Issues a certificate for the process `name` in `role`. `name` goes into the subject for people to read;
-    /// only the role is believed.
+    /// Issues a certificate for the process `name` in `role`: it states the role, and, where `name` can be part of a DNS name,
+    /// whose it is. The subject is for people to read and never believed.
     pub fn issue(&self, role: Role, name: &str) -> Result<Identity, IdentityError> {
         check_name(name)?;
         let issue_error = |error: rcgen::Error| IdentityError::Issue {
@@ -64,7 +64,11 @@ impl Authority {
             reason: error.to_string(),
         };
         let key = KeyPair::generate().map_err(issue_error)?;
-        let mut params = CertificateParams::new(vec![role.dns_name().to_owned()]).map_err(issue_error)?;
+        let names: Vec<String> = [role.dns_name().to_owned()]
+            .into_iter()
+            .chain(role.named(name))
+            .collect();
+        let mut params = CertificateParams::new(names).map_err(issue_error)?;
         params.distinguished_name.push(DnType::CommonName, name);
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         (params.not_before, params.not_after) = validity(LEAF_LIFETIME);

@@ -1,9 +1,10 @@
 //! Role-bound identities (promise P6): between baton processes there is only mutual TLS, and a certificate says what
 //! its holder is, not just that it belongs.
 //!
-//! A cluster has one private CA ([`Authority`]). Every process gets a certificate whose only name is
-//! `<role>.baton.internal`; a client names the role it means to talk to, a server lists the roles it serves, and a
-//! worker's certificate is never taken for a coordinator's. Files:
+//! A cluster has one private CA ([`Authority`]). Every process gets a certificate with the names `<role>.baton.internal` and
+//! `<process>.<role>.baton.internal`; a client names the role it means to talk to, a server lists the roles it serves, and a
+//! worker's certificate is never taken for a coordinator's. Where one coordinator must
+//! be told from another, the second name counts. Files:
 //!
 //! ```text
 //! <dir>/ca.pem          the CA certificate, needed by everybody
@@ -25,5 +26,5 @@ mod tls;
 pub use authority::Authority;
 pub use error::IdentityError;
 pub use identity::Identity;
-pub use role::{Role, role_of};
-pub use tls::require_role;
+pub use role::{Role, is_named, role_of};
+pub use tls::{require_name, require_role};

@@ -28,6 +28,14 @@ impl Role {
         }
     }
 
+    /// The DNS name that stands for the holder itself, beside its role's; `None` if `name` is no DNS label sequence, which
+    /// a process that others must tell from its like has to have.
+    pub fn named(self, name: &str) -> Option<String> {
+        let named = format!("{name}.{}", self.dns_name());
+        ServerName::try_from(named.as_str()).ok()?;
+        Some(named)
+    }
+
     pub(crate) fn server_name(self) -> ServerName<'static> {
         ServerName::try_from(self.dns_name()).expect("the three names above are DNS names")
     }
@@ -40,4 +48,13 @@ pub fn role_of(certificate: &CertificateDer<'_>) -> Option<Role> {
     Role::ALL
         .into_iter()
         .find(|role| verify_server_name(&parsed, &role.server_name()).is_ok())
+}
+
+/// Whether a certificate states that its holder is the process `name` in `role`. As [`role_of`], only for a certificate that
+/// a handshake has verified.
+pub fn is_named(certificate: &CertificateDer<'_>, role: Role, name: &str) -> bool {
+    let Some(named) = role.named(name).and_then(|named| ServerName::try_from(named).ok()) else {
+        return false;
+    };
+    ParsedCertificate::try_from(certificate).is_ok_and(|parsed| verify_server_name(&parsed, &named).is_ok())
 }

@@ -1,6 +1,6 @@
 //! TLS configurations from an identity: rustls for QUIC, tonic's own for gRPC. TLS 1.3 only.
 
-use crate::{Identity, IdentityError, Role, role_of};
+use crate::{Identity, IdentityError, Role, is_named, role_of};
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
@@ -60,6 +60,11 @@ impl Identity {
             .domain_name(server_role.dns_name())
     }
 
+    /// tonic's client side, for the very process `name` in `server_role`; `None` if the name cannot be in a certificate.
+    pub fn tonic_client_of(&self, server_role: Role, name: &str) -> Option<ClientTlsConfig> {
+        Some(self.tonic_client(server_role).domain_name(server_role.named(name)?))
+    }
+
     fn tonic_identity(&self) -> tonic::transport::Identity {
         tonic::transport::Identity::from_pem(&self.certificate_pem, &self.key_pem)
     }
@@ -105,6 +110,19 @@ pub fn require_role<T>(request: &tonic::Request<T>, roles: &[Role]) -> Result<Ro
         Some(role) if roles.contains(&role) => Ok(role),
         _ => Err(tonic::Status::permission_denied(format!(
             "this service takes certificates of {roles:?} only; the caller's states {role:?}"
+        ))),
+    }
+}
+
+/// Refuses a gRPC request whose client certificate is not that of the process `name` in `role`.
+#[allow(clippy::result_large_err)]
+pub fn require_name<T>(request: &tonic::Request<T>, role: Role, name: &str) -> Result<(), tonic::Status> {
+    let certificates = request.peer_certs();
+    let certificate = certificates.as_ref().and_then(|chain| chain.first());
+    match certificate {
+        Some(certificate) if is_named(certificate, role, name) => Ok(()),
+        _ => Err(tonic::Status::permission_denied(format!(
+            "the caller's certificate is not that of {name:?} in the role {role:?}"
         ))),
     }
 }

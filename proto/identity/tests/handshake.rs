@@ -1,6 +1,6 @@
 //! Who may talk to whom, tried with real TLS handshakes in memory.
 
-use baton_identity::{Authority, Identity, IdentityError, Role, role_of};
+use baton_identity::{Authority, Identity, IdentityError, Role, is_named, role_of};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConnection, ServerConnection};
@@ -47,6 +47,30 @@ fn roles_decide_who_talks_to_whom() {
     handshake(&worker, &coordinator, Role::Coordinator, &[Role::Admin]).expect_err("a worker is no admin");
     handshake(&coordinator, &worker, Role::Coordinator, &[Role::Coordinator])
         .expect_err("a worker poses as coordinator");
+}
+
+#[test]
+fn one_coordinator_is_not_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::load_or_create(dir.path()).unwrap();
+    let identity = authority.issue(Role::Coordinator, "coordinator-1").unwrap();
+    identity.save(dir.path(), "c").unwrap();
+    let pem = std::fs::read(dir.path().join("c.pem")).unwrap();
+    let certificate = CertificateDer::from_pem_slice(&pem).unwrap();
+    assert_eq!(role_of(&certificate), Some(Role::Coordinator));
+    assert!(is_named(&certificate, Role::Coordinator, "coordinator-1"));
+    assert!(!is_named(&certificate, Role::Coordinator, "coordinator-2"));
+    assert!(!is_named(&certificate, Role::Worker, "coordinator-1"));
+    assert!(!is_named(&certificate, Role::Coordinator, ""));
+    assert!(!is_named(&certificate, Role::Coordinator, "no label"));
+    // A name cannot make a role of itself.
+    let posing = authority.issue(Role::Worker, "coordinator.baton.internal").unwrap();
+    posing.save(dir.path(), "p").unwrap();
+    let pem = std::fs::read(dir.path().join("p.pem")).unwrap();
+    assert_eq!(
+        role_of(&CertificateDer::from_pem_slice(&pem).unwrap()),
+        Some(Role::Worker)
+    );
 }
 
 #[test]

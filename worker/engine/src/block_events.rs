@@ -21,6 +21,8 @@ pub enum BlockEvent {
     },
     /// The block's content is about to be overwritten; the name finds nothing any more.
     Evicted {
+        /// The name of the block before it, or the root's.
+        parent: BlockHash,
         /// Its name.
         hash: BlockHash,
         /// Where its KV was, and is until the next step.

@@ -162,7 +162,8 @@ impl BlockManager {
                 self.unlink(block);
                 if let Some(hash) = self.meta[block as usize].hash.take() {
                     self.index.remove(&hash);
-                    self.note(BlockEvent::Evicted { hash, block });
+                    let parent = self.meta[block as usize].parent;
+                    self.note(BlockEvent::Evicted { parent, hash, block });
                 }
                 block
             }

@@ -29,6 +29,8 @@ use crate::step::SeqId;
 pub struct LoadRequest {
     /// Who wants them.
     pub seq: SeqId,
+    /// The name before the first of them, or the root's.
+    pub parent: BlockHash,
     /// Their names: the continuation of what the pool had.
     pub names: Vec<BlockHash>,
     /// The blocks to fill, one for each name. They belong to the sequence and hold nothing yet.

@@ -1,6 +1,7 @@
 //! Random workloads against the scheduler and the mock engine: submits, cancels, remote fills that succeed or fail at random
 //! times while a hostile transport scribbles over the blocks it was lent, prefill-only sequences whose blocks must keep
-//! still until released, a lower tier that loads blocks at once, later, in part or never, shared prefixes, salts, and pools
+//! still until released, a lower tier that loads blocks at once, later, in part or never, hints of what
+//! will be asked for, shared prefixes, salts, and pools
 //! small enough to preempt. After every step the invariants;
 //! at the end, every answer equals the answer of the same request run alone (P1), and no block is held (P4).
 
@@ -14,6 +15,7 @@ use baton_engine::{
     Engine, FillRequest, FinishReason, MockEngine, Output, PASSES_PER_PRIORITY, Plan, PrefillRequest, SamplingParams,
     Scheduler, SchedulerConfig, SeqId, Stats,
 };
+use baton_proto::block_hash;
 use common::tiers::SimTiers;
 use common::{Job, Truth, alone, bytes, copy, engine_for};
 use proptest::prelude::*;
@@ -140,6 +142,7 @@ impl Simulation {
                 let job = self.job();
                 let remote = self.rng.random_bool(0.4);
                 let waiting = self.scheduler.stats().waiting;
+                self.hint(&job);
                 match self.scheduler.submit(job.request(remote)) {
                     Ok(id) => self.enqueued(id, job, false),
                     Err(e) => assert!(e.retryable() && waiting >= self.config.waiting_max, "{e}"),
@@ -170,6 +173,16 @@ impl Simulation {
             _ => self.transport(),
         }
         self.scheduler.check().expect("invariants after an event");
+    }
+
+    /// A router's hint of a request, which may yet be refused.
+    fn hint(&mut self, job: &Job) {
+        let Some(tiers) = self.tiers.as_mut().filter(|_| self.rng.random_bool(0.3)) else {
+            return;
+        };
+        let root = block_hash::cache_root(&self.config.model_digest, &job.salt);
+        let names = block_hash::chain(&root, &job.prompt, self.config.block_size);
+        tiers.read_ahead(&names, |name| self.scheduler.has_block(name));
     }
 
     fn enqueued(&mut self, id: SeqId, job: Job, prefill_only: bool) {
@@ -491,6 +504,7 @@ fn a_long_life_under_pressure() {
     assert!(passed > 30, "{passed}");
     assert!(stats.preemptions > 30 && stats.cached_tokens > 500, "{stats:?}");
     let tiers = tiers.expect("this seed has tiers");
+    assert!(tiers.ahead > 10, "{} loads thanks to hints", tiers.ahead);
     assert!(tiers.loaded > 200 && tiers.broken > 30 && stats.loaded_tokens == 4 * tiers.loaded as u64);
     for reason in [
         FinishReason::Stop,

@@ -107,7 +107,7 @@ impl EngineLoop {
                 self.step(&plan)?;
             }
             self.shared.publish(self.load());
-            self.shared.blocks.publish(self.scheduler.take_block_events());
+            self.publish_blocks();
             slow_caller = self.flush();
         }
     }
@@ -145,9 +145,30 @@ impl EngineLoop {
                     tiers.done(*done);
                 }
             }
+            Command::ReadAhead { parent, names } => {
+                if let Some(tiers) = &mut self.tiers {
+                    tiers.read_ahead(&self.scheduler, parent, &names);
+                }
+            }
             // The plan that comes now looks at all deadlines; a stop is handled where commands are received.
             Command::TierDeadline | Command::Stop => {}
         }
+    }
+
+    /// Tells routers what happened to blocks, in the pool and below. Where either log was lost, both are told anew.
+    fn publish_blocks(&mut self) {
+        let mut changes = None;
+        if let Some(tiers) = &mut self.tiers {
+            changes = tiers.take_changes();
+            if changes.is_none() {
+                self.scheduler.void_block_events();
+            }
+        }
+        let events = self.scheduler.take_block_events();
+        if let Some(tiers) = self.tiers.as_mut().filter(|_| events.reset) {
+            changes = Some(tiers.present());
+        }
+        self.shared.blocks.publish(events, changes.into_iter().flatten());
     }
 
     /// An error means that the engine is lost. Nobody is told: this process ends, and the gateway replays elsewhere what

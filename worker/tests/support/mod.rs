@@ -8,12 +8,12 @@ use baton_engine::{MockConfig, MockEngine, MockTiming};
 use baton_identity::{Authority, Identity, Role};
 use baton_proto::cluster::cluster_server::{Cluster, ClusterServer};
 use baton_proto::cluster::{
-    BlockEvents, CoordinatorOrder, Drain, Heartbeat, Registered, ResyncBlocks, WorkerReport, coordinator_order,
+    BlockEvents, CoordinatorOrder, Drain, Heartbeat, Registered, ResyncBlocks, Tier, WorkerReport, coordinator_order,
     worker_report,
 };
 use baton_proto::worker::worker_client::WorkerClient;
 use baton_proto::worker::{
-    Cancel, Finish, FromWorker, Generate, Hello, PrefillPeer, Sampling, ToWorker, from_worker, to_worker,
+    Cancel, Finish, FromWorker, Generate, Hello, PrefillPeer, ReadAhead, Sampling, ToWorker, from_worker, to_worker,
 };
 use baton_worker::{Startup, WorkerConfig, WorkerRole};
 use std::collections::{HashMap, HashSet};
@@ -53,8 +53,10 @@ pub fn slow_engine(step: Duration) -> MockEngine {
 #[derive(Default)]
 pub struct Heard {
     pub heartbeat: Option<Heartbeat>,
-    /// Names of the blocks that it has by its events.
+    /// Names of the blocks that it has by its events: in the pool, ...
     pub blocks: HashSet<u64>,
+    /// ... and in each tier below it.
+    pub lower: HashMap<Tier, HashSet<u64>>,
     /// Messages that began anew.
     pub resets: usize,
     /// Events of the present stream.
@@ -68,13 +70,18 @@ impl Heard {
         assert_eq!(events.number, self.events, "messages are numbered");
         if events.reset {
             self.blocks.clear();
+            self.lower.clear();
             self.resets += 1;
         }
         assert!(self.resets > 0, "a stream begins with a reset");
+        let blocks = match events.tier() {
+            Tier::Device => &mut self.blocks,
+            tier => self.lower.entry(tier).or_default(),
+        };
         for name in &events.evicted {
-            self.blocks.remove(name);
+            blocks.remove(name);
         }
-        self.blocks.extend(events.stored.iter().flat_map(|run| &run.names));
+        blocks.extend(events.stored.iter().flat_map(|run| &run.names));
     }
 }
 
@@ -100,6 +107,7 @@ impl Cluster for Notes {
                             epoch: 1,
                             heartbeat_interval_ms: 50,
                             lost_after_ms: 1000,
+                            coordinators: None,
                         };
                         let heard = Heard {
                             orders: Some(orders.clone()),
@@ -457,6 +465,16 @@ impl Gateway {
                 kind: Some(to_worker::Kind::Cancel(Cancel { id })),
             })
             .await;
+    }
+
+    /// Says that these blocks will be asked for.
+    pub async fn read_ahead(&self, parent: u64, names: &[[u8; 16]]) {
+        let hint = ReadAhead {
+            parent,
+            names: names.concat().into(),
+        };
+        let kind = Some(to_worker::Kind::ReadAhead(hint));
+        self.outbound.send(ToWorker { kind }).await.unwrap();
     }
 
     pub async fn generate(&self, request: Generate) -> Answer {

@@ -59,14 +59,14 @@ fn main() {
     let started = Instant::now();
     let sums = (0..blocks).filter(|n| {
         let (name, stamp) = (name(*n), *n as u64);
-        shape.header(Entry { name, stamp }, &source)[96] != 0
+        shape.header(Entry { name, parent: 0, stamp }, &source)[96] != 0
     });
     report("header and checksum", started, sums.count());
 
     let budget = (blocks * (block_bytes + 1024)) as u64;
     let (disk, _) = DiskTier::open(&dir.join("disk"), budget, shape).expect("a usable directory");
     let started = Instant::now();
-    let written = (0..blocks).filter(|n| disk.write(*n as u32, name(*n), &source));
+    let written = (0..blocks).filter(|n| disk.write(*n as u32, name(*n), 0, &source));
     report("disk write", started, written.count());
     let started = Instant::now();
     let read = (0..blocks).filter(|n| matches!(disk.read(*n as u32, &name(*n), &pool), Read::Found(_)));
@@ -85,7 +85,7 @@ fn main() {
         let store = ObjectTier::open(&url, shape, []).expect("a usable directory");
         let (started, mut good) = (Instant::now(), 0);
         for n in 0..blocks {
-            good += usize::from(store.put(name(n), pool.fill(fill).expect("a buffer")).await);
+            good += usize::from(store.put(name(n), 0, pool.fill(fill).expect("a buffer")).await);
         }
         report("store put (directory)", started, good);
         let (started, mut good) = (Instant::now(), 0);

@@ -7,6 +7,7 @@
 //!  stored  (full in the pool) ───────────────▶ write queues ──▶ disk, object store
 //!  evicted (leaves the pool)  ──▶ host memory ──(leaves it, not on disk)──▶ disk queue
 //!  load ──▶ from host at once; else a read ──▶ Here ──take──▶ the pool
+//!  hint ──▶ a read ──▶ held ahead ──load, take──▶ the pool
 //! ```
 //!
 //! Disk and store are written through, when a block becomes full: only so does it survive a kill. Host memory takes what
@@ -23,12 +24,14 @@
 //! 1. Those of every [`Shelf`]; host slots have bytes exactly where a block is present.
 //! 2. A disk slot is pinned exactly while a read of it is queued or under way, so nothing is written there meanwhile; a slot
 //!    being written is read by nobody. Late answers carry a generation and change nothing when it is over.
-//! 3. Reads under way + blocks read and not taken ≤ `reads_max`; queued writes ≤ `writes_queued_max` per tier. So the
-//!    number of buffers is bounded by [`Limits::buffers`].
+//! 3. Reads under way for loads + blocks read and not taken ≤ `reads_max`; for hints likewise ≤ `ahead_max`; queued writes ≤
+//!    `writes_queued_max` per tier. So the number of buffers is bounded by [`Limits::buffers`].
 //! 4. A load is taken in order, never beyond its end; every part that waits has a read that names it.
+//! 5. What [`Tiers::take_changes`] told since [`Tiers::present`] leads from that to what each tier has now.
 //!
 //! Not here: bytes, files and sockets (the shells), checksums ([`crate::record`]; a shell answers `Broken`).
 
+mod ahead;
 mod loads;
 mod writes;
 
@@ -37,9 +40,11 @@ use std::time::Duration;
 
 use baton_proto::block_hash::BlockHash;
 
+use crate::changes::Change;
 use crate::rates::Rates;
-use crate::shelf::Shelf;
-use crate::stats::{TierStats, TierUsage};
+use crate::shelf::{Found, Shelf};
+use crate::stats::{AheadStats, TierStats, TierUsage};
+use ahead::Ahead;
 use loads::{Load, Part, Reading};
 use writes::{Breaker, Queue};
 
@@ -76,13 +81,19 @@ pub struct Limits {
     pub reads_max: usize,
     /// Loads at once; more find nothing.
     pub loads_max: usize,
+    /// Blocks being read because of a hint, or held until a load takes them.
+    pub ahead_max: usize,
 }
 
 impl Limits {
     /// Buffers that suffice for everything at its bound; one more is being filled.
     pub fn buffers(&self) -> usize {
         let targets = usize::from(self.disk_blocks > 0) + usize::from(self.object);
-        self.host_blocks + targets * (self.writes_queued_max + self.writes_in_flight_max) + self.reads_max + 1
+        self.host_blocks
+            + targets * (self.writes_queued_max + self.writes_in_flight_max)
+            + self.reads_max
+            + self.ahead_max
+            + 1
     }
 }
 
@@ -97,6 +108,8 @@ pub enum Action<B> {
         generation: u64,
         /// Its name.
         name: BlockHash,
+        /// The short name of the block before it.
+        parent: u64,
         /// Its bytes.
         block: B,
     },
@@ -108,11 +121,15 @@ pub enum Action<B> {
         generation: u64,
         /// What must be there.
         name: BlockHash,
+        /// Only a hint asks for it: others go first.
+        ahead: bool,
     },
     /// Put a block into the store.
     PutObject {
         /// Its name.
         name: BlockHash,
+        /// The short name of the block before it.
+        parent: u64,
         /// Its bytes.
         block: B,
     },
@@ -120,6 +137,8 @@ pub enum Action<B> {
     GetObject {
         /// Its name.
         name: BlockHash,
+        /// Only a hint asks for it: others go first.
+        ahead: bool,
     },
 }
 
@@ -196,6 +215,9 @@ pub struct Tiers<B> {
     loads: BTreeMap<u64, Load<B>>,
     reads: HashMap<BlockHash, Reading>,
     read_queue: VecDeque<Action<B>>,
+    /// Reads for hints.
+    ahead_queue: VecDeque<Action<B>>,
+    ahead: Ahead<B>,
     /// Parts that are Here.
     here: usize,
     rates: Rates,
@@ -224,6 +246,8 @@ impl<B: Clone> Tiers<B> {
             loads: BTreeMap::new(),
             reads: HashMap::new(),
             read_queue: VecDeque::new(),
+            ahead_queue: VecDeque::new(),
+            ahead: Ahead::new(limits.ahead_max),
             here: 0,
             rates: Rates::default(),
             stats: TierStats::default(),
@@ -236,15 +260,44 @@ impl<B: Clone> Tiers<B> {
         &self.limits
     }
 
-    /// Takes over what the disk has from an earlier life: slot and name, oldest first. Before anything else.
-    pub fn restore_disk(&mut self, found: impl Iterator<Item = (u32, BlockHash)>) {
+    /// Takes over what the disk has from an earlier life, oldest first. Before anything else.
+    pub fn restore_disk(&mut self, found: impl Iterator<Item = Found>) {
         self.disk.restore(found);
     }
 
-    /// The quickest tier that has a block, as far as is known. The store's answer may turn out wrong; the others' may turn
+    /// Records which blocks come and go from now on, for [`take_changes`](Self::take_changes).
+    pub fn watch(&mut self) {
+        self.host.watch();
+        self.disk.watch();
+        self.objects.watch();
+    }
+
+    /// What came and went in each tier since the last call. `None` if that is not known, at first or because there was too much:
+    /// then [`present`](Self::present) is where to begin.
+    pub fn take_changes(&mut self) -> Option<[(Tier, Vec<Change>); 3]> {
+        let host = self.host.take_changes();
+        let (disk, object) = (self.disk.take_changes(), self.objects.take_changes());
+        Some([(Tier::Host, host?), (Tier::Disk, disk?), (Tier::Object, object?)])
+    }
+
+    /// What each tier has, of the store what this worker knows of: at most `max` blocks of each, those that will stay longest.
+    pub fn present(&mut self, max: usize) -> [(Tier, Vec<Change>); 3] {
+        [
+            (Tier::Host, self.host.present(max)),
+            (Tier::Disk, self.disk.present(max)),
+            (Tier::Object, self.objects.present(max)),
+        ]
+    }
+
+    /// What a block of a tier takes to come, as loads have measured it; `None` while none has.
+    pub fn block_time(&self, tier: Tier) -> Option<Duration> {
+        self.rates.block_time(tier)
+    }
+
+    /// The quickest tier that has a block, as far as is known; what was read ahead is in memory. The store's answer may turn out wrong; the others' may turn
     /// out broken.
     pub fn locate(&self, name: &BlockHash) -> Option<Tier> {
-        if self.host.get(name).is_some() {
+        if self.ahead.holds(name) || self.host.get(name).is_some() {
             Some(Tier::Host)
         } else if self.disk.get(name).is_some() && self.disk_breaker.is_open(self.now) {
             Some(Tier::Disk)
@@ -255,10 +308,11 @@ impl<B: Clone> Tiers<B> {
         }
     }
 
-    /// What to do next, if anything. Reads first: somebody waits for them.
+    /// What to do next, if anything. Reads first: somebody waits for them, or soon will.
     pub fn poll(&mut self, now: Duration) -> Option<Action<B>> {
         self.tick(now);
-        self.read_queue.pop_front().or_else(|| self.next_write())
+        let read = self.read_queue.pop_front().or_else(|| self.ahead_queue.pop_front());
+        read.or_else(|| self.next_write())
     }
 
     /// An action was carried out.
@@ -284,15 +338,16 @@ impl<B: Clone> Tiers<B> {
 
     fn tick(&mut self, now: Duration) {
         self.now = self.now.max(now);
+        self.stats.ahead.wasted += self.ahead.expire(self.now);
     }
 
     /// The store has a block, for all that is known.
-    fn know_object(&mut self, name: BlockHash) {
+    fn know_object(&mut self, name: BlockHash, parent: u64) {
         self.absent.remove(&name);
         if let Some(slot) = self.objects.get(&name) {
             return self.objects.touch(slot);
         }
-        if let Some(place) = self.objects.place(name) {
+        if let Some(place) = self.objects.place(name, parent) {
             self.objects.finish(place.slot, place.generation, true);
         }
     }
@@ -330,6 +385,10 @@ impl<B: Clone> Tiers<B> {
             host: gauges(&self.host, self.stats.host),
             disk: gauges(&self.disk, self.stats.disk),
             object: gauges(&self.objects, self.stats.object),
+            ahead: AheadStats {
+                held: self.ahead.len() as u64,
+                ..self.stats.ahead
+            },
             ..self.stats
         }
     }
@@ -348,6 +407,7 @@ impl<B: Clone> Tiers<B> {
         self.loads.is_empty()
             && self.reads.is_empty()
             && self.read_queue.is_empty()
+            && self.ahead_queue.is_empty()
             && written(&self.disk_queue)
             && written(&self.object_queue)
     }
@@ -380,11 +440,20 @@ impl<B: Clone> Tiers<B> {
         }
         let here = self.loads.values().flat_map(|load| &load.parts);
         let here = here.filter(|part| matches!(part, Part::Here(..))).count();
-        if here != self.here || here + self.reads.len() > self.limits.reads_max {
+        let ahead = self.reads.values().filter(|read| read.ahead).count();
+        let stats = self.stats().ahead;
+        self.ahead.check()?;
+        if ahead != self.ahead.reading || stats.read != stats.hits + stats.wasted + stats.held {
+            return Err(format!(
+                "{ahead} reads for hints, {} counted; {stats:?}",
+                self.ahead.reading
+            ));
+        }
+        if here != self.here || here + self.reads.len() - ahead > self.limits.reads_max {
             return Err(format!(
                 "{here} blocks read, {} counted, {} reads, at most {}",
                 self.here,
-                self.reads.len(),
+                self.reads.len() - ahead,
                 self.limits.reads_max
             ));
         }

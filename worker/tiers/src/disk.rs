@@ -29,6 +29,7 @@ use crate::core::Read;
 use crate::error::TierError;
 use crate::memory::{Block, Pool};
 use crate::record::{Entry, HEADER_BYTES, Shape};
+use crate::shelf::Found;
 
 /// How long a predecessor that is about to end is waited for.
 const LOCK_WAIT: Duration = Duration::from_secs(2);
@@ -56,12 +57,11 @@ pub struct DiskTier {
 }
 
 impl DiskTier {
-    /// Opens or creates the directory, and finds what an earlier worker left there: slot and name, oldest first. `budget` is
-    /// in bytes. Blocks of other models or shapes count as free space.
+    /// Opens or creates the directory, and finds what an earlier worker left there, oldest first. `budget` is in bytes. Blocks of other models or shapes count as free space.
     ///
     /// # Errors
     /// If the directory is not usable, in use, or the budget holds no block.
-    pub fn open(dir: &Path, budget: u64, shape: Shape) -> Result<(Self, Vec<(u32, BlockHash)>), TierError> {
+    pub fn open(dir: &Path, budget: u64, shape: Shape) -> Result<(Self, Vec<Found>), TierError> {
         let slot_bytes = (HEADER_BYTES as u64 + shape.block_bytes as u64).next_multiple_of(SECTOR);
         let slots = (budget / slot_bytes).min(u64::from(u32::MAX - 1));
         if slots == 0 {
@@ -114,7 +114,7 @@ impl DiskTier {
     }
 
     /// Reads the header of every slot there is; files beyond the budget go.
-    fn scan(&mut self) -> io::Result<Vec<(u32, BlockHash)>> {
+    fn scan(&mut self) -> io::Result<Vec<Found>> {
         let mut found = Vec::new();
         for entry in std::fs::read_dir(&self.dir)? {
             let entry = entry?;
@@ -139,8 +139,8 @@ impl DiskTier {
             let mut header = [0; HEADER_BYTES];
             for slot in first..(first + self.segment_slots).min(self.slots) {
                 file.read_exact_at(&mut header, (slot - first) * self.slot_bytes)?;
-                if let Some(Entry { name, stamp }) = self.shape.peek(&header) {
-                    found.push((stamp, slot as u32, name));
+                if let Some(Entry { name, parent, stamp }) = self.shape.peek(&header) {
+                    found.push((stamp, slot as u32, name, parent));
                 }
             }
             let _ = segment.set(file);
@@ -148,7 +148,10 @@ impl DiskTier {
         found.sort_unstable();
         let last = found.last().map_or(0, |(stamp, ..)| *stamp);
         self.stamp = AtomicU64::new(last.saturating_add(1));
-        Ok(found.into_iter().map(|(_, slot, name)| (slot, name)).collect())
+        let found = found.into_iter();
+        Ok(found
+            .map(|(_, slot, name, parent)| Found { slot, name, parent })
+            .collect())
     }
 
     fn segment_len(&self, number: usize) -> u64 {
@@ -189,10 +192,10 @@ impl DiskTier {
         }
     }
 
-    /// Writes a block to a slot; false if it is not there whole.
-    pub fn write(&self, slot: u32, name: BlockHash, block: &[u8]) -> bool {
+    /// Writes a block to a slot, with the short name of its parent; false if it is not there whole.
+    pub fn write(&self, slot: u32, name: BlockHash, parent: u64, block: &[u8]) -> bool {
         let stamp = self.stamp.fetch_add(1, Ordering::Relaxed);
-        let header = self.shape.header(Entry { name, stamp }, block);
+        let header = self.shape.header(Entry { name, parent, stamp }, block);
         let written = self.place(slot, true).and_then(|(file, offset)| {
             file.write_all_at(block, offset + HEADER_BYTES as u64)?;
             file.write_all_at(&header, offset)
@@ -257,8 +260,13 @@ mod tests {
         [n; 16]
     }
 
+    /// Every test block has this parent.
+    const PARENT: u64 = 77;
+
     fn open(dir: &Path) -> (DiskTier, Vec<(u32, BlockHash)>) {
-        DiskTier::open(dir, BUDGET, SHAPE).expect("opens")
+        let (disk, found) = DiskTier::open(dir, BUDGET, SHAPE).expect("opens");
+        assert!(found.iter().all(|found| found.parent == PARENT));
+        (disk, found.iter().map(|found| (found.slot, found.name)).collect())
     }
 
     fn bytes(read: Read<Block>) -> Option<Vec<u8>> {
@@ -274,9 +282,9 @@ mod tests {
         let (disk, found) = open(dir.path());
         assert_eq!((disk.slots(), found), (10, Vec::new()));
         for (slot, n) in [(3, 1), (0, 2), (9, 3), (3, 4)] {
-            assert!(disk.write(slot, name(n), &[n; 1000]));
+            assert!(disk.write(slot, name(n), PARENT, &[n; 1000]));
         }
-        assert!(!disk.write(10, name(5), &[5; 1000]), "beyond the budget");
+        assert!(!disk.write(10, name(5), PARENT, &[5; 1000]), "beyond the budget");
         assert!(matches!(
             DiskTier::open(dir.path(), BUDGET, SHAPE),
             Err(TierError::InUse { .. })
@@ -313,7 +321,7 @@ mod tests {
             let dir = tempfile::tempdir().expect("a directory");
             let pool = Pool::new(1000, 2);
             let (disk, _) = open(dir.path());
-            assert!(disk.write(0, name(1), &[1; 1000]) && disk.write(1, name(2), &[2; 1000]));
+            assert!(disk.write(0, name(1), PARENT, &[1; 1000]) && disk.write(1, name(2), PARENT, &[2; 1000]));
             let file = OpenOptions::new()
                 .write(true)
                 .open(dir.path().join("seg-00000.kv"))
@@ -333,7 +341,7 @@ mod tests {
     #[test]
     fn another_model_or_budget_begins_anew() {
         let dir = tempfile::tempdir().expect("a directory");
-        assert!(open(dir.path()).0.write(4, name(1), &[1; 1000]));
+        assert!(open(dir.path()).0.write(4, name(1), PARENT, &[1; 1000]));
         let foreign = Shape {
             kv_digest: [5; 32],
             ..SHAPE
@@ -357,7 +365,7 @@ mod tests {
     fn without_a_buffer_nothing_is_blamed_on_the_disk() {
         let dir = tempfile::tempdir().expect("a directory");
         let (disk, _) = open(dir.path());
-        assert!(disk.write(2, name(1), &[1; 1000]));
+        assert!(disk.write(2, name(1), PARENT, &[1; 1000]));
         assert!(matches!(disk.read(2, &name(1), &Pool::new(1000, 0)), Read::Failed));
         assert!(bytes(disk.read(2, &name(1), &Pool::new(1000, 1))).is_some());
     }

@@ -18,6 +18,10 @@ const DISK_READS: usize = 4;
 const DISK_WRITES: usize = 2;
 const OBJECT_GETS: usize = 16;
 const OBJECT_PUTS: usize = 4;
+/// At once, for hints: most of the turns, so that a load that waits for such a read is not much worse off, and not all, so
+/// that one that reads for itself need not wait for hints.
+const DISK_READS_AHEAD: usize = 3;
+const OBJECT_GETS_AHEAD: usize = 12;
 
 #[derive(Debug)]
 struct Turns {
@@ -25,6 +29,8 @@ struct Turns {
     disk_writes: Semaphore,
     gets: Semaphore,
     puts: Semaphore,
+    disk_reads_ahead: Semaphore,
+    gets_ahead: Semaphore,
 }
 
 /// See the module.
@@ -50,6 +56,8 @@ impl TierIo {
                 disk_writes: Semaphore::new(DISK_WRITES),
                 gets: Semaphore::new(OBJECT_GETS),
                 puts: Semaphore::new(OBJECT_PUTS),
+                disk_reads_ahead: Semaphore::new(DISK_READS_AHEAD),
+                gets_ahead: Semaphore::new(OBJECT_GETS_AHEAD),
             }),
         }
     }
@@ -68,23 +76,35 @@ impl TierIo {
                 Action::PutObject { .. } => &turns.puts,
                 Action::GetObject { .. } => &turns.gets,
             };
+            let for_hints = match &action {
+                Action::ReadDisk { ahead: true, .. } => Some(&turns.disk_reads_ahead),
+                Action::GetObject { ahead: true, .. } => Some(&turns.gets_ahead),
+                _ => None,
+            };
             // Never closed, so always a permit.
+            let hint = match for_hints {
+                Some(hints) => Some(hints.acquire().await),
+                None => None,
+            };
             let turn = turn.acquire().await;
             let done = match action {
                 Action::WriteDisk {
                     slot,
                     generation,
                     name,
+                    parent,
                     block,
                 } => {
-                    let write = move || disk.is_some_and(|disk| disk.write(slot, name, block.as_ref()));
+                    let write = move || disk.is_some_and(|disk| disk.write(slot, name, parent, block.as_ref()));
                     Done::WroteDisk {
                         slot,
                         generation,
                         written: tokio::task::spawn_blocking(write).await.unwrap_or(false),
                     }
                 }
-                Action::ReadDisk { slot, generation, name } => {
+                Action::ReadDisk {
+                    slot, generation, name, ..
+                } => {
                     let read = move || disk.map_or(Read::Missing, |disk| disk.read(slot, &name, &pool));
                     Done::ReadDisk {
                         slot,
@@ -93,14 +113,14 @@ impl TierIo {
                         read: tokio::task::spawn_blocking(read).await.unwrap_or(Read::Failed),
                     }
                 }
-                Action::PutObject { name, block } => Done::PutObject {
+                Action::PutObject { name, parent, block } => Done::PutObject {
                     name,
                     written: match object {
-                        Some(object) => object.put(name, block).await,
+                        Some(object) => object.put(name, parent, block).await,
                         None => false,
                     },
                 },
-                Action::GetObject { name } => Done::GotObject {
+                Action::GetObject { name, .. } => Done::GotObject {
                     name,
                     read: match object {
                         Some(object) => object.get(name, &pool).await,
@@ -108,7 +128,7 @@ impl TierIo {
                     },
                 },
             };
-            drop(turn);
+            drop((turn, hint));
             deliver(done).await;
         });
     }

@@ -2,7 +2,7 @@
 //! pool, and on disk or in a store also the worker.
 //!
 //! ```text
-//!              stored / evicted                load, take
+//!        stored / evicted / read_ahead           load, take
 //!  the worker ────────────────▶  Tiers (core) ◀────────── the worker
 //!                                 │ poll  ▲ done
 //!                                 ▼       │
@@ -11,6 +11,7 @@
 //!
 //! - [`core`]: which block is in which tier, what is read and written next; a state machine without IO, threads or clocks.
 //! - [`shelf`]: one bounded tier's directory, and whom it forgets.
+//! - `changes`: what came and went in a tier, for routers.
 //! - [`rates`]: whether loading is quicker than computing.
 //! - [`memory`]: buffers of one block, bounded in number.
 //! - [`record`]: a block as bytes that can be trusted later: header and checksum.
@@ -26,6 +27,7 @@
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
+mod changes;
 pub mod core;
 pub mod disk;
 mod error;
@@ -37,10 +39,12 @@ pub mod record;
 pub mod shelf;
 mod stats;
 
+pub use changes::Change;
 pub use core::{Action, Done, Limits, Read, Tier, Tiers};
 pub use disk::DiskTier;
 pub use error::TierError;
 pub use io::TierIo;
 pub use memory::{Block, Pool};
 pub use object::ObjectTier;
-pub use stats::{TierStats, TierUsage};
+pub use shelf::Found;
+pub use stats::{AheadStats, TierStats, TierUsage};

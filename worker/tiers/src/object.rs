@@ -102,9 +102,10 @@ impl ObjectTier {
         directory.join(&name[..2]).join(name.as_str())
     }
 
-    /// Puts a block; false if it is not there now.
-    pub async fn put(&self, name: BlockHash, block: Block) -> bool {
-        let header = self.shape.header(Entry { name, stamp: 0 }, block.as_ref());
+    /// Puts a block, with the short name of its parent; false if it is not there now.
+    pub async fn put(&self, name: BlockHash, parent: u64, block: Block) -> bool {
+        let stamp = 0;
+        let header = self.shape.header(Entry { name, parent, stamp }, block.as_ref());
         let parts = [Bytes::copy_from_slice(&header), Bytes::from_owner(block)];
         let path = self.path(&name);
         let put = self.store.put(&path, PutPayload::from_iter(parts));
@@ -201,7 +202,7 @@ mod tests {
         let tier = ObjectTier::open(&url, SHAPE, []).expect("opens");
         let name = [0x12; 16];
         assert!(matches!(tier.get(name, &pool).await, Read::Missing));
-        assert!(tier.put(name, block(&pool, 7)).await);
+        assert!(tier.put(name, 5, block(&pool, 7)).await);
         let Read::Found(found) = tier.get(name, &pool).await else {
             panic!("it is there")
         };

@@ -18,6 +18,8 @@ const PROBE_FACTOR: f64 = 4.0;
 #[derive(Debug, Default)]
 pub struct Rates {
     block_s: [Option<f64>; 3],
+    /// What a look into the store for nothing took: one round trip, where the blocks of a load share theirs.
+    look_s: Option<f64>,
     refused: u32,
 }
 
@@ -27,12 +29,12 @@ impl Rates {
         if blocks == 0 {
             return;
         }
-        let sample = took.as_secs_f64() / blocks as f64;
-        let average = &mut self.block_s[tier as usize];
-        *average = Some(match *average {
-            None => sample,
-            Some(old) => old + BLEND * (sample.min(old * OUTLIER + 1e-6) - old),
-        });
+        blend(&mut self.block_s[tier as usize], took.as_secs_f64() / blocks as f64);
+    }
+
+    /// A look into the store found nothing.
+    pub fn observe_look(&mut self, took: Duration) {
+        blend(&mut self.look_s, took.as_secs_f64());
     }
 
     /// What a block of a tier takes to come; `None` while nothing was seen.
@@ -55,15 +57,22 @@ impl Rates {
 
     /// Whether it is worth asking the store for `blocks` blocks that may not be there.
     pub fn probe_pays(&mut self, blocks: usize, compute: Option<Duration>) -> bool {
-        let (Some(load), Some(compute)) = (self.block_s[Tier::Object as usize], compute) else {
+        let (Some(look), Some(compute)) = (self.look_s, compute) else {
             return true;
         };
-        if load * PROBE_FACTOR <= compute.as_secs_f64() * blocks as f64 {
+        if look * PROBE_FACTOR <= compute.as_secs_f64() * blocks as f64 {
             return true;
         }
         self.refused += 1;
         self.refused.is_multiple_of(RETRY_EVERY)
     }
+}
+
+fn blend(average: &mut Option<f64>, sample: f64) {
+    *average = Some(match *average {
+        None => sample,
+        Some(old) => old + BLEND * (sample.min(old * OUTLIER + 1e-6) - old),
+    });
 }
 
 #[cfg(test)]
@@ -97,7 +106,11 @@ mod tests {
     #[test]
     fn a_probe_must_promise_much() {
         let mut rates = Rates::default();
-        rates.observe(Tier::Object, 1, 20 * MS);
+        rates.observe_look(20 * MS);
         assert!(rates.probe_pays(8, Some(10 * MS)) && !rates.probe_pays(7, Some(10 * MS)));
+        assert!(
+            rates.pays(Tier::Object, Some(MS)),
+            "it says nothing of blocks that are there"
+        );
     }
 }

@@ -3,12 +3,15 @@
 //! ```text
 //! 0  magic "batonKV1"      8   format version, u32 LE    12  reserved, 0
 //! 16 block name, 16 bytes  32  KV digest, 32 bytes       64  length of the block, u64 LE
-//! 72 stamp, u64 LE         80  reserved, 0               96  checksum, 32 bytes
+//! 72 stamp, u64 LE         80  parent, u64 LE            88  reserved, 0            96  checksum, 32 bytes
 //! ```
 //!
 //! The checksum is BLAKE3 over the first 96 bytes and the block. It is not there against attackers (whoever can write
 //! the store can also compute it: guard the bucket) but so that no torn, stale or flipped byte passes: with 32 bits
 //! one in four billion would, and BLAKE3 is here anyway and quicker than a disk. The stamp only orders blocks by age.
+//! The parent is the short name of the block before this one in its chain, so that whoever opens a disk can tell chains to
+//! routers; it is 0 in records of releases that did not write it, and nothing but those tellings depends on it, so
+//! either release reads the other's records.
 
 use baton_proto::block_hash::BlockHash;
 
@@ -34,6 +37,8 @@ pub struct Shape {
 pub struct Entry {
     /// The block's name.
     pub name: BlockHash,
+    /// The short name of the block before it in its chain, or the root's; 0 where that is not known.
+    pub parent: u64,
     /// Larger is younger.
     pub stamp: u64,
 }
@@ -48,6 +53,7 @@ impl Shape {
         header[32..64].copy_from_slice(&self.kv_digest);
         header[64..72].copy_from_slice(&(block.len() as u64).to_le_bytes());
         header[72..80].copy_from_slice(&entry.stamp.to_le_bytes());
+        header[80..88].copy_from_slice(&entry.parent.to_le_bytes());
         let sum = checksum(&header, block);
         header[COVERED_BYTES..].copy_from_slice(&sum);
         header
@@ -62,7 +68,8 @@ impl Shape {
             && header[32..64] == self.kv_digest
             && word(64) == self.block_bytes as u64;
         let name = *header[16..].first_chunk()?;
-        ours.then_some(Entry { name, stamp: word(72) })
+        let (stamp, parent) = (word(72), word(80));
+        ours.then_some(Entry { name, parent, stamp })
     }
 
     /// Whether header and block belong together, and are what `name` names.
@@ -93,9 +100,9 @@ mod tests {
     proptest! {
         /// Any single changed byte, anywhere, is noticed; so are another name, model or length.
         #[test]
-        fn nothing_broken_passes(name: [u8; 16], stamp: u64, fill: u8, at in 0usize..HEADER_BYTES + 100, flip in 1u8..) {
+        fn nothing_broken_passes(name: [u8; 16], parent: u64, stamp: u64, fill: u8, at in 0usize..HEADER_BYTES + 100, flip in 1u8..) {
             let mut block = [fill; 100];
-            let entry = Entry { name, stamp };
+            let entry = Entry { name, parent, stamp };
             let mut header = SHAPE.header(entry, &block);
             prop_assert_eq!(SHAPE.peek(&header), Some(entry));
             prop_assert!(SHAPE.verify(&name, &header, &block));

@@ -21,10 +21,13 @@
 //!
 //! Free + writing + present = slots made, at most the capacity. A name is in one slot at most. Present slots are in exactly one
 //! list; others in none, and unpinned. A slot's generation grows with each `place`: who comes with an old one is told so.
+//! Its [changes](Shelf::take_changes), applied in order to what was present when they were last complete, give what is.
 
 use std::collections::HashMap;
 
 use baton_proto::block_hash::BlockHash;
+
+use crate::changes::{Change, ChangeLog};
 
 /// Eighths of a tier that blocks which were asked for may take.
 const PROTECTED_SHARE: usize = 6;
@@ -41,6 +44,7 @@ enum State {
 #[derive(Debug, Clone)]
 struct Slot {
     name: BlockHash,
+    parent: u64,
     state: State,
     pins: u32,
     generation: u64,
@@ -69,8 +73,19 @@ pub struct Place {
     pub slot: u32,
     /// Of this giving.
     pub generation: u64,
-    /// Who had to go for it.
-    pub evicted: Option<BlockHash>,
+    /// Who had to go for it: name, and short name of its parent.
+    pub evicted: Option<(BlockHash, u64)>,
+}
+
+/// A block that an earlier life left in a slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Found {
+    /// Where.
+    pub slot: u32,
+    /// Its name.
+    pub name: BlockHash,
+    /// The short name of the block before it in its chain; 0 where that is not known.
+    pub parent: u64,
 }
 
 /// See the module.
@@ -83,6 +98,7 @@ pub struct Shelf {
     probation: List,
     protected: List,
     generation: u64,
+    log: ChangeLog,
 }
 
 impl Shelf {
@@ -97,6 +113,7 @@ impl Shelf {
             probation: EMPTY,
             protected: EMPTY,
             generation: 0,
+            log: ChangeLog::default(),
         }
     }
 
@@ -143,9 +160,9 @@ impl Shelf {
         }
     }
 
-    /// A slot to write `name` to: a free one, else that of the block to forget. `None` if the name is known already, or no
-    /// slot can be had.
-    pub fn place(&mut self, name: BlockHash) -> Option<Place> {
+    /// A slot to write `name` to, whose parent has that short name: a free one, else that of the block to forget. `None` if
+    /// the name is known already, or no slot can be had.
+    pub fn place(&mut self, name: BlockHash, parent: u64) -> Option<Place> {
         if self.knows(&name) {
             return None;
         }
@@ -155,6 +172,7 @@ impl Shelf {
             None if self.slots.len() < self.capacity => {
                 self.slots.push(Slot {
                     name,
+                    parent,
                     state: State::Free,
                     pins: 0,
                     generation: 0,
@@ -166,16 +184,16 @@ impl Shelf {
             }
             None => {
                 let slot = self.victim()?;
-                let name = self.slots[slot as usize].name;
+                let Slot { name, parent, .. } = self.slots[slot as usize];
                 self.remove(slot);
                 self.free.pop();
-                evicted = Some(name);
+                evicted = Some((name, parent));
                 slot
             }
         };
         self.generation += 1;
         let entry = &mut self.slots[slot as usize];
-        entry.name = name;
+        (entry.name, entry.parent) = (name, parent);
         entry.state = State::Writing;
         entry.protected = false;
         entry.generation = self.generation;
@@ -206,10 +224,12 @@ impl Shelf {
         if entry.state != State::Writing || entry.generation != generation {
             return false;
         }
-        entry.state = State::Present;
-        self.link(slot);
-        if !written {
-            self.remove(slot);
+        if written {
+            entry.state = State::Present;
+            self.log.push(Change::stored(&entry.name, entry.parent));
+            self.link(slot);
+        } else {
+            self.vacate(slot);
         }
         true
     }
@@ -243,22 +263,56 @@ impl Shelf {
             return;
         }
         self.unlink(slot);
+        self.log.push(Change::evicted(&self.slots[slot as usize].name));
+        self.vacate(slot);
+    }
+
+    fn vacate(&mut self, slot: u32) {
         let entry = &mut self.slots[slot as usize];
         entry.state = State::Free;
         self.index.remove(&entry.name);
         self.free.push(slot);
     }
 
-    /// Takes over what an earlier life left: slot and name, oldest first. Only on an empty shelf. Names that come twice
+    /// Records what becomes present and what leaves from now on, for [`take_changes`](Self::take_changes).
+    pub fn watch(&mut self) {
+        self.log.enable();
+    }
+
+    /// Changes since the last call, in order. `None` if there were too many, or never any call: then
+    /// [`present`](Self::present) is where to begin.
+    pub fn take_changes(&mut self) -> Option<Vec<Change>> {
+        self.log.take()
+    }
+
+    /// What is present, as changes that lead there from nothing, the least likely to be forgotten last; of more than `max`
+    /// blocks those. Changes so far count as taken.
+    pub fn present(&mut self, max: usize) -> Vec<Change> {
+        self.log.begin();
+        let mut newest_first = Vec::with_capacity(self.len().min(max));
+        for list in [self.protected, self.probation] {
+            let mut at = list.newest;
+            while at != NONE && newest_first.len() < max {
+                let slot = &self.slots[at as usize];
+                newest_first.push(Change::stored(&slot.name, slot.parent));
+                at = slot.older;
+            }
+        }
+        newest_first.reverse();
+        newest_first
+    }
+
+    /// Takes over what an earlier life left, oldest first. Only on an empty shelf. Names that come twice
     /// and slots beyond the capacity are left out.
-    pub fn restore(&mut self, found: impl Iterator<Item = (u32, BlockHash)>) {
+    pub fn restore(&mut self, found: impl Iterator<Item = Found>) {
         debug_assert!(self.slots.is_empty(), "only once, before anything else");
         let capacity = self.capacity;
-        for (slot, name) in found.filter(|(slot, _)| (*slot as usize) < capacity) {
+        for Found { slot, name, parent } in found.filter(|found| (found.slot as usize) < capacity) {
             while self.slots.len() <= slot as usize {
                 self.free.push(self.slots.len() as u32);
                 self.slots.push(Slot {
                     name: BlockHash::default(),
+                    parent: 0,
                     state: State::Free,
                     pins: 0,
                     generation: 0,
@@ -270,7 +324,9 @@ impl Shelf {
             if self.slots[slot as usize].state == State::Free && !self.knows(&name) {
                 self.generation += 1;
                 let entry = &mut self.slots[slot as usize];
-                (entry.name, entry.state, entry.generation) = (name, State::Present, self.generation);
+                (entry.name, entry.parent) = (name, parent);
+                (entry.state, entry.generation) = (State::Present, self.generation);
+                self.log.push(Change::stored(&name, parent));
                 self.index.insert(name, slot);
                 self.link(slot);
             }
@@ -385,16 +441,32 @@ impl Shelf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use baton_proto::block_hash::short;
     use proptest::prelude::*;
+    use std::collections::BTreeMap;
 
     fn name(n: u8) -> BlockHash {
         [n; 16]
     }
 
+    /// What a reader of the changes believes: parents by name.
+    fn apply(mirror: &mut BTreeMap<u64, u64>, shelf: &mut Shelf) {
+        let changes = shelf.take_changes().unwrap_or_else(|| {
+            mirror.clear();
+            shelf.present(usize::MAX)
+        });
+        for change in changes {
+            match change {
+                Change::Stored { parent, name } => assert!(mirror.insert(name, parent).is_none(), "told twice"),
+                Change::Evicted { name } => assert!(mirror.remove(&name).is_some(), "was not there"),
+            }
+        }
+    }
+
     fn put(shelf: &mut Shelf, n: u8) -> Option<BlockHash> {
-        let place = shelf.place(name(n)).expect("a slot");
+        let place = shelf.place(name(n), 0).expect("a slot");
         assert!(shelf.finish(place.slot, place.generation, true));
-        place.evicted
+        place.evicted.map(|(name, _)| name)
     }
 
     #[test]
@@ -424,10 +496,10 @@ mod tests {
         let mut shelf = Shelf::new(1);
         put(&mut shelf, 1);
         let generation = shelf.pin(0);
-        assert_eq!(shelf.place(name(2)), None);
+        assert_eq!(shelf.place(name(2), 0), None);
         assert!(shelf.unpin(0, generation, true));
-        let place = shelf.place(name(2)).expect("given away now");
-        assert_eq!(place.evicted, Some(name(1)));
+        let place = shelf.place(name(2), 0).expect("given away now");
+        assert_eq!(place.evicted, Some((name(1), 0)));
         assert!(!shelf.unpin(0, generation, false) && !shelf.finish(0, generation, true));
         assert!(shelf.finish(0, place.generation, false), "the write failed");
         assert!(shelf.is_empty() && !shelf.knows(&name(2)));
@@ -439,9 +511,11 @@ mod tests {
         fn invariants_hold(capacity in 1usize..9, ops in prop::collection::vec((0u8..6, 0u8..20, any::<bool>()), 0..200)) {
             let mut shelf = Shelf::new(capacity);
             let (mut writing, mut reading) = (Vec::new(), Vec::new());
+            shelf.watch();
+            let mut mirror = BTreeMap::new();
             for (op, n, flag) in ops {
                 match op {
-                    0 | 1 => writing.extend(shelf.place(name(n))),
+                    0 | 1 => writing.extend(shelf.place(name(n), u64::from(n))),
                     2 if !writing.is_empty() => {
                         let place: Place = writing.swap_remove(n as usize % writing.len());
                         prop_assert!(shelf.finish(place.slot, place.generation, flag));
@@ -454,13 +528,23 @@ mod tests {
                     _ => if let Some(slot) = shelf.get(&name(n)) { shelf.touch(slot) },
                 }
                 prop_assert_eq!(shelf.check(reading.len()), Ok(()));
+                if flag {
+                    apply(&mut mirror, &mut shelf);
+                    let now: BTreeMap<u64, u64> =
+                        (0..20).filter(|n| shelf.get(&name(*n)).is_some()).map(|n| (short(&name(n)), n.into())).collect();
+                    prop_assert_eq!(&mirror, &now, "what was told is what is present");
+                }
             }
+            let told = shelf.present(usize::MAX);
+            prop_assert_eq!(told.len(), shelf.len());
+            prop_assert_eq!(&shelf.present(2), &told[told.len().saturating_sub(2)..]);
             // A later life finds what was present, whatever else lies about.
-            let found: Vec<_> = (0..20).filter_map(|n| Some((shelf.get(&name(n))?, name(n)))).collect();
+            let at = |slot, n: u8| Found { slot, name: name(n), parent: n.into() };
+            let found: Vec<_> = (0..20).filter_map(|n| Some(at(shelf.get(&name(n))?, n))).collect();
             let mut next = Shelf::new(capacity);
-            next.restore(found.iter().copied().chain([(0, name(99)), (capacity as u32, name(98))]));
+            next.restore(found.iter().copied().chain([at(0, 99), at(capacity as u32, 98)]));
             prop_assert_eq!(next.check(0), Ok(()));
-            prop_assert!(found.iter().all(|(slot, name)| next.get(name) == Some(*slot)));
+            prop_assert!(found.iter().all(|found| next.get(&found.name) == Some(found.slot)));
         }
     }
 }

@@ -19,6 +19,21 @@ pub struct TierUsage {
     pub broken: u64,
 }
 
+/// What hints brought about: `read` = `hits` + `wasted` + `held`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct AheadStats {
+    /// Blocks in memory now that no load has taken yet.
+    pub held: u64,
+    /// Blocks that were read because of a hint.
+    pub read: u64,
+    /// Of these, blocks that a load took.
+    pub hits: u64,
+    /// Blocks that nobody took in time.
+    pub wasted: u64,
+    /// Blocks of hints for which there was no room.
+    pub refused: u64,
+}
+
 /// All of them. Totals since the start.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TierStats {
@@ -38,4 +53,6 @@ pub struct TierStats {
     pub expired: u64,
     /// Time that sequences waited for loads, all added up.
     pub load_time: Duration,
+    /// Read ahead.
+    pub ahead: AheadStats,
 }

@@ -1,29 +1,26 @@
 //! The core under everything that disks, stores and crashes do: torn and lost writes, flipped bits, slow, failing and late
-//! reads, loads that are given up, tiers and queues that are full, restarts in the middle of writes. After every event the
-//! invariants; never a wrong byte; never more buffers than promised; in the end nothing is left under way.
+//! reads, loads that are given up, hints that are followed by a load or by none, tiers and queues that are full, restarts in the
+//! middle of writes. After every event the invariants; never a wrong byte; never more buffers than promised; what a reader of the
+//! changes believes is what each tier has; in the end nothing is left under way.
 //!
 //! `BATON_TIER_SEEDS=20000 cargo test -p baton-tiers --test faults --release` runs more of them.
+
+mod common;
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
-use baton_proto::block_hash::BlockHash;
-use baton_tiers::{Action, Block, Done, Limits, Pool, Read, TierStats, Tiers};
+use baton_proto::block_hash::{BlockHash, short};
+use baton_tiers::{Action, Block, Change, Done, Found, Limits, Pool, Read, Tier, TierStats, Tiers};
+use common::{BYTES, bytes, name, parent};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
-
-const BYTES: usize = 16;
-
-fn name(n: u32) -> BlockHash {
-    let mut name = [0x5a; 16];
-    name[..4].copy_from_slice(&n.to_le_bytes());
-    name
-}
 
 /// A record on a medium: whose it is, and whether its checksum would hold.
 #[derive(Clone)]
 struct Record {
     name: BlockHash,
+    parent: u64,
     bytes: Vec<u8>,
     sound: bool,
 }
@@ -41,6 +38,8 @@ struct World {
     next: u64,
     total: TierStats,
     wrong_would_be: usize,
+    /// What somebody who was told of all changes believes: names in each tier, with their parents.
+    told: HashMap<Tier, BTreeMap<u64, u64>>,
 }
 
 impl World {
@@ -62,10 +61,13 @@ impl World {
             writes_in_flight_max: rng.random_range(1..4),
             reads_max: rng.random_range(1..10),
             loads_max: rng.random_range(1..6),
+            ahead_max: rng.random_range(0..8),
         };
+        let mut tiers = Tiers::new(limits);
+        tiers.watch();
         World {
             pool: Pool::new(BYTES, limits.buffers()),
-            tiers: Tiers::new(limits),
+            tiers,
             limits,
             rng,
             now: Duration::ZERO,
@@ -76,15 +78,8 @@ impl World {
             next: 0,
             total: TierStats::default(),
             wrong_would_be: 0,
+            told: HashMap::new(),
         }
-    }
-
-    fn bytes(pool: &Pool, name: &BlockHash) -> Option<Block> {
-        pool.fill(|bytes| {
-            bytes.copy_from_slice(name);
-            bytes.reverse();
-            true
-        })
     }
 
     fn event(&mut self) {
@@ -94,22 +89,65 @@ impl World {
             self.rng.random_range(0..60)
         };
         let pool = self.pool.clone();
-        let copy = || Some(Self::bytes(&pool, &name(n)).expect("the promised number of buffers suffices"));
-        match self.rng.random_range(0..12) {
-            0..=2 => self.tiers.stored(name(n), copy),
-            3 | 4 => self.tiers.evicted(name(n), copy),
+        let copy = || Some(bytes(&pool, &name(n)).expect("the promised number of buffers suffices"));
+        match self.rng.random_range(0..14) {
+            0..=2 => self.tiers.stored(name(n), parent(n), copy),
+            3 | 4 => self.tiers.evicted(name(n), parent(n), copy),
             5 | 6 => self.begin(n),
             7 | 8 => self.take(),
             9 if !self.loads.is_empty() => {
                 let id = *self.loads.keys().next().expect("not empty");
                 self.end(id);
             }
-            10 => self.now += Duration::from_millis(self.rng.random_range(0..400)),
+            10 => self.hint(n),
+            11 => self.listen(),
+            // Now and then so long that nobody holds for anybody.
+            12 if self.rng.random_bool(0.05) => self.now += Duration::from_secs(31),
+            12 => self.now += Duration::from_millis(self.rng.random_range(0..400)),
             _ => self.rot(),
         }
         self.check();
         self.issue();
         self.complete();
+    }
+
+    /// Somebody will come for these blocks, perhaps.
+    fn hint(&mut self, n: u32) {
+        let names: Vec<BlockHash> = (n..n + self.rng.random_range(1..12)).map(name).collect();
+        let in_pool = self.rng.random_range(0..names.len());
+        self.tiers
+            .read_ahead(parent(n), &names, |name| *name == names[in_pool], self.now);
+    }
+
+    /// Whoever tells routers reads the changes.
+    fn listen(&mut self) {
+        let changes = self.tiers.take_changes().unwrap_or_else(|| {
+            self.told.clear();
+            self.tiers.present(usize::MAX)
+        });
+        for (tier, changes) in changes {
+            let told = self.told.entry(tier).or_default();
+            for change in changes {
+                match change {
+                    Change::Stored { parent, name } => assert_eq!(told.insert(name, parent), None, "told twice"),
+                    Change::Evicted { name } => assert!(told.remove(&name).is_some(), "it was not told before"),
+                }
+            }
+        }
+        for (tier, present) in self.tiers.present(usize::MAX) {
+            let told = &self.told[&tier];
+            assert_eq!(told.len(), present.len(), "{tier:?}");
+            for change in present {
+                let Change::Stored { parent, name } = change else {
+                    panic!("{change:?} is not there")
+                };
+                assert_eq!(told.get(&name), Some(&parent), "{tier:?}");
+            }
+        }
+        let known: HashMap<u64, u64> = (0..80).map(|n| (short(&name(n)), parent(n))).collect();
+        for (name, parent) in self.told.values().flatten() {
+            assert_eq!(known.get(name), Some(parent), "a wrong parent");
+        }
     }
 
     fn begin(&mut self, n: u32) {
@@ -121,7 +159,7 @@ impl World {
         let id = self.next;
         self.next += 1;
         let count = names.len();
-        let may = self.tiers.load(id, names.clone(), compute, self.now);
+        let may = self.tiers.load(id, parent(n), names.clone(), compute, self.now);
         assert!(may <= count);
         if may > 0 {
             self.loads.insert(id, (names, 0));
@@ -213,12 +251,17 @@ impl World {
         }
     }
 
-    fn record(&mut self, name: BlockHash, block: &Block) -> Record {
+    fn record(&mut self, name: BlockHash, parent: u64, block: &Block) -> Record {
         // Some writes are reported done and are not whole.
         let sound = self.rng.random_bool(0.95);
         let mut bytes = block.as_ref().to_vec();
         bytes[BYTES - 1] ^= u8::from(!sound);
-        Record { name, bytes, sound }
+        Record {
+            name,
+            parent,
+            bytes,
+            sound,
+        }
     }
 
     fn read(&mut self, name: &BlockHash, record: Option<&Record>, fails: bool) -> Read<Block> {
@@ -246,10 +289,11 @@ impl World {
                 slot,
                 generation,
                 name,
+                parent,
                 block,
             } => {
                 assert!((slot as usize) < self.limits.disk_blocks);
-                let mut record = self.record(name, &block);
+                let mut record = self.record(name, parent, &block);
                 record.sound &= !fails;
                 self.disk.insert(slot, record);
                 Done::WroteDisk {
@@ -258,7 +302,9 @@ impl World {
                     written: !fails,
                 }
             }
-            Action::ReadDisk { slot, generation, name } => {
+            Action::ReadDisk {
+                slot, generation, name, ..
+            } => {
                 let record = self.disk.get(&slot).cloned();
                 let read = self.read(&name, record.as_ref(), fails);
                 if matches!(read, Read::Broken) {
@@ -271,14 +317,14 @@ impl World {
                     read,
                 }
             }
-            Action::PutObject { name, block } => {
+            Action::PutObject { name, parent, block } => {
                 if !fails {
-                    let record = self.record(name, &block);
+                    let record = self.record(name, parent, &block);
                     self.store.insert(name, record);
                 }
                 Done::PutObject { name, written: !fails }
             }
-            Action::GetObject { name } => {
+            Action::GetObject { name, .. } => {
                 let record = self.store.get(&name).cloned();
                 let read = self.read(&name, record.as_ref(), fails);
                 if matches!(read, Read::Broken) {
@@ -293,13 +339,20 @@ impl World {
     fn restart(&mut self) {
         self.add_up();
         for (action, _) in std::mem::take(&mut self.running) {
-            if let Action::WriteDisk { slot, name, block, .. } = action {
+            if let Action::WriteDisk {
+                slot,
+                name,
+                parent,
+                block,
+                ..
+            } = action
+            {
                 match self.rng.random_range(0..3) {
                     0 => {}
-                    1 => drop(self.disk.insert(slot, self.record_whole(name, &block))),
+                    1 => drop(self.disk.insert(slot, self.record_whole(name, parent, &block))),
                     // The new name over the old block, or the other way round.
                     _ => {
-                        let record = self.record_whole(name, &block);
+                        let record = self.record_whole(name, parent, &block);
                         self.disk.insert(slot, Record { sound: false, ..record });
                     }
                 }
@@ -308,17 +361,28 @@ impl World {
         self.loads.clear();
         self.pool = Pool::new(BYTES, self.limits.buffers());
         self.tiers = Tiers::new(self.limits);
-        let mut found: Vec<(u32, BlockHash)> = self.disk.iter().map(|(slot, record)| (*slot, record.name)).collect();
+        self.tiers.watch();
+        let found = |(slot, record): (&u32, &Record)| Found {
+            slot: *slot,
+            name: record.name,
+            parent: record.parent,
+        };
+        let mut found: Vec<Found> = self.disk.iter().map(found).collect();
         // A scan may find anything.
-        found.push((self.limits.disk_blocks as u32, name(1)));
+        found.push(Found {
+            slot: self.limits.disk_blocks as u32,
+            name: name(1),
+            parent: parent(1),
+        });
         self.tiers.restore_disk(found.into_iter());
         self.check();
     }
 
-    fn record_whole(&self, name: BlockHash, block: &Block) -> Record {
+    fn record_whole(&self, name: BlockHash, parent: u64, block: &Block) -> Record {
         let bytes = block.as_ref().to_vec();
         Record {
             name,
+            parent,
             bytes,
             sound: true,
         }
@@ -340,6 +404,9 @@ impl World {
         self.total.disk.dropped += stats.disk.dropped;
         self.total.expired += stats.expired;
         self.total.declined += stats.declined;
+        self.total.ahead.hits += stats.ahead.hits;
+        self.total.ahead.wasted += stats.ahead.wasted;
+        self.total.ahead.refused += stats.ahead.refused;
     }
 
     fn run(mut self, events: usize) -> (TierStats, usize) {
@@ -363,7 +430,8 @@ impl World {
             }
         }
         assert!(self.loads.is_empty());
-        let kept = self.tiers.stats().host.blocks as usize;
+        self.listen();
+        let kept = (self.tiers.stats().host.blocks + self.tiers.stats().ahead.held) as usize;
         assert_eq!(self.pool.available(), self.limits.buffers() - kept, "buffers leak");
         self.add_up();
         (self.total, self.wrong_would_be)
@@ -384,6 +452,9 @@ fn thousands_of_lives_with_faults() {
         sum.disk.dropped += stats.disk.dropped;
         sum.expired += stats.expired;
         sum.declined += stats.declined;
+        sum.ahead.hits += stats.ahead.hits;
+        sum.ahead.wasted += stats.ahead.wasted;
+        sum.ahead.refused += stats.ahead.refused;
         broken += wrong_would_be;
     }
     println!("{sum:?}, {broken} broken records met");
@@ -394,64 +465,10 @@ fn thousands_of_lives_with_faults() {
         sum.object.hits,
         sum.disk.dropped,
         sum.expired,
+        sum.ahead.hits,
+        sum.ahead.wasted,
+        sum.ahead.refused,
         broken as u64,
     ];
     assert!(reached.iter().all(|count| *count > seeds / 3), "{reached:?}");
-}
-
-/// Blocks that two loads want are read once.
-#[test]
-fn one_read_for_two_loads() {
-    let limits = Limits {
-        host_blocks: 0,
-        disk_blocks: 8,
-        object: false,
-        writes_queued_max: 4,
-        writes_in_flight_max: 4,
-        reads_max: 8,
-        loads_max: 4,
-    };
-    let pool = Pool::new(BYTES, limits.buffers());
-    let mut tiers = Tiers::new(limits);
-    let now = Duration::ZERO;
-    tiers.stored(name(1), || World::bytes(&pool, &name(1)));
-    let Some(Action::WriteDisk { slot, generation, .. }) = tiers.poll(now) else {
-        panic!("a write")
-    };
-    let written = true;
-    tiers.done(
-        Done::WroteDisk {
-            slot,
-            generation,
-            written,
-        },
-        now,
-    );
-    assert_eq!(tiers.load(1, vec![name(1), name(2)], None, now), 1);
-    assert_eq!(tiers.load(2, vec![name(1)], None, now), 1);
-    let Some(Action::ReadDisk {
-        slot,
-        generation,
-        name: read,
-    }) = tiers.poll(now)
-    else {
-        panic!("a read")
-    };
-    assert!(read == name(1) && tiers.poll(now).is_none(), "one read for both");
-    let block = World::bytes(&pool, &read).expect("room");
-    let read = Read::Found(block);
-    tiers.done(
-        Done::ReadDisk {
-            slot,
-            generation,
-            name: name(1),
-            read,
-        },
-        now,
-    );
-    for id in [1, 2] {
-        assert!(tiers.take(id).is_some() && tiers.is_over(id));
-        assert_eq!(tiers.end(id, now), 1);
-    }
-    assert!(tiers.is_idle());
 }

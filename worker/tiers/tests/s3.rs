@@ -118,7 +118,7 @@ async fn blocks_go_to_s3_and_come_back() {
     let pool = Pool::new(SHAPE.block_bytes, 3);
     let name = [0x34; 16];
     assert!(matches!(tier.get(name, &pool).await, Read::Missing));
-    assert!(tier.put(name, block(&pool, 5)).await);
+    assert!(tier.put(name, 3, block(&pool, 5)).await);
     let key = format!("/bucket/some/prefix/{}/34/{}", "cd".repeat(32), "34".repeat(16));
     assert_eq!(bucket.lock().expect("not poisoned").objects[&key].len(), 5128);
     let Read::Found(found) = tier.get(name, &pool).await else {
@@ -145,7 +145,7 @@ async fn a_store_that_is_down_is_a_failure_not_a_miss() {
     let pool = Pool::new(SHAPE.block_bytes, 2);
     bucket.lock().expect("not poisoned").down = true;
     assert!(matches!(tier.get([1; 16], &pool).await, Read::Failed));
-    assert!(!tier.put([1; 16], block(&pool, 1)).await);
+    assert!(!tier.put([1; 16], 3, block(&pool, 1)).await);
     let calls = bucket.lock().expect("not poisoned").calls.len();
     assert!(
         (2..=4).contains(&calls),

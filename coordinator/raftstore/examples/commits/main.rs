@@ -13,7 +13,7 @@
 mod channel;
 mod etcd;
 
-use baton_proto::state::UsageRecord;
+use baton_proto::state::{UsageRecord, UsageStatus};
 use baton_raftstore::{RaftStore, RaftStoreConfig};
 use channel::Channels;
 use hdrhistogram::Histogram;
@@ -43,7 +43,9 @@ impl Target {
                 let record = UsageRecord {
                     request_id: name,
                     model: "m".repeat(PAYLOAD_BYTES),
+                    status: UsageStatus::Completed.into(),
                     completion_tokens: 100,
+                    sampled_tokens: 100,
                     ..UsageRecord::default()
                 };
                 store.settle(record).await?;

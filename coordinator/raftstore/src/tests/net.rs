@@ -230,7 +230,7 @@ impl Group {
                 Outgoing::Message(message) => self.wire.push_back(message),
                 Outgoing::Snapshot(message, mut source) => {
                     self.streams_begun += 1;
-                    source.chunk_bytes = 64;
+                    source.chunk_bytes = 1000;
                     self.streams.push(Stream {
                         message,
                         source,

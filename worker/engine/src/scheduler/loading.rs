@@ -1,5 +1,7 @@
 //! The part of the scheduler that deals with tiers below the pool; see [`crate::tiers`] for the rules.
 
+use baton_proto::block_hash::BlockHash;
+
 use super::Scheduler;
 use crate::request::{Plan, Reuse};
 use crate::sequence::State;
@@ -12,6 +14,11 @@ impl Scheduler {
     pub fn enable_tiers(&mut self) {
         self.has_tiers = true;
         self.blocks.enable_tier_events();
+    }
+
+    /// Whether a block of that name is in the pool now.
+    pub fn has_block(&self, name: &BlockHash) -> bool {
+        self.blocks.lookup(name).is_some()
     }
 
     /// A load has ended: `loaded` more leading blocks of its request are in place, beyond those that were at once. Nobody
@@ -52,6 +59,7 @@ impl Scheduler {
         }
         let request = LoadRequest {
             seq: id,
+            parent: seq.parent(first),
             names: (first..end).map(|index| seq.hash(index)).collect(),
             blocks: seq.blocks[first..end].to_vec(),
             compute: self.pace.prefill_time((end - first) * size),

@@ -1,7 +1,7 @@
 //! A tier below the pool for simulations: keeps what it is told of (most of it), answers loads at once, later, in part or
-//! not at all, and scribbles over blocks that it was lent until it gives them back.
+//! not at all, and scribbles over blocks that it was lent until it gives them back. What it was given a hint of it has at once.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use baton_engine::{BlockEvent, KvTiers, LoadRequest, LoadStart, Scheduler, SeqId};
@@ -22,11 +22,15 @@ pub struct SimTiers {
     geometry: KvGeometry,
     rng: SmallRng,
     kept: HashMap<BlockHash, Vec<u8>>,
+    /// Names of hints, until somebody asks for them.
+    hinted: HashSet<BlockHash>,
     loads: BTreeMap<SeqId, Load>,
     pub clock: u64,
     /// Blocks loaded, and loads that gave less than they promised.
     pub loaded: usize,
     pub broken: usize,
+    /// Loads that were in place at once thanks to a hint.
+    pub ahead: usize,
 }
 
 impl SimTiers {
@@ -36,10 +40,12 @@ impl SimTiers {
             geometry,
             rng: SmallRng::seed_from_u64(seed),
             kept: HashMap::new(),
+            hinted: HashSet::new(),
             loads: BTreeMap::new(),
             clock: 0,
             loaded: 0,
             broken: 0,
+            ahead: 0,
         }
     }
 
@@ -53,6 +59,13 @@ impl SimTiers {
 
     pub fn cancel(&mut self, seq: SeqId) {
         self.loads.remove(&seq);
+    }
+
+    /// Somebody who waits, or nobody, will ask for these blocks, of which the pool has none that `in_pool` names.
+    pub fn read_ahead(&mut self, names: &[BlockHash], in_pool: impl Fn(&BlockHash) -> bool) {
+        let wanted = names.iter().filter(|name| !in_pool(name));
+        self.hinted
+            .extend(wanted.take_while(|name| self.kept.contains_key(*name)));
     }
 
     fn write(&self, block: u32, bytes: &[u8]) {
@@ -97,7 +110,7 @@ impl SimTiers {
 
 impl KvTiers for SimTiers {
     fn observe(&mut self, event: &BlockEvent) {
-        let (BlockEvent::Stored { hash, block, .. } | BlockEvent::Evicted { hash, block }) = event;
+        let (BlockEvent::Stored { hash, block, .. } | BlockEvent::Evicted { hash, block, .. }) = event;
         let mut bytes = vec![0; self.geometry.block_bytes()];
         assert!(
             self.region
@@ -116,7 +129,13 @@ impl KvTiers for SimTiers {
     fn load(&mut self, request: &LoadRequest) -> LoadStart {
         assert_eq!(request.names.len(), request.blocks.len());
         let have = request.names.iter().take_while(|n| self.kept.contains_key(*n)).count();
+        let ahead = request.names[..have]
+            .iter()
+            .take_while(|name| self.hinted.remove(*name))
+            .count();
+        self.ahead += usize::from(ahead > 0);
         let now = match self.rng.random_range(0..3) {
+            _ if ahead > 0 => ahead,
             0 => 0,
             1 => self.rng.random_range(0..=have),
             _ => have,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use baton_proto::block_hash::BlockHash;
+use baton_proto::block_hash::{BlockHash, short};
 
 use super::{Action, Read, Tier, Tiers};
 
@@ -21,7 +21,7 @@ const DEADLINE_UNKNOWN: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) enum Part<B> {
     Unasked,
-    /// In host memory when it was asked for; looked up again when it is taken.
+    /// In host memory, or held ahead, when it was asked for; looked up again when it is taken.
     Host,
     Reading,
     Here(Tier, B),
@@ -31,6 +31,8 @@ pub(super) enum Part<B> {
 /// Blocks that one sequence waits for.
 #[derive(Debug)]
 pub(super) struct Load<B> {
+    /// Short name of the block before the first.
+    parent: u64,
     pub(super) names: Vec<BlockHash>,
     pub(super) parts: Vec<Part<B>>,
     /// Parts before this one are not `Unasked`.
@@ -51,6 +53,12 @@ pub(super) struct Load<B> {
 }
 
 impl<B> Load<B> {
+    fn parent(&self, index: usize) -> u64 {
+        index
+            .checked_sub(1)
+            .map_or(self.parent, |before| short(&self.names[before]))
+    }
+
     fn cut(&mut self, index: usize) -> usize {
         let lost = self.end.saturating_sub(index);
         self.end = self.end.min(index.max(self.taken));
@@ -77,13 +85,24 @@ pub(super) struct Reading {
     /// Slot and generation, if it is the disk's; the slot is pinned.
     pub(super) disk: Option<(u32, u64)>,
     pub(super) waiters: Vec<(u64, usize)>,
+    /// Short name of the block before it.
+    parent: u64,
+    /// It was begun for a hint.
+    pub(super) ahead: bool,
 }
 
 impl<B: Clone> Tiers<B> {
-    /// Begins a load of `names` under an id that no other load has; `compute` is what computing all of them would take. Answers
-    /// how many may come: with 0 there is no load. Then [`take`](Self::take) until it is [over](Self::is_over), and
+    /// Begins a load of `names` under an id that no other load has; the first one's parent has the short name `parent`, and
+    /// `compute` is what computing all of them would take. Answers how many may come: with 0 there is no load. Then [`take`](Self::take) until it is [over](Self::is_over), and
     /// [`end`](Self::end) it in any case.
-    pub fn load(&mut self, id: u64, names: Vec<BlockHash>, compute: Option<Duration>, now: Duration) -> usize {
+    pub fn load(
+        &mut self,
+        id: u64,
+        parent: u64,
+        names: Vec<BlockHash>,
+        compute: Option<Duration>,
+        now: Duration,
+    ) -> usize {
         self.tick(now);
         if names.is_empty() || self.loads.len() >= self.limits.loads_max || self.loads.contains_key(&id) {
             return 0;
@@ -113,6 +132,7 @@ impl<B: Clone> Tiers<B> {
         }
         let patience = compute.map_or(DEADLINE_UNKNOWN, |all| all.clamp(DEADLINE_MIN, DEADLINE_MAX));
         let load = Load {
+            parent,
             parts: names.iter().map(|_| Part::Unasked).collect(),
             names,
             asked: 0,
@@ -138,13 +158,14 @@ impl<B: Clone> Tiers<B> {
         if index >= load.end {
             return None;
         }
-        let (tier, block) = match std::mem::replace(&mut load.parts[index], Part::Unasked) {
+        let (tier, from, block) = match std::mem::replace(&mut load.parts[index], Part::Unasked) {
             Part::Here(tier, block) => {
                 self.here -= 1;
-                (tier, block)
+                (tier, tier, block)
             }
             Part::Host => match self.take_host(id, index) {
-                Some(block) => (Tier::Host, block),
+                // Whatever tier it came from: it was in memory, and says nothing of how quick that tier is.
+                Some((from, block)) => (Tier::Host, from, block),
                 // It has left since. Look elsewhere.
                 None => {
                     self.ask_again(id, index);
@@ -162,15 +183,24 @@ impl<B: Clone> Tiers<B> {
         load.taken += 1;
         load.asked = load.asked.max(load.taken);
         load.slowest = load.slowest.max(Some(tier));
-        self.usage(tier).hits += 1;
+        self.usage(from).hits += 1;
         self.ask_ahead();
         Some(block)
     }
 
-    fn take_host(&mut self, id: u64, index: usize) -> Option<B> {
-        let slot = self.host.get(self.loads.get(&id)?.names.get(index)?)?;
+    /// A block that is in memory, and the tier it came from.
+    fn take_host(&mut self, id: u64, index: usize) -> Option<(Tier, B)> {
+        let name = self.loads.get(&id)?.names.get(index)?;
+        if let Some(held) = self.ahead.take(name) {
+            self.stats.ahead.hits += 1;
+            if let Some(slot) = self.disk.get(name) {
+                self.disk.touch(slot);
+            }
+            return Some(held);
+        }
+        let slot = self.host.get(name)?;
         self.host.touch(slot);
-        self.host_bytes[slot as usize].clone()
+        Some((Tier::Host, self.host_bytes[slot as usize].clone()?))
     }
 
     /// Whether all blocks that will come were taken.
@@ -205,7 +235,7 @@ impl<B: Clone> Tiers<B> {
         match load.slowest {
             Some(tier) => self.rates.observe(tier, load.taken, took),
             // A look into the store for nothing: that is what such a look costs.
-            None if load.unsure_from == 0 => self.rates.observe(Tier::Object, 1, took),
+            None if load.unsure_from == 0 => self.rates.observe_look(took),
             None => {}
         }
         self.ask_ahead();
@@ -249,6 +279,7 @@ impl<B: Clone> Tiers<B> {
     fn ask(&mut self, id: u64, index: usize) -> bool {
         let Some(load) = self.loads.get(&id) else { return true };
         let (name, avoid, guess) = (load.names[index], load.avoid, index >= load.unsure_from);
+        let parent = load.parent(index);
         let tier = self.locate(&name).filter(|tier| !avoid[*tier as usize]).or_else(|| {
             let maybe = !avoid[Tier::Object as usize] && self.may_have_object(&name);
             (maybe && (guess || self.objects.get(&name).is_some())).then_some(Tier::Object)
@@ -264,10 +295,10 @@ impl<B: Clone> Tiers<B> {
             Some(tier) => {
                 if let Some(read) = self.reads.get_mut(&name) {
                     read.waiters.push((id, index));
-                } else if self.reads.len() + self.here >= self.limits.reads_max {
+                } else if !self.has_room() {
                     return false;
                 } else {
-                    self.begin_read(tier, name, (id, index));
+                    self.begin_read(tier, name, parent, Some((id, index)));
                 }
                 Part::Reading
             }
@@ -279,15 +310,36 @@ impl<B: Clone> Tiers<B> {
         true
     }
 
-    fn begin_read(&mut self, tier: Tier, name: BlockHash, waiter: (u64, usize)) {
+    /// Whether one more block may be read for loads.
+    fn has_room(&self) -> bool {
+        self.reads.len() - self.ahead.reading + self.here < self.limits.reads_max
+    }
+
+    /// Begins to read a block, for a part of a load or, without one, for a hint.
+    pub(super) fn begin_read(&mut self, tier: Tier, name: BlockHash, parent: u64, waiter: Option<(u64, usize)>) {
         let disk = self.disk.get(&name).filter(|_| tier == Tier::Disk);
         let disk = disk.map(|slot| (slot, self.disk.pin(slot)));
-        self.read_queue.push_back(match disk {
-            Some((slot, generation)) => Action::ReadDisk { slot, generation, name },
-            None => Action::GetObject { name },
+        let ahead = waiter.is_none();
+        let queue = match ahead {
+            true => &mut self.ahead_queue,
+            false => &mut self.read_queue,
+        };
+        queue.push_back(match disk {
+            Some((slot, generation)) => Action::ReadDisk {
+                slot,
+                generation,
+                name,
+                ahead,
+            },
+            None => Action::GetObject { name, ahead },
         });
-        let waiters = vec![waiter];
-        self.reads.insert(name, Reading { disk, waiters });
+        let reading = Reading {
+            disk,
+            waiters: waiter.into_iter().collect(),
+            parent,
+            ahead,
+        };
+        self.reads.insert(name, reading);
     }
 
     fn ask_again(&mut self, id: u64, index: usize) {
@@ -304,7 +356,8 @@ impl<B: Clone> Tiers<B> {
             return;
         }
         self.disk_breaker.observe(!matches!(read, Read::Failed), self.now);
-        if matches!(read, Read::Found(_)) {
+        let asked_for = self.reads.get(&name).is_some_and(|read| !read.waiters.is_empty());
+        if asked_for && matches!(read, Read::Found(_)) {
             self.disk.touch(slot);
         }
         self.stats.disk.broken += u64::from(!keep);
@@ -314,7 +367,10 @@ impl<B: Clone> Tiers<B> {
     pub(super) fn got_object(&mut self, name: BlockHash, read: Read<B>) {
         self.object_breaker.observe(!matches!(read, Read::Failed), self.now);
         match read {
-            Read::Found(_) => self.know_object(name),
+            Read::Found(_) => {
+                let parent = self.reads.get(&name).map_or(0, |read| read.parent);
+                self.know_object(name, parent);
+            }
             Read::Broken | Read::Missing => self.miss_object(name),
             Read::Failed => {}
         }
@@ -327,6 +383,13 @@ impl<B: Clone> Tiers<B> {
         let Some(reading) = self.reads.remove(&name) else {
             return;
         };
+        if reading.ahead {
+            self.ahead.reading -= 1;
+            if let Read::Found(block) = &read {
+                self.stats.ahead.read += 1;
+                self.ahead.hold(name, tier, block.clone(), self.now);
+            }
+        }
         for (id, index) in reading.waiters {
             let Some(load) = self.loads.get_mut(&id) else { continue };
             if index >= load.end || load.names[index] != name || !matches!(load.parts[index], Part::Reading) {
@@ -335,7 +398,12 @@ impl<B: Clone> Tiers<B> {
             match &read {
                 // One buffer may be here for several loads; it is counted for each, which errs on the safe side, so
                 // only as many take it as there is room for.
-                Read::Found(block) if self.here + self.reads.len() < self.limits.reads_max => {
+                // The first one takes it from there, at the latest.
+                Read::Found(_) if reading.ahead => {
+                    load.window = (load.window * 2).min(WINDOW_MAX);
+                    self.ask_again(id, index);
+                }
+                Read::Found(block) if self.reads.len() - self.ahead.reading + self.here < self.limits.reads_max => {
                     load.parts[index] = Part::Here(tier, block.clone());
                     load.window = (load.window * 2).min(WINDOW_MAX);
                     if index >= load.guess_from {

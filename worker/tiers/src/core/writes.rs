@@ -1,6 +1,6 @@
 //! How blocks come into the tiers: what is offered, what is queued, and what is left alone for a while because it fails.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 use baton_proto::block_hash::BlockHash;
@@ -42,9 +42,10 @@ impl Breaker {
 #[derive(Debug)]
 pub(super) struct Queue<B> {
     max: usize,
-    blocks: VecDeque<(BlockHash, B)>,
-    /// Of what is queued or being written.
-    names: HashSet<BlockHash>,
+    /// Name, short name of the parent, bytes.
+    blocks: VecDeque<(BlockHash, u64, B)>,
+    /// Of what is queued or being written, each with the short name of its parent.
+    names: HashMap<BlockHash, u64>,
     pub(super) in_flight: usize,
 }
 
@@ -53,7 +54,7 @@ impl<B> Queue<B> {
         Queue {
             max,
             blocks: VecDeque::new(),
-            names: HashSet::new(),
+            names: HashMap::new(),
             in_flight: 0,
         }
     }
@@ -66,22 +67,23 @@ impl<B> Queue<B> {
         self.blocks.len() >= self.max
     }
 
-    fn push(&mut self, name: BlockHash, block: B) {
-        if self.names.insert(name) {
-            self.blocks.push_back((name, block));
+    fn push(&mut self, name: BlockHash, parent: u64, block: B) {
+        if self.names.insert(name, parent).is_none() {
+            self.blocks.push_back((name, parent, block));
         }
     }
 
-    fn pop(&mut self) -> Option<(BlockHash, B)> {
+    fn pop(&mut self) -> Option<(BlockHash, u64, B)> {
         let next = self.blocks.pop_front();
         self.in_flight += usize::from(next.is_some());
         next
     }
 
-    fn done(&mut self, name: &BlockHash) {
-        if self.names.remove(name) {
-            self.in_flight = self.in_flight.saturating_sub(1);
-        }
+    /// It was written, or not. Answers the short name of its parent.
+    fn done(&mut self, name: &BlockHash) -> Option<u64> {
+        let parent = self.names.remove(name)?;
+        self.in_flight = self.in_flight.saturating_sub(1);
+        Some(parent)
     }
 
     pub(super) fn check(&self) -> Result<(), String> {
@@ -99,9 +101,9 @@ impl<B> Queue<B> {
 }
 
 impl<B: Clone> Tiers<B> {
-    /// A block is full and named; `copy` makes a copy of its bytes, or fails if there is no buffer. Called at most once, and
+    /// A block is full and named, and its parent has that short name; `copy` makes a copy of its bytes, or fails if there is no buffer. Called at most once, and
     /// only if somebody wants it.
-    pub fn stored(&mut self, name: BlockHash, copy: impl FnOnce() -> Option<B>) {
+    pub fn stored(&mut self, name: BlockHash, parent: u64, copy: impl FnOnce() -> Option<B>) {
         let wanted = [self.wants(Tier::Disk, &name), self.wants(Tier::Object, &name)];
         if wanted == [false; 2] {
             return;
@@ -110,23 +112,23 @@ impl<B: Clone> Tiers<B> {
         for (wanted, tier) in wanted.into_iter().zip([Tier::Disk, Tier::Object]) {
             match (&block, tier) {
                 _ if !wanted => {}
-                (Some(block), Tier::Disk) => self.disk_queue.push(name, block.clone()),
-                (Some(block), _) => self.object_queue.push(name, block.clone()),
+                (Some(block), Tier::Disk) => self.disk_queue.push(name, parent, block.clone()),
+                (Some(block), _) => self.object_queue.push(name, parent, block.clone()),
                 (None, tier) => self.usage(tier).dropped += 1,
             }
         }
     }
 
-    /// A block leaves the pool; see [`stored`](Self::stored) for `copy`.
-    pub fn evicted(&mut self, name: BlockHash, copy: impl FnOnce() -> Option<B>) {
+    /// A block leaves the pool; see [`stored`](Self::stored).
+    pub fn evicted(&mut self, name: BlockHash, parent: u64, copy: impl FnOnce() -> Option<B>) {
         if self.limits.host_blocks == 0 {
             // One more chance for what found its queue full before.
-            return self.stored(name, copy);
+            return self.stored(name, parent, copy);
         }
         if let Some(slot) = self.host.get(&name) {
             return self.host.touch(slot);
         }
-        let Some(place) = self.host.place(name) else {
+        let Some(place) = self.host.place(name, parent) else {
             return;
         };
         let at = place.slot as usize;
@@ -134,10 +136,10 @@ impl<B: Clone> Tiers<B> {
             self.host_bytes.resize(at + 1, None);
         }
         let old = self.host_bytes[at].take();
-        if let (Some(evicted), Some(bytes)) = (place.evicted, old)
+        if let (Some((evicted, before)), Some(bytes)) = (place.evicted, old)
             && self.wants(Tier::Disk, &evicted)
         {
-            self.disk_queue.push(evicted, bytes);
+            self.disk_queue.push(evicted, before, bytes);
         }
         self.host_bytes[at] = copy();
         let written = self.host_bytes[at].is_some();
@@ -155,7 +157,7 @@ impl<B: Clone> Tiers<B> {
             Tier::Disk => (self.limits.disk_blocks > 0, &self.disk, &self.disk_queue),
             Tier::Object => (self.limits.object, &self.objects, &self.object_queue),
         };
-        if !there || shelf.knows(name) || queue.names.contains(name) {
+        if !there || shelf.knows(name) || queue.names.contains_key(name) {
             return false;
         }
         let full = queue.is_full();
@@ -165,15 +167,16 @@ impl<B: Clone> Tiers<B> {
 
     pub(super) fn next_write(&mut self) -> Option<Action<B>> {
         while self.disk_queue.in_flight < self.limits.writes_in_flight_max && self.disk_breaker.is_open(self.now) {
-            let Some((name, block)) = self.disk_queue.pop() else {
+            let Some((name, parent, block)) = self.disk_queue.pop() else {
                 break;
             };
-            match self.disk.place(name) {
+            match self.disk.place(name, parent) {
                 Some(place) => {
                     return Some(Action::WriteDisk {
                         slot: place.slot,
                         generation: place.generation,
                         name,
+                        parent,
                         block,
                     });
                 }
@@ -185,8 +188,8 @@ impl<B: Clone> Tiers<B> {
             }
         }
         if self.object_queue.in_flight < self.limits.writes_in_flight_max && self.object_breaker.is_open(self.now) {
-            let (name, block) = self.object_queue.pop()?;
-            return Some(Action::PutObject { name, block });
+            let (name, parent, block) = self.object_queue.pop()?;
+            return Some(Action::PutObject { name, parent, block });
         }
         None
     }
@@ -205,10 +208,10 @@ impl<B: Clone> Tiers<B> {
     }
 
     pub(super) fn put_object(&mut self, name: BlockHash, written: bool) {
-        self.object_queue.done(&name);
+        let parent = self.object_queue.done(&name).unwrap_or(0);
         self.object_breaker.observe(written, self.now);
         if written {
-            self.know_object(name);
+            self.know_object(name, parent);
             self.stats.object.writes += 1;
         } else {
             self.stats.object.dropped += 1;
