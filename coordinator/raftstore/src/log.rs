@@ -314,10 +314,7 @@ impl Storage for LogStore {
     /// Metadata only: the state stays in a [`SnapshotSource`] until the message is taken.
     fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<Snapshot> {
         let source = SnapshotSource::open(&self.store)?;
-        let mut index = source.index();
-        if planted!(AppliesTwiceAfterSnapshot) && index > self.truncated.0 + 1 {
-            index -= 1;
-        }
+        let index = source.index();
         if index < request_index {
             return Err(StorageError::SnapshotTemporarilyUnavailable.into());
         }

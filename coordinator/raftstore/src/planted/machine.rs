@@ -117,10 +117,7 @@ impl Tables for Falsified<'_> {
 
 impl TablesMut for Falsified<'_> {
     fn put(&mut self, key: &[u8], value: &[u8]) -> Result<(), TablesError> {
-        if is(Bug::SliceNotCharged)
-            && key[0] == keys::SLICES
-            && matches!(self.kind, Some(Kind::SettleUsage(_)))
-        {
+        if is(Bug::SliceNotCharged) && key[0] == keys::SLICES && matches!(self.kind, Some(Kind::SettleUsage(_))) {
             return Ok(());
         }
         if is(Bug::PeriodNotCut) && key == keys::HEAD && matches!(self.kind, Some(Kind::ClosePeriod(_))) {

@@ -9,9 +9,9 @@ use super::world::World;
 use crate::RaftStoreError;
 use crate::runner::Input;
 use crate::tables::StateView;
-use baton_limits::{Lease, LeaseAsk, Purse, PurseConfig, Reservation};
+use baton_limits::{LeaseAsk, Purse, PurseConfig, Reservation};
 use baton_proto::state::{Command, Correction, LedgerRow, UsageRecord};
-use baton_state::{Applied, Outcome, Refused, view};
+use baton_state::{Applied, view};
 use prost::Message as _;
 use std::collections::BTreeMap;
 use tokio::sync::oneshot;
@@ -53,28 +53,28 @@ pub(super) enum Expect {
 }
 
 pub(super) struct Op {
-    what: What,
-    tries: u64,
-    next_try_ms: u64,
+    pub(super) what: What,
+    pub(super) tries: u64,
+    pub(super) next_try_ms: u64,
 }
 
-enum Answer {
+pub(super) enum Answer {
     Applied(oneshot::Receiver<Result<Applied, RaftStoreError>>),
     Read(oneshot::Receiver<Result<u64, RaftStoreError>>),
 }
 
-struct Call {
-    op: u64,
-    member: u64,
-    command: Vec<u8>,
-    asked_ms: u64,
-    answer: Answer,
+pub(super) struct Call {
+    pub(super) op: u64,
+    pub(super) member: u64,
+    pub(super) command: Vec<u8>,
+    pub(super) asked_ms: u64,
+    pub(super) answer: Answer,
     /// What was answered to anybody before this was asked.
-    known_index: u64,
-    known_dead: BTreeMap<String, u64>,
+    pub(super) known_index: u64,
+    pub(super) known_dead: BTreeMap<String, u64>,
 }
 
-struct Running {
+pub(super) struct Running {
     ends_ms: u64,
     reservation: Reservation,
     record: UsageRecord,
@@ -82,29 +82,29 @@ struct Running {
 }
 
 pub(super) struct Gateway {
-    purse: Purse,
-    life: u64,
-    running: Vec<Running>,
+    pub(super) purse: Purse,
+    pub(super) life: u64,
+    pub(super) running: Vec<Running>,
     /// What was settled of each slice, as far as it was told.
-    settled: BTreeMap<String, u64>,
+    pub(super) settled: BTreeMap<String, u64>,
 }
 
 pub(super) struct Clients {
-    ops: BTreeMap<u64, Op>,
-    next_op: u64,
-    calls: Vec<Call>,
-    gateways: Vec<Gateway>,
-    founded: usize,
-    requests: u64,
+    pub(super) ops: BTreeMap<u64, Op>,
+    pub(super) next_op: u64,
+    pub(super) calls: Vec<Call>,
+    pub(super) gateways: Vec<Gateway>,
+    pub(super) founded: usize,
+    pub(super) requests: u64,
     /// Answered rows by request or correction.
     pub(super) acked: BTreeMap<String, u64>,
     /// Greatest index of a command that was answered.
-    known_index: u64,
+    pub(super) known_index: u64,
     /// Greatest epoch of each worker that is known to be over.
-    dead: BTreeMap<String, u64>,
-    epochs: BTreeMap<String, u64>,
+    pub(super) dead: BTreeMap<String, u64>,
+    pub(super) epochs: BTreeMap<String, u64>,
     pub(super) feed: Vec<LedgerRow>,
-    corrections: u64,
+    pub(super) corrections: u64,
     pub(super) answers: u64,
     pub(super) reads: u64,
     /// Nothing new is begun.
@@ -153,7 +153,10 @@ impl Clients {
     }
 
     pub(super) fn open(&self) -> Vec<String> {
-        self.ops.values().map(|op| format!("{:?} tried {}", op.what, op.tries)).collect()
+        self.ops
+            .values()
+            .map(|op| format!("{:?} tried {}", op.what, op.tries))
+            .collect()
     }
 
     pub(super) fn forget_calls(&mut self, member: u64) {
@@ -271,7 +274,9 @@ impl World {
         };
         let keyed = self.random.chance(15);
         let gateway = &mut self.clients.gateways[at];
-        let Ok(reservation) = gateway.purse.reserve(&budgets, cost(most), now_ms) else { return };
+        let Ok(reservation) = gateway.purse.reserve(&budgets, cost(most), now_ms) else {
+            return;
+        };
         self.clients.requests += 1;
         let number = self.clients.requests;
         let record = commands::record(number, &reservation, now_ms, keyed);
@@ -293,14 +298,18 @@ impl World {
                 // Some of these are about a life that is over.
                 if let Some(epoch) = self.clients.epochs.get(&worker).copied() {
                     let zombie = self.random.chance(40);
-                    let epoch = if zombie { epoch.saturating_sub(self.random.range(1, 4)) } else { epoch };
+                    let epoch = if zombie {
+                        epoch.saturating_sub(self.random.range(1, 4))
+                    } else {
+                        epoch
+                    };
                     self.clients.want(What::Remove(worker, epoch));
                 }
             }
             4 => self.clients.want(What::Close),
             5 | 6 => self.clients.want(What::Seal(seed)),
-            7..=14 => self.clients.want(What::Read(lease)),
-            15 => self.clients.want(What::Tick),
+            7..=22 => self.clients.want(What::Read(lease)),
+            23 => self.clients.want(What::Tick),
             _ => {}
         }
     }
@@ -316,7 +325,11 @@ impl World {
         for row in self.rows_after(id, cursor).unwrap_or_default() {
             let expected = self.clients.feed.len() as u64 + 1;
             if row.sequence != expected {
-                return violation(format!("the feed of member {id} goes on with {} after {}", row.sequence, expected - 1));
+                return violation(format!(
+                    "the feed of member {id} goes on with {} after {}",
+                    row.sequence,
+                    expected - 1
+                ));
             }
             if view::row(&self.oracle.tables, expected)?.as_ref() != Some(&row) {
                 return violation(format!("the feed of member {id} has another row {expected}"));
@@ -333,14 +346,36 @@ impl World {
         let Some(member) = self.random.pick(&up) else { return };
         let leader = self.leader();
         // Most know who leads.
-        let member = if self.random.chance(50) { leader.unwrap_or(member) } else { member };
+        let member = if self.random.chance(50) {
+            leader.unwrap_or(member)
+        } else {
+            member
+        };
+        let reads = matches!(
+            self.clients.ops.get(&id),
+            Some(Op {
+                what: What::Read(_),
+                ..
+            })
+        );
+        let leading = self.leading();
+        // Readers stay with whoever still thinks that it leads.
+        let member = match self.random.pick(&leading) {
+            Some(leading) if reads && self.random.chance(60) => leading,
+            _ => member,
+        };
         let unix_ms = self.unix_ms();
-        let Some(op) = self.clients.ops.get_mut(&id) else { return };
+        let Some(op) = self.clients.ops.get_mut(&id) else {
+            return;
+        };
         op.tries += 1;
         op.next_try_ms = patience;
         let what = op.what.clone();
         let actor = format!("{id}.{}", op.tries);
-        let state = self.members[&member].life.as_ref().map(|life| StateView::open(&life.store));
+        let state = self.members[&member]
+            .life
+            .as_ref()
+            .map(|life| StateView::open(&life.store));
         let Some(Ok(state)) = state else { return };
         let (input, answer, command) = match &what {
             What::Read(lease) => {
@@ -359,7 +394,11 @@ impl World {
                 };
                 let command = command.encode_to_vec();
                 let (sender, receiver) = oneshot::channel();
-                (Input::Propose(command.clone(), sender), Answer::Applied(receiver), command)
+                (
+                    Input::Propose(command.clone(), sender),
+                    Answer::Applied(receiver),
+                    command,
+                )
             }
         };
         self.clients.calls.push(Call {
@@ -401,195 +440,6 @@ impl World {
                     }
                     _ => {}
                 },
-            }
-        }
-        Ok(())
-    }
-
-    fn applied(&mut self, call: &Call, answer: Result<Applied, RaftStoreError>) -> Checked {
-        let outcome: Outcome = match answer {
-            Ok(applied) => Ok(applied),
-            Err(RaftStoreError::Refused(refused)) => Err(refused),
-            Err(_) => {
-                // Not taken, or nobody knows: again, soon.
-                let soon = self.now_ms + self.random.range(20, 200);
-                if let Some(op) = self.clients.ops.get_mut(&call.op) {
-                    op.next_try_ms = soon;
-                }
-                return Ok(());
-            }
-        };
-        let index = self.oracle.answered(&call.command, &outcome)?;
-        self.clients.known_index = self.clients.known_index.max(index);
-        self.clients.answers += 1;
-        self.log(|| format!("entry {index} is answered by member {}: {outcome:?}", call.member));
-        // Whoever tried twice hears twice.
-        let what = match self.clients.ops.remove(&call.op) {
-            Some(op) => op.what,
-            None => return Ok(()),
-        };
-        if self.random.chance(4) {
-            self.check_durable(index)?;
-        }
-        self.judge(what, outcome)
-    }
-
-    fn judge(&mut self, what: What, outcome: Outcome) -> Checked {
-        match (what, outcome) {
-            (What::Found(at), Ok(Applied::Ticked { .. })) => {
-                self.clients.want(What::Found(at));
-                Ok(())
-            }
-            (What::Found(_), Ok(_)) => {
-                self.clients.founded += 1;
-                Ok(())
-            }
-            (What::Settle(record, Expect::Settled), Ok(Applied::Settled { sequence })) => self.settled(*record, sequence),
-            (What::Settle(record, Expect::Row(row)), Ok(Applied::Settled { sequence })) if row != sequence => violation(
-                format!("request {} was answered row {sequence}, its key has row {row}", record.request_id),
-            ),
-            (What::Settle(_, Expect::Row(_)), Ok(Applied::Settled { .. })) => Ok(()),
-            (
-                What::Settle(_, Expect::Conflict),
-                Err(Refused::UsageConflict { .. } | Refused::IdempotencyConflict { .. }),
-            ) => Ok(()),
-            (What::Lease { .. }, Err(refused @ (Refused::Unknown { .. } | Refused::SliceOfOther { .. }))) => {
-                violation(format!("a lease was refused: {refused}"))
-            }
-            (What::Lease { gateway, life, ask, settled_nano }, outcome) => {
-                self.leased(gateway, life, &ask, settled_nano, &outcome);
-                Ok(())
-            }
-            (What::Register(worker), Ok(Applied::Registered { epoch })) => {
-                let known = self.clients.epochs.entry(worker.clone()).or_default();
-                *known = (*known).max(epoch);
-                let dead = self.clients.dead.entry(worker).or_default();
-                *dead = (*dead).max(epoch - 1);
-                Ok(())
-            }
-            (What::Remove(worker, epoch), Ok(Applied::Removed { .. })) => {
-                // It is over now, whether this did it or not.
-                let dead = self.clients.dead.entry(worker).or_default();
-                *dead = (*dead).max(epoch);
-                Ok(())
-            }
-            (What::Correct(correction), Ok(Applied::Corrected { sequence })) => {
-                self.acknowledge(format!("correction {}", correction.correction_id), sequence)
-            }
-            // A request that was not charged has nothing to give back.
-            (What::Correct(_), Err(Refused::BelowZero { .. } | Refused::Invalid(_))) => Ok(()),
-            (What::Close, Ok(_) | Err(Refused::NothingToClose | Refused::NotNext { .. })) => Ok(()),
-            (What::Seal(_), Ok(_) | Err(Refused::NotNext { .. } | Refused::BadSignature(_))) => Ok(()),
-            (What::Tick, Ok(_)) => Ok(()),
-            (what, outcome) => violation(format!("{what:?} was answered {outcome:?}")),
-        }
-    }
-
-    fn acknowledge(&mut self, id: String, sequence: u64) -> Checked {
-        let known = *self.clients.acked.entry(id.clone()).or_insert(sequence);
-        if known == sequence {
-            return Ok(());
-        }
-        violation(format!("{id} was answered row {known} and row {sequence}"))
-    }
-
-    fn settled(&mut self, record: UsageRecord, sequence: u64) -> Checked {
-        self.acknowledge(format!("request {}", record.request_id), sequence)?;
-        let nano = cost(record.completion_tokens);
-        for posting in &record.postings {
-            for gateway in &mut self.clients.gateways {
-                *gateway.settled.entry(posting.slice_id.clone()).or_default() += nano;
-            }
-        }
-        if self.clients.closing {
-            return Ok(());
-        }
-        if self.random.chance(12) {
-            // A gateway that never heard the answer.
-            self.clients.want(What::Settle(Box::new(record.clone()), Expect::Row(sequence)));
-        }
-        if self.random.chance(6) {
-            let mut other = record.clone();
-            other.completion_tokens += 1;
-            other.sampled_tokens += 1;
-            self.clients.want(What::Settle(Box::new(other), Expect::Conflict));
-        }
-        if !record.idempotency_key_sha256.is_empty() {
-            let same = self.random.chance(60);
-            self.clients.requests += 1;
-            let mut again = record.clone();
-            again.request_id = format!("r{}", self.clients.requests);
-            again.postings.clear();
-            let expect = if same {
-                Expect::Row(sequence)
-            } else {
-                again.request_sha256 = vec![9; 32].into();
-                Expect::Conflict
-            };
-            let delivered = Delivered {
-                tokens: again.completion_tokens,
-                nano,
-                budgets: Vec::new(),
-            };
-            self.oracle.delivered.insert(again.request_id.clone(), delivered);
-            self.clients.want(What::Settle(Box::new(again), expect));
-        }
-        if record.completion_tokens > 0 && self.random.chance(12) {
-            self.clients.corrections += 1;
-            let correction = commands::correction(self.clients.corrections, &record, sequence);
-            let twice = self.random.chance(50);
-            self.clients.want(What::Correct(Box::new(correction.clone())));
-            if twice {
-                self.clients.want(What::Correct(Box::new(correction)));
-            }
-        }
-        Ok(())
-    }
-
-    /// The group says what a slice has left; a purse wants what it ever had. What was settled of it before the ask is the part
-    /// that is surely not in the answer: less than the truth now and then, never more.
-    fn leased(&mut self, gateway: usize, life: u64, ask: &LeaseAsk, settled_nano: u64, outcome: &Outcome) {
-        let gateway = &mut self.clients.gateways[gateway];
-        if gateway.life != life {
-            return;
-        }
-        let (granted_nano, expires_unix_ms, exhausted) = match outcome {
-            Ok(Applied::Leased {
-                open_nano,
-                expires_unix_ms,
-                ..
-            }) => (open_nano + settled_nano, *expires_unix_ms, *open_nano < ask.want_nano),
-            _ => (0, 0, true),
-        };
-        gateway.purse.leased(&Lease {
-            budget_id: ask.budget_id.clone(),
-            slice_id: ask.slice_id.clone(),
-            granted_nano,
-            expires_unix_ms,
-            exhausted,
-        });
-    }
-
-    /// A read may be made at `index`: it must see all that was answered before it was asked.
-    fn read(&mut self, call: &Call, index: u64) -> Checked {
-        if self.clients.ops.remove(&call.op).is_none() {
-            return Ok(());
-        }
-        self.clients.reads += 1;
-        let member = call.member;
-        if index < call.known_index {
-            return violation(format!(
-                "member {member} read at {index}, and {} was answered before it was asked",
-                call.known_index
-            ));
-        }
-        let Some(life) = &self.members[&member].life else { return Ok(()) };
-        let Ok(state) = StateView::open(&life.store) else { return Ok(()) };
-        for (worker, dead) in &call.known_dead {
-            if let Some(found) = view::worker(&state, worker)?
-                && found.epoch <= *dead
-            {
-                return violation(format!("member {member} believes epoch {} of {worker}, which is over", found.epoch));
             }
         }
         Ok(())

@@ -46,7 +46,9 @@ impl World {
         let ms = self.random.range(200, 1400);
         self.later(ms, Event::Fault);
         let ids = self.up_members();
-        let Some(mut id) = self.random.pick(&ids) else { return Ok(()) };
+        let Some(mut id) = self.random.pick(&ids) else {
+            return Ok(());
+        };
         if self.random.chance(40) {
             id = self.leader().unwrap_or(id);
         }
@@ -114,6 +116,11 @@ impl World {
 
     fn isolate(&mut self, id: u64, ms: u64, outwards: bool, inwards: bool) {
         self.log(|| format!("member {id} is cut off, out {outwards}, in {inwards}, for {ms} ms"));
+        if self.random.chance(35) {
+            // Soon after it is back, with what it has learnt since.
+            let after = self.random.range(5, 250);
+            self.later(ms + after, Event::Crash(id));
+        }
         let others: Vec<u64> = self.members.keys().copied().filter(|other| *other != id).collect();
         for other in others {
             for (from, to, does) in [(id, other, outwards), (other, id, inwards)] {
@@ -127,7 +134,9 @@ impl World {
 
     /// The operator asks whoever leads, until it is done.
     pub(super) fn operator_acts(&mut self) -> Checked {
-        let Some(change) = self.operator.plan.last().copied() else { return Ok(()) };
+        let Some(change) = self.operator.plan.last().copied() else {
+            return Ok(());
+        };
         self.later(150, Event::Operator);
         if let Some((answer, asked_ms)) = &mut self.operator.waiting {
             match answer.try_recv() {
@@ -153,7 +162,9 @@ impl World {
             MembershipChange::Replace { old, .. } => old == leader,
             _ => false,
         };
-        let Some(member) = self.members.get_mut(&leader) else { return Ok(()) };
+        let Some(member) = self.members.get_mut(&leader) else {
+            return Ok(());
+        };
         if leaves {
             let (sender, _) = oneshot::channel();
             member.inbox.push(Input::Transfer(None, sender));
@@ -180,7 +191,12 @@ impl World {
                 member.disk.set_full(false);
             }
         }
-        let down: Vec<u64> = self.members.iter().filter(|(_, member)| !member.up()).map(|(id, _)| *id).collect();
+        let down: Vec<u64> = self
+            .members
+            .iter()
+            .filter(|(_, member)| !member.up())
+            .map(|(id, _)| *id)
+            .collect();
         for id in down {
             self.later(10, Event::Start(id));
         }

@@ -101,10 +101,15 @@ fn budgets(
     limits: &BTreeMap<String, u64>,
 ) -> Checked {
     for (id, limit) in limits {
-        let Some(window) = view::window(tables, id, 0)? else { continue };
+        let Some(window) = view::window(tables, id, 0)? else {
+            continue;
+        };
         let sum = window.posted_nano + window.voided_nano + window.expired_nano + window.open_nano;
         if window.reserved_nano != sum {
-            return violation(format!("budget {id}: reserved {} but {sum} became of it", window.reserved_nano));
+            return violation(format!(
+                "budget {id}: reserved {} but {sum} became of it",
+                window.reserved_nano
+            ));
         }
         if window.posted_nano + window.open_nano > u128::from(*limit) {
             return violation(format!("budget {id} is overrun: {window:?}"));
@@ -112,7 +117,10 @@ fn budgets(
         let slices = view::slices_after(tables, id, "", 1000)?;
         let open: u128 = slices.iter().map(|slice| u128::from(slice.open_nano)).sum();
         if open != window.open_nano || slices.len() as u128 != window.slices {
-            return violation(format!("budget {id}: slices hold {open}, {} is set aside", window.open_nano));
+            return violation(format!(
+                "budget {id}: slices hold {open}, {} is set aside",
+                window.open_nano
+            ));
         }
         let mut billed = 0;
         let mut spent = 0;
@@ -125,7 +133,11 @@ fn budgets(
             billed += amount;
             if amount > 0 {
                 spent += delivered.get(&record.request_id).map_or(0, |known| {
-                    if known.budgets.contains(id) { u128::from(known.nano) } else { 0 }
+                    if known.budgets.contains(id) {
+                        u128::from(known.nano)
+                    } else {
+                        0
+                    }
                 });
             }
         }

@@ -7,7 +7,7 @@ use crate::runner::{Board, Input, Runner};
 use crate::snapshot::{OutgoingSnapshot, Staging};
 use crate::{Peers, RaftStoreConfig, RaftStoreError};
 use protobuf::Message as _;
-use raft::eraftpb::{HardState, Message, MessageType};
+use raft::eraftpb::{Entry, HardState, Message, MessageType};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::{broadcast, watch};
@@ -172,18 +172,29 @@ impl Member {
     pub(super) fn broken_promise(&self) -> Result<Option<String>, RaftStoreError> {
         let Some(life) = &self.life else { return Ok(None) };
         let (hard_state, last) = read_log_end(&life.store)?;
+        if let Some(broken) = broken_log(&life.store)? {
+            return Ok(Some(broken));
+        }
         let Promise { term, vote, index } = self.promise;
         if hard_state.term < term {
-            return Ok(Some(format!("it spoke in term {term} and remembers {}", hard_state.term)));
+            return Ok(Some(format!(
+                "it spoke in term {term} and remembers {}",
+                hard_state.term
+            )));
         }
         if hard_state.term > term {
             return Ok(None);
         }
         if vote != 0 && hard_state.vote != vote {
-            return Ok(Some(format!("it voted for {vote} in term {term} and remembers {}", hard_state.vote)));
+            return Ok(Some(format!(
+                "it voted for {vote} in term {term} and remembers {}",
+                hard_state.vote
+            )));
         }
         if last < index {
-            return Ok(Some(format!("it said it had entry {index} in term {term}, and its log ends at {last}")));
+            return Ok(Some(format!(
+                "it said it had entry {index} in term {term}, and its log ends at {last}"
+            )));
         }
         Ok(None)
     }
@@ -196,16 +207,44 @@ pub(super) fn read_log_end(store: &Store) -> Result<(HardState, u64), RaftStoreE
     let hard_state = table.get(meta::HARD_STATE)?.map(|value| value.value().to_vec());
     let hard_state = HardState::parse_from_bytes(&hard_state.unwrap_or_default()).unwrap_or_default();
     let truncated = table.get(meta::TRUNCATED)?.map(|value| value.value().to_vec());
-    let truncated = truncated.and_then(|value| crate::database::number(&value[..8])).unwrap_or(0);
+    let truncated = truncated
+        .and_then(|value| crate::database::number(&value[..8]))
+        .unwrap_or(0);
     let last = txn.open_table(LOG)?.range::<u64>(..)?.next_back();
     let last = last.transpose()?.map_or(truncated, |(key, _)| key.value());
     Ok((hard_state, last))
 }
 
+/// A log has no gaps, and its terms never fall.
+fn broken_log(store: &Store) -> Result<Option<String>, RaftStoreError> {
+    let txn = store.read()?;
+    let mut before = None;
+    for item in txn.open_table(LOG)?.range::<u64>(..)? {
+        let (key, value) = item?;
+        let entry = Entry::parse_from_bytes(value.value()).unwrap_or_default();
+        let now = (key.value(), entry.term);
+        if let Some((index, term)) = before
+            && (now.0 != index + 1 || now.1 < term)
+        {
+            return Ok(Some(format!(
+                "entry {index} of term {term} is followed by {} of {}",
+                now.0, now.1
+            )));
+        }
+        before = Some(now);
+    }
+    Ok(None)
+}
+
 /// The entry at an index in a store's log, or that it is deleted because it is in the state.
 pub(super) fn holds_entry(store: &Store, index: u64) -> Result<bool, RaftStoreError> {
     let txn = store.read()?;
-    let truncated = txn.open_table(META)?.get(meta::TRUNCATED)?.map(|value| value.value().to_vec());
-    let truncated = truncated.and_then(|value| crate::database::number(&value[..8])).unwrap_or(0);
+    let truncated = txn
+        .open_table(META)?
+        .get(meta::TRUNCATED)?
+        .map(|value| value.value().to_vec());
+    let truncated = truncated
+        .and_then(|value| crate::database::number(&value[..8]))
+        .unwrap_or(0);
     Ok(index <= truncated || txn.open_table(LOG)?.get(index)?.is_some())
 }

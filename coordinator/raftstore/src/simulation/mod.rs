@@ -5,12 +5,14 @@
 //!
 //! Deliberately not here: the transport (gRPC, TLS), threads, and a member that lies on purpose.
 
+mod answers;
 mod clients;
 mod commands;
 mod disk;
 mod faults;
 mod invariants;
 mod member;
+mod network;
 mod oracle;
 mod power;
 mod tests;
@@ -140,7 +142,9 @@ fn betray(world: &mut World) -> Checked {
     if up.len() < 3 || kind == 2 {
         return Ok(());
     }
-    let Some(victim) = world.random.pick(&up) else { return Ok(()) };
+    let Some(victim) = world.random.pick(&up) else {
+        return Ok(());
+    };
     if kind == 0 {
         world.log(|| format!("the disk of member {victim} lies"));
         if let Some(member) = world.members.get_mut(&victim) {

@@ -105,7 +105,9 @@ impl Oracle {
         } = seen;
         if let Some(known) = self.entries.get(&index) {
             if known.term != term || known.data != data {
-                return violation(format!("member {member} applied another entry at {index} than others did"));
+                return violation(format!(
+                    "member {member} applied another entry at {index} than others did"
+                ));
             }
             if outcome.is_some() && known.outcome != outcome {
                 return violation(format!(
@@ -113,6 +115,10 @@ impl Oracle {
                     known.outcome
                 ));
             }
+            return Ok(());
+        }
+        if command && outcome.is_none() {
+            // Its power went while it applied this: it did not.
             return Ok(());
         }
         if index != self.last + 1 {
@@ -127,7 +133,9 @@ impl Oracle {
             let applied = planted::apply(&mut self.tables, index, &data);
             let applied = applied.map_err(|error| Violation(format!("the machine failed at {index}: {error}")))?;
             if outcome.as_ref() != Some(&applied) {
-                return violation(format!("member {member} had {outcome:?} at {index}, the reference {applied:?}"));
+                return violation(format!(
+                    "member {member} had {outcome:?} at {index}, the reference {applied:?}"
+                ));
             }
             self.indices.entry(data.clone()).or_default().push(index);
             self.judge(index, &data, &applied)?;
@@ -165,7 +173,8 @@ impl Oracle {
                     return violation(format!("epoch {epoch} was given after {}", self.last_epoch));
                 }
                 self.last_epoch = *epoch;
-                self.epochs.insert(register.worker.unwrap_or_default().worker_id, *epoch);
+                self.epochs
+                    .insert(register.worker.unwrap_or_default().worker_id, *epoch);
             }
             (Some(Kind::RemoveWorker(remove)), Ok(Applied::Removed { removed })) => {
                 let current = self.epochs.get(&remove.worker_id) == Some(&remove.epoch);
@@ -187,7 +196,10 @@ impl Oracle {
         }
         self.judge_rows()?;
         for (worker, epoch) in &self.epochs {
-            let found = view::worker(&self.tables, worker).ok().flatten().map(|found| found.epoch);
+            let found = view::worker(&self.tables, worker)
+                .ok()
+                .flatten()
+                .map(|found| found.epoch);
             if found != Some(*epoch) {
                 return violation(format!("worker {worker} is there under epoch {found:?}, not {epoch}"));
             }
@@ -211,7 +223,11 @@ impl Oracle {
             }
             if record.status() == UsageStatus::Expired {
                 let end = |slice: &String| self.slice_ends.get(slice).map_or(0, |end| end + SLICE_GRACE_MS);
-                if record.postings.iter().all(|posting| self.now_ms < end(&posting.slice_id)) {
+                if record
+                    .postings
+                    .iter()
+                    .all(|posting| self.now_ms < end(&posting.slice_id))
+                {
                     return violation(format!(
                         "request {} is not charged although its slices were in their grace",
                         record.request_id
@@ -230,7 +246,9 @@ impl Oracle {
     /// A client was answered: returns the index of its command.
     pub(super) fn answered(&self, command: &[u8], outcome: &Outcome) -> Checked<u64> {
         let Some(indices) = self.indices.get(command) else {
-            return violation(format!("a command was answered {outcome:?} and was never applied anywhere"));
+            return violation(format!(
+                "a command was answered {outcome:?} and was never applied anywhere"
+            ));
         };
         let outcome_at = |index: &u64| self.entries.get(index).and_then(|entry| entry.outcome.as_ref());
         if let Some(index) = indices.iter().find(|index| outcome_at(index) == Some(outcome)) {

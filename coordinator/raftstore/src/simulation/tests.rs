@@ -125,7 +125,8 @@ fn planted_bugs_are_found() {
                     let at = next.fetch_add(1, Ordering::Relaxed) as usize;
                     let Some((bug, about)) = Bug::ALL.get(at) else { return };
                     let began = Instant::now();
-                    let first = (0..SEEDS_PER_BUG).find_map(|seed| Some((seed, run(seed, Some(*bug), false).violation?)));
+                    let first =
+                        (0..SEEDS_PER_BUG).find_map(|seed| Some((seed, run(seed, Some(*bug), false).violation?)));
                     let line = match first {
                         Some((seed, violation)) => Ok(format!("| `{bug:?}` |{about} | {} | {violation} |", seed + 1)),
                         None => Err(format!("{bug:?}")),

@@ -1,30 +1,20 @@
-//! Time, the network, and what happens to members. What clients do is in `clients`, what goes wrong in `faults`.
+//! Time, and what happens to members. What clients do is in `clients`, what goes wrong in `faults`.
 
 use super::clients::Clients;
 use super::disk::{Disk, Loss};
-use super::member::{Member, Sent, holds_entry};
+use super::member::{Member, holds_entry};
+use super::network::{Network, Stream};
 use super::oracle::{Checked, Oracle, Violation, digest, violation};
 use super::power::{Point, Power, Random};
 use crate::database::Store;
 use crate::membership::Members;
 use crate::planted;
 use crate::runner::{Input, contained};
-use crate::snapshot::{OutgoingSnapshot, SnapshotChunk, SnapshotSink};
 use crate::tables::StateView;
 use crate::{RaftStoreConfig, RaftStoreError, queries};
 use baton_state::view;
 use raft::eraftpb::Message;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
-
-/// How bad a seed's network is.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Network {
-    pub(super) loss_percent: u64,
-    pub(super) twice_percent: u64,
-    pub(super) late_percent: u64,
-    pub(super) delay_ms: u64,
-}
 
 pub(super) enum Event {
     Deliver(Box<Message>),
@@ -35,21 +25,8 @@ pub(super) enum Event {
     Clients,
     Operator,
     Fault,
+    Crash(u64),
     Heal(u64, u64),
-}
-
-/// A snapshot on its way.
-struct Stream {
-    to: u64,
-    from_life: u64,
-    to_life: u64,
-    from: u64,
-    message: Message,
-    outgoing: Option<OutgoingSnapshot>,
-    sink: Option<SnapshotSink>,
-    /// The chunk that was sent before, to be sent again.
-    before: Option<SnapshotChunk>,
-    installing: Option<Receiver<Result<(), RaftStoreError>>>,
 }
 
 pub(super) struct World {
@@ -65,7 +42,7 @@ pub(super) struct World {
     pub(super) keep: u64,
     events: BTreeMap<(u64, u64), Event>,
     event: u64,
-    streams: Vec<Stream>,
+    pub(super) streams: Vec<Stream>,
     leaders: BTreeMap<u64, u64>,
     pub(super) trace: Option<Vec<String>>,
     pub(super) points: BTreeSet<Point>,
@@ -197,6 +174,12 @@ impl World {
             }
             Event::Operator => self.operator_acts(),
             Event::Fault => self.fault(),
+            Event::Crash(id) => {
+                if !self.calm && self.members[&id].up() {
+                    self.crash(id, Loss::Some);
+                }
+                Ok(())
+            }
             Event::Heal(from, to) => {
                 self.cut.remove(&(from, to));
                 Ok(())
@@ -219,7 +202,9 @@ impl World {
         let calm = self.calm;
         let odds = self.random.chance(8);
         let points = self.random.range(0, 40);
-        let Some(member) = self.members.get_mut(&id) else { return Ok(()) };
+        let Some(member) = self.members.get_mut(&id) else {
+            return Ok(());
+        };
         if member.up() || member.removed || member.gone {
             return Ok(());
         }
@@ -268,7 +253,9 @@ impl World {
     /// One turn of a member's loop: the real one.
     fn turn(&mut self, id: u64) -> Checked {
         let now_ms = self.now_ms;
-        let Some(member) = self.members.get_mut(&id) else { return Ok(()) };
+        let Some(member) = self.members.get_mut(&id) else {
+            return Ok(());
+        };
         member.turn_at = None;
         if now_ms < member.paused_until_ms {
             self.wake(id);
@@ -315,7 +302,9 @@ impl World {
     /// What can be seen of a member that runs.
     pub(super) fn look_at(&mut self, id: u64, thorough: bool) -> Checked {
         let thorough = thorough || self.random.chance(12);
-        let Some(member) = self.members.get_mut(&id) else { return Ok(()) };
+        let Some(member) = self.members.get_mut(&id) else {
+            return Ok(());
+        };
         let Some(life) = &member.life else { return Ok(()) };
         let node = &life.runner.node;
         let (applied, leads, term) = (node.applied(), node.leads(), node.term());
@@ -356,129 +345,6 @@ impl World {
         Ok(())
     }
 
-    fn send(&mut self, from: u64, sent: Sent) {
-        match sent {
-            Sent::Message(message) => {
-                let to = message.to;
-                if let Some(member) = self.members.get_mut(&from) {
-                    member.note_promise(&message);
-                }
-                if self.cut.contains(&(from, to)) || self.random.chance(self.network.loss_percent) {
-                    return;
-                }
-                let times = 1 + u64::from(self.random.chance(self.network.twice_percent));
-                for _ in 0..times {
-                    let mut delay = self.random.range(1, self.network.delay_ms + 2);
-                    if self.random.chance(self.network.late_percent) {
-                        delay += self.random.range(0, 400);
-                    }
-                    self.later(delay, Event::Deliver(Box::new(message.clone())));
-                }
-            }
-            Sent::Snapshot(outgoing) => {
-                let to = outgoing.to();
-                let Some(to_life) = self.members.get(&to).map(|receiver| receiver.lives) else { return };
-                let message = outgoing.message().clone();
-                self.log(|| format!("member {from} sends a snapshot to {to}"));
-                self.streams.push(Stream {
-                    from,
-                    to,
-                    from_life: self.members[&from].lives,
-                    to_life,
-                    message,
-                    outgoing: Some(outgoing),
-                    sink: None,
-                    before: None,
-                    installing: None,
-                });
-            }
-        }
-    }
-
-    /// A stream moves by one chunk. Dropped, it fails.
-    fn move_stream(&mut self, mut stream: Stream) -> Checked {
-        let (from, to) = (stream.from, stream.to);
-        let lost = self.cut.contains(&(from, to)) || self.random.chance(self.network.loss_percent / 3);
-        let twice = self.random.chance(self.network.twice_percent / 3);
-        let skip = self.random.chance(self.network.late_percent / 3);
-        let alive = |id: u64, life: u64| self.members.get(&id).is_some_and(|member| member.up() && member.lives == life);
-        if lost || !alive(from, stream.from_life) || !alive(to, stream.to_life) {
-            return Ok(());
-        }
-        if self.members[&from].paused_until_ms > self.now_ms || self.members[&to].paused_until_ms > self.now_ms {
-            self.streams.push(stream);
-            return Ok(());
-        }
-        if let Some(installing) = &stream.installing {
-            match installing.try_recv() {
-                Ok(Ok(())) => {
-                    self.installed += 1;
-                    self.log(|| format!("member {to} has the snapshot of {from}"));
-                    if let Some(outgoing) = stream.outgoing.take() {
-                        outgoing.delivered();
-                    }
-                }
-                Ok(Err(_)) | Err(TryRecvError::Disconnected) => {}
-                Err(TryRecvError::Empty) => self.streams.push(stream),
-            }
-            return Ok(());
-        }
-        let Some(member) = self.members.get_mut(&to) else { return Ok(()) };
-        let Some(life) = &member.life else { return Ok(()) };
-        if stream.sink.is_none() {
-            let status = *life.board.status.borrow();
-            let begun = contained(|| {
-                crate::store::wanted(&stream.message, to, &status)?;
-                SnapshotSink::begin(&life.staging, stream.message.clone(), Box::new(|_, _| Ok(())))
-            });
-            match begun {
-                Ok(sink) => stream.sink = Some(sink),
-                Err(_) => return self.after_chunk(to),
-            }
-        }
-        let Some(outgoing) = &mut stream.outgoing else { return Ok(()) };
-        let again = if twice { stream.before.take() } else { None };
-        let mut next = match again {
-            Some(chunk) => Ok(Some(chunk)),
-            None => outgoing.next_chunk(),
-        };
-        if skip && !twice {
-            // One is lost on the way.
-            next = outgoing.next_chunk();
-        }
-        let chunk = match next {
-            Ok(chunk) => chunk,
-            Err(_) => return Ok(()),
-        };
-        let Some(sink) = stream.sink.as_mut() else { return Ok(()) };
-        let Some(chunk) = chunk else {
-            let Some(sink) = stream.sink.take() else { return Ok(()) };
-            if !sink.whole() {
-                return Ok(());
-            }
-            if let Ok((message, staged)) = sink.into_staged() {
-                let (sender, installing) = sync_channel(1);
-                member.inbox.push(Input::Snapshot(Box::new(message), staged, sender));
-                stream.installing = Some(installing);
-                self.streams.push(stream);
-                self.wake(to);
-            }
-            return Ok(());
-        };
-        if member.power.point(Point::Chunk) && contained(|| sink.chunk(&chunk)).is_ok() {
-            stream.before = Some(chunk);
-            self.streams.push(stream);
-        }
-        self.after_chunk(to)
-    }
-
-    fn after_chunk(&mut self, id: u64) -> Checked {
-        if self.members[&id].power.off() {
-            self.crash(id, Loss::Some);
-        }
-        Ok(())
-    }
-
     /// A member's process is gone, and starts again after a while.
     pub(super) fn crash(&mut self, id: u64, loss: Loss) {
         self.stop(id, loss);
@@ -492,7 +358,9 @@ impl World {
     pub(super) fn stop(&mut self, id: u64, loss: Loss) {
         self.streams.retain(|stream| stream.from != id && stream.to != id);
         self.clients.forget_calls(id);
-        let Some(member) = self.members.get_mut(&id) else { return };
+        let Some(member) = self.members.get_mut(&id) else {
+            return;
+        };
         let at = member.power.went_off_at();
         self.points.extend(at);
         member.power.cut();
@@ -516,7 +384,9 @@ impl World {
 
     /// A bit of a stopped member's disk changes. Whether that is noticed depends on where.
     pub(super) fn flip_bit(&mut self, id: u64) {
-        let Some(member) = self.members.get_mut(&id) else { return };
+        let Some(member) = self.members.get_mut(&id) else {
+            return;
+        };
         let mut image = member.disk.image_after(Loss::All, &mut self.random);
         let at = self.random.range(0, image.len() as u64) as usize;
         let bit = self.random.range(0, 8);
@@ -548,13 +418,28 @@ impl World {
         leaders.max().map(|(_, id)| id)
     }
 
+    /// All that think that they lead.
+    pub(super) fn leading(&self) -> Vec<u64> {
+        let leads = |member: &Member| member.life.as_ref().is_some_and(|life| life.runner.node.leads());
+        self.members
+            .iter()
+            .filter(|(_, member)| leads(member))
+            .map(|(id, _)| *id)
+            .collect()
+    }
+
     /// The entry at `index` was answered: it must be on the disks of a majority as they would be after a loss of power.
     pub(super) fn check_durable(&mut self, index: u64) -> Checked {
         let Some(leader) = self.leader() else { return Ok(()) };
-        let Some(life) = &self.members[&leader].life else { return Ok(()) };
+        // A majority that counts on a disk that lies is none.
+        let betrayed = self.members.values().any(|member| member.betrayed);
+        let Some(life) = self.members[&leader].life.as_ref().filter(|_| !betrayed) else {
+            return Ok(());
+        };
         let members = life.runner.node.members().clone();
-        // The majority that counted was another one.
-        let changed = self.oracle.members_changed_since(index);
+        // The majority that counted may have been another one: a change counts once the leader has applied it, and what
+        // was under way by then was counted by the old one.
+        let changed = self.oracle.members_changed_since(index.saturating_sub(20));
         if members.joint() || changed || life.runner.node.applied() < index {
             return Ok(());
         }
