@@ -5,7 +5,7 @@
 use super::commands::{self, cost};
 use super::oracle::{Checked, Delivered, violation};
 use super::power::{Point, Random};
-use super::world::World;
+use super::world::{Flavour, World};
 use crate::RaftStoreError;
 use crate::runner::Input;
 use crate::tables::StateView;
@@ -292,6 +292,9 @@ impl World {
         let worker = format!("w{}", self.random.range(0, 3));
         let seed = self.random.range(1, 3) as u8;
         let lease = self.random.chance(50);
+        if self.flavour == Flavour::Leaders && self.random.chance(60) {
+            self.clients.want(What::Read(true));
+        }
         match self.random.range(0, 60) {
             0 | 1 => self.clients.want(What::Register(worker)),
             2 | 3 => {

@@ -2,7 +2,7 @@
 
 use super::disk::Loss;
 use super::oracle::Checked;
-use super::world::{Event, World};
+use super::world::{Event, Flavour, World};
 use crate::RaftStoreError;
 use crate::membership::MembershipChange;
 use crate::runner::Input;
@@ -54,7 +54,18 @@ impl World {
         }
         let points = self.random.range(0, 60);
         let long = self.random.range(300, 4500);
-        match self.random.range(0, 20) {
+        let kinds: &[u64] = match self.flavour {
+            Flavour::All => &[],
+            Flavour::Snapshots => &[0, 0, 10, 11, 13, 13, 14, 14, 16],
+            Flavour::Leaders => &[0, 13, 13, 13, 13, 15, 19],
+        };
+        let any = self.random.range(0, 20);
+        let kind = self.random.pick(kinds).unwrap_or(any);
+        let odds = if self.flavour == Flavour::Leaders { 85 } else { 0 };
+        if self.random.chance(odds) {
+            id = self.leader().unwrap_or(id);
+        }
+        match kind {
             // The power goes at the next points.
             0..=7 => {
                 if let Some(member) = self.members.get(&id) {

@@ -16,6 +16,17 @@ use baton_state::view;
 use raft::eraftpb::Message;
 use std::collections::{BTreeMap, BTreeSet};
 
+/// What a seed is hardest on. Seeds take turns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Flavour {
+    /// Everything.
+    All,
+    /// Members that are away for long, a short log, chunks that get lost and doubled.
+    Snapshots,
+    /// Leaders that are cut off while clients go on, and others read from them.
+    Leaders,
+}
+
 pub(super) enum Event {
     Deliver(Box<Message>),
     Tick(u64, u64),
@@ -40,6 +51,7 @@ pub(super) struct World {
     pub(super) oracle: Oracle,
     pub(super) clients: Clients,
     pub(super) keep: u64,
+    pub(super) flavour: Flavour,
     events: BTreeMap<(u64, u64), Event>,
     event: u64,
     pub(super) streams: Vec<Stream>,
@@ -70,7 +82,13 @@ impl World {
             network.twice_percent = random.range(0, 12);
             network.late_percent = random.range(0, 12);
         }
-        let keep = random.range(3, 40);
+        let flavour = [Flavour::All, Flavour::Snapshots, Flavour::Leaders][(seed % 3) as usize];
+        let mut keep = random.range(3, 40);
+        if flavour == Flavour::Snapshots {
+            keep = random.range(2, 6);
+            network.twice_percent += 12;
+            network.late_percent += 8;
+        }
         let mut world = Self {
             seed,
             now_ms: 0,
@@ -80,6 +98,7 @@ impl World {
             oracle: Oracle::new(members),
             clients: Clients::new(&mut random),
             keep,
+            flavour,
             events: BTreeMap::new(),
             event: 0,
             streams: Vec::new(),
