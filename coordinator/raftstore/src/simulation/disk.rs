@@ -31,6 +31,8 @@ struct Inner {
     /// Since the last sync, in order.
     pending: Vec<Change>,
     full: bool,
+    /// Something was refused because it was full.
+    refused: bool,
     lies: bool,
     /// The write under which the power went off is noted.
     ended: bool,
@@ -65,6 +67,11 @@ impl Disk {
 
     pub(super) fn full(&self) -> bool {
         self.inner().full
+    }
+
+    /// Whether it refused something because it was full. The store fails from then on, also once there is room.
+    pub(super) fn refused(&self) -> bool {
+        self.inner().refused
     }
 
     /// From now on a sync is answered and not done.
@@ -104,6 +111,7 @@ impl Disk {
         let alive = self.power.point(point);
         let mut inner = self.inner();
         if inner.full {
+            inner.refused = true;
             return Err(ErrorKind::StorageFull.into());
         }
         if !alive {
@@ -153,6 +161,7 @@ impl StorageBackend for Disk {
         }
         let mut inner = self.inner();
         if inner.full {
+            inner.refused = true;
             return Err(ErrorKind::StorageFull.into());
         }
         if inner.lies {

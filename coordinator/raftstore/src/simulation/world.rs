@@ -304,7 +304,7 @@ impl World {
                 self.member_left(id);
                 Ok(())
             }
-            Err(RaftStoreError::DiskFull) if member.disk.full() => {
+            Err(RaftStoreError::DiskFull | RaftStoreError::Disk(_)) if member.disk.refused() => {
                 self.log(|| format!("member {id} stops, its disk is full"));
                 self.crash(id, Loss::Nothing);
                 Ok(())
@@ -458,7 +458,7 @@ impl World {
         let members = life.runner.node.members().clone();
         // The majority that counted may have been another one: a change counts once the leader has applied it, and what
         // was under way by then was counted by the old one.
-        let changed = self.oracle.members_changed_since(index.saturating_sub(20));
+        let changed = self.oracle.members_changed_since(index.saturating_sub(100));
         if members.joint() || changed || life.runner.node.applied() < index {
             return Ok(());
         }
