@@ -215,11 +215,7 @@ impl LogStore {
         hard_state: &HardState,
     ) -> Result<(), RaftStoreError> {
         let at = received.get_metadata();
-        let txn = if planted!(InstallsWithoutFsync) {
-            self.store.write_derived()?
-        } else {
-            self.store.write_durable()?
-        };
+        let txn = self.store.write_durable()?;
         txn.open_table(LOG)?.retain(|_, _| false)?;
         staged.switch(&txn)?;
         put(&txn, meta::APPLIED, &at.index.to_le_bytes())?;

@@ -32,8 +32,6 @@ bugs! {
     MembershipNotSaved,
     /// A snapshot's state has one entry more than it says.
     AppliesTwiceAfterSnapshot,
-    /// A snapshot is installed without an fsync.
-    InstallsWithoutFsync,
     /// Raft is not told that a snapshot is applied. This was a real one.
     SnapshotNotToldApplied,
     /// Number, order and hash of snapshot chunks are not looked at.
