@@ -45,8 +45,12 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    /// Opens or creates `path`.
+    /// Opens or creates `path`. It is created under another name and renamed, so that a loss of power meanwhile leaves no
+    /// file that is neither empty nor a store.
     pub(crate) fn open(path: &Path) -> Result<Self, RaftStoreError> {
+        if !path.try_exists().map_err(|error| RaftStoreError::from_io(&error))? {
+            create(path)?;
+        }
         let database = contain_panic(path, || {
             let mut builder = Database::builder();
             builder.set_cache_size(CACHE_BYTES);
@@ -99,6 +103,29 @@ impl Store {
             path: self.path.clone(),
             reason: reason.into(),
         }
+    }
+}
+
+/// Name's end of a file that is being created.
+const NEW_SUFFIX: &str = "new";
+
+fn create(path: &Path) -> Result<(), RaftStoreError> {
+    let io = |error: std::io::Error| RaftStoreError::from_io(&error);
+    let new = path.with_extension(NEW_SUFFIX);
+    match std::fs::remove_file(&new) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io(error)),
+        // An earlier start was cut short.
+        _ => {}
+    }
+    drop(Database::create(&new).map_err(|error| RaftStoreError::from_open(error, &new))?);
+    std::fs::File::open(&new).and_then(|file| file.sync_all()).map_err(io)?;
+    std::fs::rename(&new, path).map_err(io)?;
+    // The new name, too, must survive.
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => {
+            std::fs::File::open(parent).and_then(|dir| dir.sync_all()).map_err(io)
+        }
+        _ => Ok(()),
     }
 }
 

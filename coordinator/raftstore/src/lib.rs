@@ -14,6 +14,9 @@
 //! This crate deliberately knows neither gRPC nor what a worker's load is: soft state never goes through Raft.
 #![forbid(unsafe_code)]
 
+#[macro_use]
+mod planted;
+
 mod config;
 mod database;
 mod error;
@@ -46,3 +49,6 @@ pub use store::{Consistency, Followed, RaftStore, Status};
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod simulation;

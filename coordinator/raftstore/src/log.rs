@@ -102,10 +102,14 @@ impl LogStore {
 
     /// Writes entries and hard state with one fsync. Entries replace any of the same or a higher index.
     pub(crate) fn append(&mut self, entries: &[Entry], hard_state: Option<&HardState>) -> Result<(), RaftStoreError> {
-        let txn = self.store.write_durable()?;
+        let txn = if planted!(AppendsWithoutFsync) {
+            self.store.write_derived()?
+        } else {
+            self.store.write_durable()?
+        };
         if let Some(first) = entries.first() {
             let mut log = txn.open_table(LOG)?;
-            if first.index <= self.last.0 {
+            if first.index <= self.last.0 && !planted!(KeepsOldTail) {
                 log.retain_in(first.index.., |_, _| false)?;
             }
             for entry in entries {
@@ -113,7 +117,11 @@ impl LogStore {
             }
         }
         if let Some(hard_state) = hard_state {
-            put_hard_state(&txn, hard_state)?;
+            let mut hard_state = hard_state.clone();
+            if planted!(VoteNotSaved) {
+                hard_state.vote = self.hard_state.vote;
+            }
+            put_hard_state(&txn, &hard_state)?;
         }
         txn.commit()?;
         self.remember(entries);
@@ -160,7 +168,9 @@ impl LogStore {
         hard_state: &HardState,
         conf_state: Option<&ConfState>,
     ) -> Result<(), RaftStoreError> {
-        put(txn, meta::APPLIED, &index.to_le_bytes())?;
+        if !planted!(AppliedNotSaved) {
+            put(txn, meta::APPLIED, &index.to_le_bytes())?;
+        }
         if let Some(conf_state) = conf_state {
             put(txn, meta::CONF_STATE, &bytes(conf_state)?)?;
         }

@@ -294,9 +294,22 @@ impl Node {
         let due = now_ms.saturating_sub(self.ticked_ms) / self.tick_ms;
         self.ticked_ms += due * self.tick_ms;
         for _ in 0..due.min(self.ticks_max) {
+            self.raw.raft.set_randomized_election_timeout(self.election_timeout());
             self.raw.tick();
         }
         self.ask_again();
+    }
+
+    /// Ticks without a leader before this member wants to be one: between one and two election timeouts, another number in
+    /// each life and term. In place of raft-rs' own random number, so that a run can be repeated.
+    fn election_timeout(&self) -> usize {
+        let raft = &self.raw.raft;
+        let mut mixed = self.life ^ raft.id.rotate_left(32) ^ raft.term.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        // The finisher of SplitMix64 (Steele, Lea, Flood, 2014).
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        let least = raft.election_timeout();
+        least + ((mixed ^ (mixed >> 31)) % least as u64) as usize
     }
 
     /// Nobody waits for this proposal any more.
@@ -320,16 +333,29 @@ impl Node {
                 self.read_confirmed(&state.request_ctx, state.index);
             }
             let hard_state = ready.hs().cloned();
-            if !ready.snapshot().is_empty() {
+            let installed = !ready.snapshot().is_empty();
+            if installed {
                 self.install(ready.snapshot(), &mut progress)?;
+            }
+            if planted!(AnswersBeforeFsync) {
+                let messages = ready.take_persisted_messages();
+                self.send(messages, send);
             }
             if !ready.entries().is_empty() || (ready.must_sync() && hard_state.is_some()) {
                 let entries = ready.take_entries();
                 self.raw.mut_store().append(&entries, hard_state.as_ref())?;
+                #[cfg(test)]
+                if planted!(RepliesBeforeCommit) {
+                    self.reply_early(&entries, &mut progress)?;
+                }
             }
             self.send(ready.take_persisted_messages(), send);
             let mut committed = ready.take_committed_entries();
             let mut light = self.raw.advance_append(ready);
+            if installed && !planted!(SnapshotNotToldApplied) {
+                // Else raft-rs would look for the entries before it when it campaigns next, and panic.
+                self.raw.advance_apply_to(self.applied);
+            }
             self.send(light.take_messages(), send);
             committed.extend(light.take_committed_entries());
             self.apply(committed, &mut progress)?;
@@ -339,7 +365,12 @@ impl Node {
             self.changing = None;
         }
         self.led = self.leads();
-        progress.reads = self.reads.take(self.applied);
+        let readable = if planted!(ReadsBeforeApplied) {
+            u64::MAX
+        } else {
+            self.applied
+        };
+        progress.reads = self.reads.take(readable);
         progress.removed = self.removed;
         self.compact()?;
         Ok(progress)
@@ -359,7 +390,12 @@ impl Node {
     /// that one which receives a snapshot finds the log where the snapshot ends.
     fn compact(&mut self) -> Result<(), RaftStoreError> {
         let keep = self.log_entries_keep;
-        let mut to = self.applied.saturating_sub(keep);
+        let applied = if planted!(CompactsBeyondApplied) {
+            self.raw.raft.raft_log.committed.max(self.applied) + keep + 1
+        } else {
+            self.applied
+        };
+        let mut to = applied.saturating_sub(keep);
         if self.leads() {
             for (_, member) in self.raw.raft.prs().iter() {
                 if member.state == ProgressState::Snapshot {

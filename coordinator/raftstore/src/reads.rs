@@ -92,7 +92,12 @@ impl Reads {
         };
         read.index.get_or_insert(index);
         if leads && read.term == term && term != self.no_lease_term {
-            let end = read.asked_ms + self.lease_ms;
+            let length = if planted!(LeaseTooLong) {
+                4 * self.lease_ms
+            } else {
+                self.lease_ms
+            };
+            let end = read.asked_ms + length;
             if self.lease.1 != term || end > self.lease.0 {
                 self.lease = (end, term);
             }

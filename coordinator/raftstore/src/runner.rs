@@ -44,8 +44,15 @@ pub(crate) struct Board {
     pub(crate) failure: Arc<OnceLock<RaftStoreError>>,
 }
 
+/// What comes after a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Turn {
+    GoOn,
+    Stop,
+}
+
 pub(crate) struct Runner {
-    node: Node,
+    pub(crate) node: Node,
     peers: Box<dyn Peers>,
     /// How the sending of snapshots went, by the member they were for. Not in the queue: that drops what does not fit, and
     /// raft-rs waits for this.
@@ -57,8 +64,9 @@ pub(crate) struct Runner {
     asking: [Vec<Waiting<u64>>; 2],
     reading: HashMap<ReadId, Vec<Waiting<u64>>>,
     installing: Vec<SyncSender<Result<(), RaftStoreError>>>,
-    start: Instant,
     tick: Duration,
+    /// When callers that went away are swept out next.
+    next_tick: Duration,
 }
 
 impl Runner {
@@ -73,8 +81,8 @@ impl Runner {
             asking: [Vec::new(), Vec::new()],
             reading: HashMap::new(),
             installing: Vec::new(),
-            start: Instant::now(),
             tick: Duration::from_millis(tick_ms.max(1)),
+            next_tick: Duration::from_millis(tick_ms.max(1)),
         };
         runner.report(0, 0, Duration::ZERO);
         runner.report_members();
@@ -83,12 +91,13 @@ impl Runner {
 
     /// Runs until stopped. raft-rs asserts its invariants; a panic stops the store and nothing else.
     pub(crate) fn run_contained(mut self, queue: &Receiver<Input>) {
-        let run = std::panic::AssertUnwindSafe(|| self.run(queue));
-        let error = match std::panic::catch_unwind(run) {
-            Ok(Ok(())) => return,
-            Ok(Err(error)) => error,
-            Err(panic) => RaftStoreError::Stopped(panic_text(&*panic)),
-        };
+        if let Err(error) = contained(|| self.run(queue)) {
+            self.fail(error);
+        }
+    }
+
+    /// Tells everybody that the member stopped.
+    pub(crate) fn fail(mut self, error: RaftStoreError) {
         if let RaftStoreError::Removed = error {
             tracing::info!("this member was removed from the group, and stops");
         } else {
@@ -109,36 +118,44 @@ impl Runner {
     }
 
     fn run(&mut self, queue: &Receiver<Input>) -> Result<(), RaftStoreError> {
-        let mut next_tick = self.tick;
+        let start = Instant::now();
         loop {
-            let wait = next_tick.saturating_sub(self.start.elapsed());
+            let wait = self.next_tick.saturating_sub(start.elapsed());
             let first = match queue.recv_timeout(wait) {
                 Ok(input) => Some(input),
                 Err(RecvTimeoutError::Timeout) => None,
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
             };
-            let began = Instant::now();
-            let now = self.start.elapsed();
-            self.node.advance_to(millis(now));
             // Everything that queued while the last batch was written shares this one's fsync.
-            let inputs = first.into_iter().chain(queue.try_iter().take(BATCH_MAX));
-            for input in inputs.collect::<Vec<_>>() {
-                if let Input::Stop = input {
-                    return Ok(());
-                }
-                self.take(input);
+            let inputs = first.into_iter().chain(queue.try_iter().take(BATCH_MAX)).collect();
+            if self.turn(start.elapsed(), inputs)? == Turn::Stop {
+                return Ok(());
             }
-            self.ask();
-            for (to, delivered) in std::mem::take(&mut *lock(&self.reports)) {
-                self.node.report_snapshot(to, delivered);
-            }
-            if now >= next_tick {
-                next_tick = now + self.tick;
-                self.sweep();
-                self.report_members();
-            }
-            self.process(began)?;
         }
+    }
+
+    /// One batch: takes the inputs, and does all that is due at `now`, the time since the member started. The only place
+    /// that says in which order things happen, so that the simulation runs the same.
+    pub(crate) fn turn(&mut self, now: Duration, inputs: Vec<Input>) -> Result<Turn, RaftStoreError> {
+        let began = Instant::now();
+        self.node.advance_to(millis(now));
+        for input in inputs {
+            if let Input::Stop = input {
+                return Ok(Turn::Stop);
+            }
+            self.take(input);
+        }
+        self.ask(now);
+        for (to, delivered) in std::mem::take(&mut *lock(&self.reports)) {
+            self.node.report_snapshot(to, delivered);
+        }
+        if now >= self.next_tick {
+            self.next_tick = now + self.tick;
+            self.sweep();
+            self.report_members();
+        }
+        self.process(began)?;
+        Ok(Turn::GoOn)
     }
 
     fn take(&mut self, input: Input) {
@@ -167,13 +184,13 @@ impl Runner {
     }
 
     /// All reads of a batch share one question to the majority.
-    fn ask(&mut self) {
+    fn ask(&mut self, now: Duration) {
         for lease in [false, true] {
             let waiting = std::mem::take(&mut self.asking[usize::from(lease)]);
             if waiting.is_empty() {
                 continue;
             }
-            match self.node.read(lease, millis(self.start.elapsed())) {
+            match self.node.read(lease, millis(now)) {
                 Ok(id) => drop(self.reading.insert(id, waiting)),
                 Err(error) => {
                     for waiting in waiting {
@@ -299,6 +316,12 @@ impl Runner {
         members.0.clone_from(self.node.members());
         members.1 = self.node.members_progress();
     }
+}
+
+/// Turns a panic into an error.
+pub(crate) fn contained<T>(run: impl FnOnce() -> Result<T, RaftStoreError>) -> Result<T, RaftStoreError> {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(run))
+        .unwrap_or_else(|panic| Err(RaftStoreError::Stopped(panic_text(&*panic))))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

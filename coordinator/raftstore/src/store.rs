@@ -111,16 +111,8 @@ impl RaftStore {
     }
 
     pub(crate) fn start(store: Store, config: &RaftStoreConfig, peers: impl Peers) -> Result<Self, RaftStoreError> {
-        let path = store.path().to_owned();
         let life = RandomState::new().hash_one(std::process::id());
-        let (node, staging) = contain_panic(&path, || {
-            let staging = Staging::open(store.clone())?;
-            let mut node = Node::open(store.clone(), config, life, 0)?;
-            node.campaign_if_alone()?;
-            // A group of one leads when this returns; with peers, nothing is sent before an election is due.
-            node.process(&mut |_| {})?;
-            Ok((node, staging))
-        })?;
+        let (node, staging) = open_member(&store, config, life)?;
         let (inputs, queue) = sync_channel(QUEUE_MAX);
         let board = Board {
             status: watch::Sender::default(),
@@ -185,14 +177,7 @@ impl RaftStore {
     /// Begins to take a snapshot from a peer, which the caller has authenticated as a coordinator: `message` is
     /// [`OutgoingSnapshot::message`](crate::OutgoingSnapshot::message) of the other side. Blocks on the disk.
     pub fn receive_snapshot(&self, message: Message) -> Result<SnapshotSink, RaftStoreError> {
-        let status = self.status();
-        let index = message.get_snapshot().get_metadata().index;
-        if message.to != self.shared.node_id {
-            return Err(SnapshotError::Header("it is for another member").into());
-        }
-        if message.term < status.term || index <= status.applied_index {
-            return Err(SnapshotError::Stale { index }.into());
-        }
+        wanted(&message, self.shared.node_id, &self.status())?;
         let (_, staging) = self.shared.open_store()?;
         let inputs = self.shared.inputs.clone();
         let failure = self.shared.board.failure.clone();
@@ -338,6 +323,34 @@ impl RaftStore {
     fn stopped(&self) -> RaftStoreError {
         self.failure().unwrap_or_else(closed)
     }
+}
+
+/// The parts of a member that the thread around it drives. A group of one leads when this returns; with peers, nothing is
+/// sent before an election is due.
+pub(crate) fn open_member(
+    store: &Store,
+    config: &RaftStoreConfig,
+    life: u64,
+) -> Result<(Node, Staging), RaftStoreError> {
+    contain_panic(store.path(), || {
+        let staging = Staging::open(store.clone())?;
+        let mut node = Node::open(store.clone(), config, life, 0)?;
+        node.campaign_if_alone()?;
+        node.process(&mut |_| {})?;
+        Ok((node, staging))
+    })
+}
+
+/// Whether a member should take a snapshot at all.
+pub(crate) fn wanted(message: &Message, node_id: u64, status: &Status) -> Result<(), SnapshotError> {
+    let index = message.get_snapshot().get_metadata().index;
+    if message.to != node_id {
+        return Err(SnapshotError::Header("it is for another member"));
+    }
+    if message.term < status.term || index <= status.applied_index {
+        return Err(SnapshotError::Stale { index });
+    }
+    Ok(())
 }
 
 fn closed() -> RaftStoreError {

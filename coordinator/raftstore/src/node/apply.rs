@@ -48,11 +48,13 @@ impl Node {
         let mut tables = StateTxn::open(&txn)?;
         let mut answers = Vec::new();
         for entry in run {
+            #[cfg(test)]
+            crate::planted::witness(own_id, entry);
             // An election leaves an empty entry.
             if entry.get_entry_type() != EntryType::EntryNormal || entry.data.is_empty() {
                 continue;
             }
-            let outcome = baton_state::apply(&mut tables, entry.index, &entry.data)?;
+            let outcome = apply_command(&mut tables, entry.index, &entry.data)?;
             if let Ok(applied) = &outcome
                 && worth_following(applied)
             {
@@ -67,7 +69,10 @@ impl Node {
             }
         }
         tables.finish()?;
-        let conf_state = change.as_ref().map(|(_, conf)| conf);
+        let conf_state = change
+            .as_ref()
+            .map(|(_, conf)| conf)
+            .filter(|_| !planted!(MembershipNotSaved));
         LogStore::put_applied(&txn, last.index, &hard_state, conf_state)?;
         txn.commit()?;
         self.raw.mut_store().applied(hard_state, conf_state.cloned());
@@ -121,7 +126,7 @@ impl Node {
 
     fn own_proposal(&self, entry: &Entry) -> Option<ProposalId> {
         let (life, id) = entry.context.split_at_checked(8)?;
-        (life == self.life.to_le_bytes()).then(|| crate::database::number(id))?
+        (life == self.life.to_le_bytes() || planted!(AnswersOtherLives)).then(|| crate::database::number(id))?
     }
 
     /// The change that an entry makes, and the membership after it; `None` if it cannot be made, which every member finds.
@@ -175,6 +180,12 @@ impl Node {
     }
 }
 
+#[cfg(not(test))]
+use baton_state::apply as apply_command;
+
+#[cfg(test)]
+use crate::planted::apply as apply_command;
+
 fn changes_members(entry: &Entry) -> bool {
     entry.get_entry_type() != EntryType::EntryNormal
 }
@@ -195,4 +206,28 @@ fn sorted(mut conf: ConfState) -> ConfState {
         ids.sort_unstable();
     }
     conf
+}
+
+#[cfg(test)]
+impl Node {
+    /// The planted bug: tells the outcome that a command would have now.
+    pub(super) fn reply_early(&mut self, entries: &[Entry], progress: &mut Progress) -> Result<(), RaftStoreError> {
+        if !self.leads() {
+            return Ok(());
+        }
+        let txn = self.raw.store().store.clone().write_derived()?;
+        {
+            let mut tables = StateTxn::open(&txn)?;
+            for entry in entries {
+                if let Some(id) = self.own_proposal(entry)
+                    && !changes_members(entry)
+                    && self.open.remove(&id).is_some()
+                {
+                    let outcome = baton_state::apply(&mut tables, entry.index, &entry.data)?;
+                    progress.answers.push((id, outcome));
+                }
+            }
+        }
+        Ok(txn.abort()?)
+    }
 }

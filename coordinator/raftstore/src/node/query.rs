@@ -18,7 +18,7 @@ impl Node {
             return Err(RaftStoreError::NoLeader);
         }
         let term = raft.term;
-        if lease && self.in_lease(now_ms) {
+        if (lease && self.in_lease(now_ms)) || (planted!(OldLeaderAnswersReads) && self.leads()) {
             let index = raft.raft_log.committed;
             return Ok(self.reads.add(self.now_ms, term, Some(index)));
         }

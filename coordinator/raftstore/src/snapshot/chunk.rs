@@ -99,6 +99,10 @@ impl Tally {
 
     /// Checks a chunk that came.
     pub(super) fn check(&mut self, chunk: &SnapshotChunk) -> Result<(), SnapshotError> {
+        if planted!(ChunksUnchecked) {
+            self.ended |= chunk.last;
+            return Ok(());
+        }
         if self.ended || chunk.number != self.chunks + 1 {
             return Err(SnapshotError::Damaged("a chunk is missing or came twice"));
         }

@@ -45,6 +45,12 @@ impl OutgoingSnapshot {
         self.source.next_chunk()
     }
 
+    /// Makes chunks small.
+    #[cfg(test)]
+    pub(crate) fn set_chunk_bytes(&mut self, bytes: usize) {
+        self.source.chunk_bytes = bytes;
+    }
+
     /// Pairs read so far, and in all.
     pub fn progress(&self) -> (u64, u64) {
         self.source.progress()

@@ -58,6 +58,12 @@ impl SnapshotSink {
         }
     }
 
+    /// Whether the last chunk came.
+    #[cfg(test)]
+    pub(crate) fn whole(&self) -> bool {
+        self.tally.ended
+    }
+
     /// The parts that [`finish`](Self::finish) would hand over, for a driver without threads.
     #[cfg(test)]
     pub(crate) fn into_staged(mut self) -> Result<(Message, Staged), RaftStoreError> {

@@ -27,7 +27,10 @@ impl SnapshotSource {
     pub(crate) fn of(store: &Store, txn: &ReadTransaction) -> Result<Self, RaftStoreError> {
         let applied = txn.open_table(META)?.get(meta::APPLIED)?;
         let applied = applied.and_then(|value| number(value.value()));
-        let index = applied.ok_or_else(|| store.corrupt("`applied` is not a number"))?;
+        let mut index = applied.ok_or_else(|| store.corrupt("`applied` is not a number"))?;
+        if planted!(AppliesTwiceAfterSnapshot) {
+            index -= 1;
+        }
         let table = txn.open_table(STATE)?;
         let pairs_total = table.len()?;
         Ok(Self {

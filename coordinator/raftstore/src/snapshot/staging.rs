@@ -67,7 +67,9 @@ impl Staging {
             return Err(SnapshotError::Busy.into());
         }
         let txn = self.store.write_derived()?;
-        txn.delete_table(STAGING)?;
+        if !planted!(StagingNotEmptied) {
+            txn.delete_table(STAGING)?;
+        }
         txn.open_table(STAGING)?;
         txn.commit()?;
         turn.1 += 1;
