@@ -193,7 +193,7 @@ struct Collector<'q> {
     full: Vec<(u64, Vec<(Dimensions, Sums)>)>,
     /// The start of the one that is being added up.
     bucket: u64,
-    /// Its groups, by place in `sums`. In no order: `close` sorts them.
+    /// Its groups' names, which sort as the groups do, and their places in `sums`. In no order: `close` sorts them.
     groups: HashMap<Vec<u8>, usize>,
     sums: Vec<(Dimensions, Sums)>,
     /// The group of the last entry, which often is that of the next one too.
@@ -310,8 +310,7 @@ impl<'q> Collector<'q> {
             told.currency,
             told.user,
         ] {
-            self.name.extend_from_slice(&(part.len() as u32).to_le_bytes());
-            self.name.extend_from_slice(part);
+            push_in_order(&mut self.name, part);
         }
         if let Some(last) = self.last
             && self.last_name == self.name
@@ -334,11 +333,13 @@ impl<'q> Collector<'q> {
 
     /// Ends a bucket.
     fn close(&mut self) {
-        self.groups.clear();
         self.last = None;
-        let mut groups = std::mem::take(&mut self.sums);
+        let mut names: Vec<_> = self.groups.drain().collect();
+        names.sort_unstable();
+        let mut sums = std::mem::take(&mut self.sums);
+        let groups = names.iter().map(|(_, place)| std::mem::take(&mut sums[*place]));
+        let groups: Vec<_> = groups.collect();
         if !groups.is_empty() {
-            groups.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
             self.full.push((self.bucket, groups));
         }
     }
@@ -366,4 +367,16 @@ impl<'q> Collector<'q> {
             next_start_unix_ms: more.then_some(end),
         })
     }
+}
+
+/// Appends a part of a name, so that names sort as their parts do: a zero byte ends it, and one within it is doubled with
+/// the highest byte.
+fn push_in_order(name: &mut Vec<u8>, part: &[u8]) {
+    for (at, piece) in part.split(|byte| *byte == 0).enumerate() {
+        if at > 0 {
+            name.extend_from_slice(&[0, 0xff]);
+        }
+        name.extend_from_slice(piece);
+    }
+    name.extend_from_slice(&[0, 0]);
 }
