@@ -149,7 +149,7 @@ impl<'txn> StateTxn<'txn> {
         let (from, end) = keys::whole(table);
         self.flush_between(&from, &end)?;
         let mut first = None;
-        scan(&*self.tables.borrow(), &from, &end, &mut |key, _| {
+        scan(&self.tables.borrow(), &from, &end, &mut |key, _| {
             first = Some(key.to_vec());
             Ok(ControlFlow::Break(()))
         })?;
@@ -187,12 +187,12 @@ impl<'txn> StateTxn<'txn> {
 impl Tables for StateTxn<'_> {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, TablesError> {
         if !hot(key) {
-            return get(&*self.tables.borrow(), key);
+            return get(&self.tables.borrow(), key);
         }
         if let Some(cached) = self.cache.borrow().get(key) {
             return Ok(cached.value.clone());
         }
-        let value = get(&*self.tables.borrow(), key)?;
+        let value = get(&self.tables.borrow(), key)?;
         let cached = Cached {
             value: value.clone(),
             changed: false,
@@ -209,12 +209,12 @@ impl Tables for StateTxn<'_> {
             return Ok(());
         }
         self.flush_between(from, to)?;
-        scan(&*self.tables.borrow(), from, to, visit)
+        scan(&self.tables.borrow(), from, to, visit)
     }
 
     fn last(&self, from: &[u8], to: &[u8]) -> Result<Option<Pair>, TablesError> {
         self.flush_between(from, to)?;
-        last(&*self.tables.borrow(), from, to)
+        last(&self.tables.borrow(), from, to)
     }
 }
 
