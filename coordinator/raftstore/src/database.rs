@@ -14,11 +14,23 @@ use std::sync::Arc;
 pub(crate) const LOG: TableDefinition<u64, &[u8]> = TableDefinition::new("log");
 /// Single values, under the names of [`meta`].
 pub(crate) const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
-/// The state machine's tables: see `baton_state::keys`.
-pub(crate) const STATE: TableDefinition<&[u8], &[u8]> = TableDefinition::new("state");
+/// A table of keys and values as the state machine has them.
+pub(crate) type StateTable = TableDefinition<'static, &'static [u8], &'static [u8]>;
+/// The state machine's tables (see `baton_state::keys`), by [`segment`](crate::tables::segment): rows, request ids, all
+/// others. Rows and request ids come in the order of their keys. What is appended to the end of a redb table fills its pages;
+/// what is inserted between others splits them, and leaves each half empty.
+pub(crate) const STATE: [StateTable; 3] = [
+    TableDefinition::new("state"),
+    TableDefinition::new("rows"),
+    TableDefinition::new("requests"),
+];
 
 /// A snapshot that is being received, before it takes the place of [`STATE`].
-pub(crate) const STAGING: TableDefinition<&[u8], &[u8]> = TableDefinition::new("staging");
+pub(crate) const STAGING: [StateTable; 3] = [
+    TableDefinition::new("staging"),
+    TableDefinition::new("staging_rows"),
+    TableDefinition::new("staging_requests"),
+];
 
 /// Keys of [`META`].
 pub(crate) mod meta {
@@ -32,7 +44,7 @@ pub(crate) mod meta {
 }
 
 /// Format of the file; raised when older code would misread it.
-pub(crate) const FORMAT: u64 = 3;
+pub(crate) const FORMAT: u64 = 4;
 /// Page cache of the store in bytes: the working set is the log's tail, the ends of two trees and the upper pages of a
 /// third. What is not in it is mostly in the kernel's.
 const CACHE_BYTES: usize = 8 << 20;

@@ -39,7 +39,9 @@ pub(crate) fn found(store: &Store, founding: &Founding) -> Result<(), RaftStoreE
     if txn.list_tables()?.any(|table| table.name() != META.name()) {
         return Err(store.corrupt("it holds another program's tables"));
     }
-    txn.open_table(STATE)?;
+    for table in STATE {
+        txn.open_table(table)?;
+    }
     write(&txn, founding)?;
     Ok(txn.commit()?)
 }

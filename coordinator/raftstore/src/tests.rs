@@ -12,6 +12,7 @@ mod net;
 mod reads;
 mod restarts;
 mod snapshots;
+mod tables;
 
 use crate::database::Store;
 use crate::node::Node;

@@ -1,8 +1,8 @@
 //! Sums of usage by time, kept as rows are appended, so that reports need not read rows.
 //!
 //! A row counts in the bucket of its replicated time, which never goes back: so what is over never changes, and a report of
-//! a past day is the same whenever it is asked for. Four entries are written for a row: by minute, hour and day without
-//! users, and by hour with users, who may be as many as rows. Minutes are kept for [`MINUTES_KEPT_MS`]; older ones, and
+//! a past day is the same whenever it is asked for. Five entries are written for a row: by minute, hour and day without
+//! users, and by hour and day with users, who may be as many as rows. Minutes are kept for [`MINUTES_KEPT_MS`]; older ones, and
 //! minutes by user, are added up from rows (`view::usage_report`).
 
 use crate::calendar::{DAY_MS, HOUR_MS, MINUTE_MS};
@@ -17,11 +17,12 @@ use std::ops::ControlFlow;
 pub const MINUTES_KEPT_MS: u64 = 2 * DAY_MS;
 
 /// The tables, the width of their buckets, and whether they tell users apart.
-const TABLES: [(u8, u64, bool); 4] = [
+const TABLES: [(u8, u64, bool); 5] = [
     (keys::USAGE_MINUTES, MINUTE_MS, false),
     (keys::USAGE_HOURS, HOUR_MS, false),
     (keys::USAGE_DAYS, DAY_MS, false),
     (keys::USAGE_USER_HOURS, HOUR_MS, true),
+    (keys::USAGE_USER_DAYS, DAY_MS, true),
 ];
 
 pub(crate) fn add_usage(machine: &mut Machine<'_>, record: &UsageRecord, charge: &Charge) -> Result<(), TablesError> {

@@ -17,6 +17,19 @@ pub(crate) fn put_signed(out: &mut Vec<u8>, value: i128) {
 
 /// Takes numbers off the front of `bytes`.
 pub(crate) fn take_unsigned(bytes: &mut &[u8]) -> Result<u128, TablesError> {
+    // Nearly all are below 2^63; arithmetic on 64 bits is several times as fast.
+    let mut short = 0u64;
+    for (at, byte) in bytes.iter().take(9).enumerate() {
+        short |= u64::from(byte & 0x7f) << (7 * at);
+        if byte & 0x80 == 0 {
+            *bytes = &bytes[at + 1..];
+            return Ok(short.into());
+        }
+    }
+    take_long(bytes)
+}
+
+fn take_long(bytes: &mut &[u8]) -> Result<u128, TablesError> {
     let mut value = 0u128;
     for shift in (0..128).step_by(7) {
         let (byte, rest) = bytes.split_first().ok_or_else(damaged)?;

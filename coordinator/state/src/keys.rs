@@ -64,6 +64,8 @@ pub const USAGE_HOURS: u8 = 0x18;
 pub const USAGE_DAYS: u8 = 0x19;
 /// The same by hour, with the user.
 pub const USAGE_USER_HOURS: u8 = 0x1a;
+/// The same by day, with the user.
+pub const USAGE_USER_DAYS: u8 = 0x1b;
 
 /// A key with a name in it.
 pub fn named(table: u8, name: &str) -> Vec<u8> {
@@ -143,12 +145,17 @@ impl<'k> Parts<'k> {
     }
 
     pub(crate) fn text(&mut self) -> Result<&'k str, TablesError> {
+        std::str::from_utf8(self.bytes()?).map_err(|_| damaged())
+    }
+
+    /// The bytes of a text, where nobody needs to know that they are one.
+    pub(crate) fn bytes(&mut self) -> Result<&'k [u8], TablesError> {
         let (length, rest) = self.0.split_first_chunk::<2>().ok_or_else(damaged)?;
         let (text, rest) = rest
             .split_at_checked(usize::from(u16::from_be_bytes(*length)))
             .ok_or_else(damaged)?;
         self.0 = rest;
-        std::str::from_utf8(text).map_err(|_| damaged())
+        Ok(text)
     }
 
     pub(crate) fn rest(self) -> &'k [u8] {

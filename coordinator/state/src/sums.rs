@@ -113,19 +113,57 @@ impl Dimensions {
         let user = if with_user { self.user.as_bytes() } else { &[] };
         key.rest(user).done()
     }
+}
 
+/// [`Dimensions`] as they stand in a key, as bytes: reports look at a million of them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct KeyDimensions<'k> {
+    pub(crate) project_id: &'k [u8],
+    pub(crate) key_id: &'k [u8],
+    pub(crate) model: &'k [u8],
+    pub(crate) service_tier: &'k [u8],
+    pub(crate) currency: &'k [u8],
+    pub(crate) user: &'k [u8],
+}
+
+impl<'k> KeyDimensions<'k> {
     /// The start of the bucket and what a key is of.
-    pub(crate) fn of_key(key: &[u8]) -> Result<(u64, Self), TablesError> {
+    pub(crate) fn of_key(key: &'k [u8]) -> Result<(u64, Self), TablesError> {
         let mut parts = Parts::of(key);
         let start = parts.number()?;
         let dimensions = Self {
-            project_id: parts.text()?.to_owned(),
-            key_id: parts.text()?.to_owned(),
-            model: parts.text()?.to_owned(),
-            service_tier: parts.text()?.to_owned(),
-            currency: parts.text()?.to_owned(),
-            user: String::from_utf8_lossy(parts.rest()).into_owned(),
+            project_id: parts.bytes()?,
+            key_id: parts.bytes()?,
+            model: parts.bytes()?,
+            service_tier: parts.bytes()?,
+            currency: parts.bytes()?,
+            user: parts.rest(),
         };
         Ok((start, dimensions))
+    }
+
+    pub(crate) fn to_owned(self) -> Dimensions {
+        let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+        Dimensions {
+            project_id: text(self.project_id),
+            key_id: text(self.key_id),
+            model: text(self.model),
+            service_tier: text(self.service_tier),
+            currency: text(self.currency),
+            user: text(self.user),
+        }
+    }
+}
+
+impl<'k> From<&'k Dimensions> for KeyDimensions<'k> {
+    fn from(dimensions: &'k Dimensions) -> Self {
+        Self {
+            project_id: dimensions.project_id.as_bytes(),
+            key_id: dimensions.key_id.as_bytes(),
+            model: dimensions.model.as_bytes(),
+            service_tier: dimensions.service_tier.as_bytes(),
+            currency: dimensions.currency.as_bytes(),
+            user: dimensions.user.as_bytes(),
+        }
     }
 }

@@ -8,6 +8,7 @@
 //! group starts at the log index and term of the backup, so that indices in records go on from there.
 
 use super::chunk::Tally;
+use super::staging::{CHUNKS_PER_SYNC, write_pairs};
 use super::{CHUNK_MESSAGE_BYTES_MAX, SnapshotChunk, SnapshotError, SnapshotSource};
 use crate::RaftStoreError;
 use crate::database::{STATE, Store};
@@ -201,13 +202,12 @@ fn read_into(from: &mut dyn Read, store: &Store, node_id: u64) -> Result<BackupI
         tally
             .check(&chunk)
             .map_err(|_| SnapshotError::DamagedBackup("its contents are not what was hashed"))?;
-        let txn = store.write_durable()?;
-        {
-            let mut table = txn.open_table(STATE)?;
-            for pair in &chunk.pairs {
-                table.insert(pair.key.as_slice(), pair.value.as_slice())?;
-            }
-        }
+        let txn = if chunk.number.is_multiple_of(CHUNKS_PER_SYNC) {
+            store.write_durable()?
+        } else {
+            store.write_derived()?
+        };
+        write_pairs(&txn, STATE, &chunk)?;
         txn.commit()?;
     }
     let file_hash = from.hash();
@@ -220,6 +220,9 @@ fn read_into(from: &mut dyn Read, store: &Store, node_id: u64) -> Result<BackupI
         return Err(SnapshotError::DamagedBackup("something follows its end").into());
     }
     let txn = store.write_durable()?;
+    for table in STATE {
+        txn.open_table(table)?;
+    }
     let founding = Founding {
         node_id,
         voters: vec![node_id],

@@ -3,13 +3,18 @@
 use super::SnapshotChunk;
 use super::chunk::{CHUNK_BYTES, SnapshotPair, Tally};
 use crate::RaftStoreError;
-use crate::database::{META, STATE, Store, meta, number};
-use redb::{ReadOnlyTable, ReadTransaction, ReadableTableMetadata};
-use std::ops::Bound;
+use crate::database::{META, Store, meta, number};
+use crate::tables::StateView;
+use baton_state::Tables as _;
+use redb::ReadTransaction;
+use std::ops::ControlFlow;
+
+/// Beyond every key: tables are numbered below it.
+const END: &[u8] = &[0xff];
 
 /// One version of the state. While it lives, the file keeps that version's pages, so it should not live for long.
 pub(crate) struct SnapshotSource {
-    table: ReadOnlyTable<&'static [u8], &'static [u8]>,
+    state: StateView,
     index: u64,
     pairs_total: u64,
     /// From how many bytes on a chunk is full.
@@ -31,10 +36,10 @@ impl SnapshotSource {
         if planted!(AppliesTwiceAfterSnapshot) {
             index -= 1;
         }
-        let table = txn.open_table(STATE)?;
-        let pairs_total = table.len()?;
+        let state = StateView::of(txn)?;
+        let pairs_total = state.len()?;
         Ok(Self {
-            table,
+            state,
             index,
             pairs_total,
             chunk_bytes: CHUNK_BYTES,
@@ -57,24 +62,24 @@ impl SnapshotSource {
         if self.tally.ended {
             return Ok(None);
         }
-        let from = self.tally.last_key().map_or(Bound::Unbounded, Bound::Excluded);
-        let mut range = self.table.range::<&[u8]>((from, Bound::Unbounded))?;
-        let mut pairs = Vec::new();
-        let mut bytes = 0;
-        let mut last = true;
-        while let Some(item) = range.next() {
-            let (key, value) = item?;
-            bytes += key.value().len() + value.value().len();
-            pairs.push(SnapshotPair {
-                key: key.value().to_vec(),
-                value: value.value().to_vec(),
-            });
+        // The first key after another is that with a zero byte more.
+        let from = self
+            .tally
+            .last_key()
+            .map_or_else(Vec::new, |last| [last, &[0]].concat());
+        let (mut pairs, mut bytes, mut last) = (Vec::new(), 0, true);
+        self.state.scan(&from, END, &mut |key, value| {
             if bytes >= self.chunk_bytes {
-                last = range.next().transpose()?.is_none();
-                break;
+                last = false;
+                return Ok(ControlFlow::Break(()));
             }
-        }
-        drop(range);
+            bytes += key.len() + value.len();
+            pairs.push(SnapshotPair {
+                key: key.to_vec(),
+                value: value.to_vec(),
+            });
+            Ok(ControlFlow::Continue(()))
+        })?;
         Ok(Some(self.tally.seal(pairs, last)))
     }
 }

@@ -9,12 +9,13 @@
 
 use super::{SnapshotChunk, SnapshotError};
 use crate::RaftStoreError;
-use crate::database::{STAGING, STATE, Store};
-use redb::WriteTransaction;
+use crate::database::{STAGING, STATE, StateTable, Store};
+use crate::tables::segment;
+use redb::{TableHandle as _, WriteTransaction};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Chunks between two fsyncs. Pages that were freed without one cannot be used again, so this bounds the file's growth.
-const CHUNKS_PER_SYNC: u64 = 16;
+pub(super) const CHUNKS_PER_SYNC: u64 = 16;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Turn {
@@ -43,11 +44,13 @@ impl Staging {
         let left = {
             let txn = store.read()?;
             txn.list_tables()?
-                .any(|table| redb::TableHandle::name(&table) == redb::TableHandle::name(&STAGING))
+                .any(|table| STAGING.iter().any(|staging| staging.name() == table.name()))
         };
         if left {
             let txn = store.write_derived()?;
-            txn.delete_table(STAGING)?;
+            for table in STAGING {
+                txn.delete_table(table)?;
+            }
             txn.commit()?;
         }
         Ok(Self {
@@ -67,10 +70,12 @@ impl Staging {
             return Err(SnapshotError::Busy.into());
         }
         let txn = self.store.write_derived()?;
-        if !planted!(StagingNotEmptied) {
-            txn.delete_table(STAGING)?;
+        for table in STAGING {
+            if !planted!(StagingNotEmptied) {
+                txn.delete_table(table)?;
+            }
+            txn.open_table(table)?;
         }
-        txn.open_table(STAGING)?;
         txn.commit()?;
         turn.1 += 1;
         turn.0 = Turn::Receiving(turn.1);
@@ -87,12 +92,7 @@ impl Staging {
         } else {
             self.store.write_derived()?
         };
-        {
-            let mut table = txn.open_table(STAGING)?;
-            for pair in &chunk.pairs {
-                table.insert(pair.key.as_slice(), pair.value.as_slice())?;
-            }
-        }
+        write_pairs(&txn, STAGING, chunk)?;
         Ok(txn.commit()?)
     }
 
@@ -117,11 +117,33 @@ impl Staging {
     }
 }
 
+/// Writes a chunk's pairs into the tables of the state, or of what is to become it.
+pub(super) fn write_pairs(
+    txn: &WriteTransaction,
+    into: [StateTable; 3],
+    chunk: &SnapshotChunk,
+) -> Result<(), RaftStoreError> {
+    let mut pairs = chunk.pairs.as_slice();
+    while let Some(first) = pairs.first() {
+        let at = segment(&first.key);
+        let (run, rest) = pairs.split_at(pairs.iter().take_while(|pair| segment(&pair.key) == at).count());
+        let mut table = txn.open_table(into[at])?;
+        for pair in run {
+            table.insert(pair.key.as_slice(), pair.value.as_slice())?;
+        }
+        pairs = rest;
+    }
+    Ok(())
+}
+
 impl Staged {
     /// Makes the table the state, within `txn`.
     pub(crate) fn switch(&self, txn: &WriteTransaction) -> Result<(), RaftStoreError> {
-        txn.delete_table(STATE)?;
-        Ok(txn.rename_table(STAGING, STATE)?)
+        for (staging, state) in STAGING.into_iter().zip(STATE) {
+            txn.delete_table(state)?;
+            txn.rename_table(staging, state)?;
+        }
+        Ok(())
     }
 }
 

@@ -4,6 +4,7 @@ use crate::aggregates::{dimensions, minutes_kept_from};
 use crate::calendar::{DAY_MS, HOUR_MS, MINUTE_MS};
 use crate::keys::{self, Parts};
 use crate::rows::head;
+use crate::sums::KeyDimensions;
 use crate::{Dimensions, MemoryTables, Sums, Tables, Window, view};
 use baton_ledger::merkle::Frontier;
 use baton_ledger::{GENESIS, charge, checkpoint, row};
@@ -213,6 +214,7 @@ fn sums(tables: &MemoryTables, rows: &[LedgerRow]) {
         (keys::USAGE_DAYS, DAY_MS, false, 0),
         (keys::USAGE_HOURS, HOUR_MS, false, 0),
         (keys::USAGE_USER_HOURS, HOUR_MS, true, 0),
+        (keys::USAGE_USER_DAYS, DAY_MS, true, 0),
         (keys::USAGE_MINUTES, MINUTE_MS, false, minutes_kept_from(now)),
     ] {
         let mut expected: BTreeMap<(u64, Dimensions), Sums> = BTreeMap::new();
@@ -257,7 +259,10 @@ fn sums(tables: &MemoryTables, rows: &[LedgerRow]) {
         }
         let found: BTreeMap<(u64, Dimensions), Sums> = entries(tables, table)
             .into_iter()
-            .map(|(key, value)| (Dimensions::of_key(&key).unwrap(), Sums::decode(&value).unwrap()))
+            .map(|(key, value)| {
+                let (at, dimensions) = KeyDimensions::of_key(&key).unwrap();
+                ((at, dimensions.to_owned()), Sums::decode(&value).unwrap())
+            })
             .filter(|((start, _), _)| *start >= from)
             .collect();
         assert_eq!(found, expected, "table {table:#x}");

@@ -150,6 +150,30 @@ fn pages_go_on_where_they_end() {
     assert!(batches > 0);
 }
 
+/// Groups are told in the order of their parts, whatever bytes those hold.
+#[test]
+fn groups_are_in_order() {
+    let mut bench = Bench::new();
+    let texts = ["", "\0", "\0\0", "\0a", "a", "a\0", "a\0b", "aa", "\u{ff}", "ab"];
+    for (i, user) in texts.iter().enumerate() {
+        for (j, model) in texts.iter().rev().enumerate() {
+            let record = UsageRecord {
+                model: (*model).into(),
+                user: (*user).into(),
+                ..record(&format!("r{i}-{j}"), 1)
+            };
+            bench.run(settle(record)).unwrap();
+        }
+    }
+    let mut query = query(Width::Day, &[Dimension::User, Dimension::Model]);
+    query.start_unix_ms = bench.now_ms - bench.now_ms % DAY_MS;
+    query.end_unix_ms = query.start_unix_ms + DAY_MS;
+    let report = usage_report(&bench.tables, &query).unwrap();
+    let groups = &report.buckets[0].groups;
+    assert_eq!(groups.len(), texts.len() * texts.len());
+    assert!(groups.is_sorted_by(|(a, _), (b, _)| a < b));
+}
+
 #[test]
 fn an_empty_or_backward_question_has_an_answer() {
     let bench = busy();
