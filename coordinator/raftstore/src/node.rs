@@ -326,9 +326,14 @@ impl Node {
             dropped: std::mem::take(&mut self.dropped),
             ..Progress::default()
         };
+        // What may tell others of a membership that is not on this disk yet.
+        let mut held = Vec::new();
         while !self.removed && self.raw.has_ready() {
             let mut ready = self.raw.ready();
-            self.send(ready.take_messages(), send);
+            held.extend(ready.take_messages());
+            if !self.changes_unsaved() {
+                self.send(std::mem::take(&mut held), send);
+            }
             for state in ready.take_read_states() {
                 self.read_confirmed(&state.request_ctx, state.index);
             }
@@ -356,10 +361,14 @@ impl Node {
                 // Else raft-rs would look for the entries before it when it campaigns next, and panic.
                 self.raw.advance_apply_to(self.applied);
             }
-            self.send(light.take_messages(), send);
+            held.extend(light.take_messages());
+            if !self.changes_unsaved() {
+                self.send(std::mem::take(&mut held), send);
+            }
             committed.extend(light.take_committed_entries());
             self.apply(committed, &mut progress)?;
         }
+        self.send(held, send);
         if self.led && !self.leads() {
             progress.orphans.extend(self.open.drain().map(|(id, _)| id));
             self.changing = None;
@@ -374,6 +383,14 @@ impl Node {
         progress.removed = self.removed;
         self.compact()?;
         Ok(progress)
+    }
+
+    /// Whether a committed change of the members waits to be applied by this leader. A removed member that hears of it stops
+    /// and votes no more; a leader that then forgot it, with its power, would ask for that vote for ever.
+    fn changes_unsaved(&self) -> bool {
+        let raft = &self.raw.raft;
+        let pending = raft.pending_conf_index;
+        self.leads() && pending > self.applied && raft.raft_log.committed >= pending
     }
 
     fn send(&mut self, messages: Vec<Message>, send: &mut dyn FnMut(Outgoing)) {

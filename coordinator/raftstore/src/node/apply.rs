@@ -39,8 +39,8 @@ impl Node {
             .is_some_and(|(_, conf)| !Members::of(conf).contains(own_id));
         let hard_state = self.raw.raft.hard_state();
         let store = self.raw.store().store.clone();
-        // Nobody will tell a member again that it was removed.
-        let txn = if leaves {
+        // Nobody will tell a member again that it was removed; and who was removed is told when this is on the disk.
+        let txn = if change.is_some() {
             store.write_durable()?
         } else {
             store.write_derived()?
