@@ -51,11 +51,12 @@ pub(crate) fn first_generate(job: &Job) -> Generate {
         traceparent: job.traceparent.clone(),
         prompt: job.prompt.to_vec(),
         max_tokens: job.max_tokens,
-        sampling: Some(job.sampling),
+        sampling: Some(job.sampling.clone()),
         stop_token_ids: job.stop_token_ids.clone(),
         cache_salt: job.cache_salt.clone().into(),
         prefill_peer: None,
         priority: job.priority,
+        emitted_tokens: 0,
     }
 }
 
@@ -350,6 +351,7 @@ impl Running {
         let mut generate = first_generate(&self.job);
         generate.prompt.extend_from_slice(&self.emitted);
         let emitted = u32::try_from(self.emitted.len()).unwrap_or(u32::MAX);
+        generate.emitted_tokens = emitted;
         generate.max_tokens = self.job.max_tokens.saturating_sub(emitted);
         generate
     }

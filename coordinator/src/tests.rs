@@ -227,6 +227,7 @@ fn job(prompt: &[u32], max_tokens: u32) -> Job {
             top_p: 1.0,
             top_k: 0,
             seed: 11,
+            ..Sampling::default()
         },
         stop_token_ids: vec![fake_worker::STOP],
         cache_salt: b"salt".to_vec(),

@@ -9,7 +9,7 @@ pub mod block_hash;
 pub mod limits;
 
 /// Version of everything on the wire between baton processes.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// Generated code, nested as its packages are so that they can refer to each other.
 #[allow(missing_docs, unused_qualifications, clippy::all)]

@@ -10,6 +10,15 @@ pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
 /// Stop token ids in one request. Models list a handful; more is a mistake or an attack.
 pub const STOP_TOKEN_IDS_MAX: usize = 64;
 
+/// Most likely tokens told beside a sampled one: OpenAI's limit.
+pub const TOP_LOGPROBS_MAX: u32 = 20;
+
+/// Tokens with a bias in one request: OpenAI's clients send at most 300; vLLM takes 1,024.
+pub const LOGIT_BIAS_MAX: usize = 1024;
+
+/// Bytes of a grammar or schema on the wire. Schemas of real applications are a few KiB; the largest published ones some 100 KiB.
+pub const GRAMMAR_BYTES_MAX: usize = 256 << 10;
+
 /// Blocks that one hint names, 16 bytes each: a prompt of 16k tokens in the usual blocks, and more than a worker reads ahead.
 pub const READ_AHEAD_BLOCKS_MAX: usize = 1024;
 

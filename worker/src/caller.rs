@@ -97,6 +97,7 @@ mod tests {
             token_ids: tokens.to_vec(),
             finish: finish.then(Finish::default),
             cached_tokens: None,
+            logprobs: Vec::new(),
         }
     }
 

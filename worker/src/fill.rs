@@ -134,6 +134,7 @@ async fn attempt(
             }
             .into(),
             priority: job.priority,
+            ..Prefill::default()
         })
         .map_err(|error| error.to_string())?;
     let payload = loop {

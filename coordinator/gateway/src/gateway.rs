@@ -181,6 +181,7 @@ impl<B: Backend> Gateway<B> {
                 top_p: request.top_p.unwrap_or(defaults.top_p),
                 top_k: request.top_k.unwrap_or(defaults.top_k),
                 seed: request.seed.unwrap_or_else(random_seed),
+                ..Sampling::default()
             },
             stop_token_ids: if request.ignore_eos {
                 Vec::new()

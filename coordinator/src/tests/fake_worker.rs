@@ -421,6 +421,7 @@ async fn send(controls: &Controls, outbound: &Outbound, id: u64, token_ids: Vec<
         token_ids,
         finish,
         cached_tokens: Some(controls.cached()),
+        logprobs: Vec::new(),
     }];
     let step = from_worker::Kind::Step(StepOutput { deltas });
     let _ = outbound.send(Ok(FromWorker { kind: Some(step) })).await;

@@ -98,6 +98,7 @@ impl From<&SamplingParams> for worker::Sampling {
             top_p: params.top_p,
             top_k: params.top_k,
             seed: params.seed,
+            ..worker::Sampling::default()
         }
     }
 }

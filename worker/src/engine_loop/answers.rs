@@ -27,6 +27,7 @@ impl EngineLoop {
                             cached_tokens: saturate(finish.cached_tokens),
                             queued_us: micros(job.submitted, job.scheduled),
                             prefill_us: job.scheduled.map_or(0, |at| micros(at, job.first_token)),
+                            logprobs: None,
                         });
                     }
                 }
@@ -81,6 +82,7 @@ impl EngineLoop {
             token_ids,
             finish,
             cached_tokens,
+            logprobs: Vec::new(),
         };
         let caller = job.caller;
         self.tell(caller, delta);

@@ -26,11 +26,12 @@ impl EngineLoop {
             cache_salt,
             prefill_peer,
             priority,
+            emitted_tokens: _,
         } = request;
         if self.shared.is_draining() {
             return self.refuse(ticket, caller, id, DRAINING.into(), true);
         }
-        let params = match SamplingParams::try_from(&sampling.unwrap_or_default()) {
+        let params = match SamplingParams::try_from(&sampling.clone().unwrap_or_default()) {
             Ok(params) => params,
             Err(error) => return self.refuse(ticket, caller, id, error.to_string(), false),
         };

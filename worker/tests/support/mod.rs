@@ -500,10 +500,12 @@ pub fn request(n: u64) -> Generate {
             top_p: 0.95,
             top_k: 0,
             seed: n,
+            ..Sampling::default()
         }),
         stop_token_ids: vec![3],
         cache_salt: vec![(n % 2) as u8].into(),
         prefill_peer: None,
         priority: 0,
+        emitted_tokens: 0,
     }
 }
