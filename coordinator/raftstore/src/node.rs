@@ -390,7 +390,7 @@ impl Node {
     fn changes_unsaved(&self) -> bool {
         let raft = &self.raw.raft;
         let pending = raft.pending_conf_index;
-        self.leads() && pending > self.applied && raft.raft_log.committed >= pending
+        !planted!(ChangeToldBeforeSaved) && self.leads() && pending > self.applied && raft.raft_log.committed >= pending
     }
 
     fn send(&mut self, messages: Vec<Message>, send: &mut dyn FnMut(Outgoing)) {
@@ -445,6 +445,12 @@ impl Node {
 
     pub(crate) fn applied(&self) -> u64 {
         self.applied
+    }
+
+    /// Log index up to which this member knows that entries are committed.
+    #[cfg(test)]
+    pub(crate) fn committed(&self) -> u64 {
+        self.raw.raft.raft_log.committed
     }
 
     pub(crate) fn first_index(&self) -> u64 {

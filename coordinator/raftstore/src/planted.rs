@@ -23,4 +23,4 @@ mod switch;
 #[cfg(test)]
 pub(crate) use machine::apply;
 #[cfg(test)]
-pub(crate) use switch::{Bug, Witnessed, is, plant, take_witnessed, witness};
+pub(crate) use switch::{Bug, Witnessed, is, note_members, plant, take_witnessed, witness};

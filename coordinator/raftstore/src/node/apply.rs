@@ -79,6 +79,8 @@ impl Node {
         if let Some((change, conf_state)) = change {
             self.raw.apply_conf_change(&change).map_err(stopped)?;
             self.members = Members::of(&conf_state);
+            #[cfg(test)]
+            crate::planted::note_members(&self.members);
             self.removed = leaves;
             self.reads.void();
         }

@@ -3,7 +3,9 @@
 
 use super::Bug;
 use super::switch::{applying, is, note};
-use baton_proto::state::{Budget, Command, LedgerRow, ReturnSlice, Slice, command::Kind, ledger_row::Body};
+use baton_proto::state::{
+    ApiKey, Budget, Command, LedgerRow, Price, ReturnSlice, Slice, command::Kind, ledger_row::Body,
+};
 use baton_state::{Outcome, Pair, Tables, TablesError, TablesMut, Visit, keys, view};
 use prost::Message as _;
 use std::ops::ControlFlow;
@@ -25,6 +27,20 @@ fn falsified(tables: &mut dyn TablesMut, index: u64, command: &[u8]) -> Result<O
         && let Some(worker) = view::worker(tables, &remove.worker_id)?
     {
         remove.epoch = worker.epoch;
+        command = decoded.encode_to_vec();
+    }
+    if is(Bug::VotesOfOtherEpochs)
+        && let Some(Kind::WitnessWorker(witness)) = &mut decoded.kind
+        && let Some(worker) = view::worker(tables, &witness.worker_id)?
+    {
+        witness.epoch = worker.epoch;
+        command = decoded.encode_to_vec();
+    }
+    if is(Bug::WitnessesNotCompared)
+        && let Some(Kind::SettleUsage(settle)) = &mut decoded.kind
+        && let Some(record) = &mut settle.record
+    {
+        record.sampled_tokens = record.sampled_tokens.max(record.completion_tokens);
         command = decoded.encode_to_vec();
     }
     if is(Bug::SliceEndsWithoutGrace) {
@@ -81,6 +97,22 @@ struct Falsified<'t> {
     kind: Option<Kind>,
 }
 
+impl Falsified<'_> {
+    /// The price at a key, with the amounts of the newest.
+    fn newest_price(&self, key: &[u8]) -> Result<Option<Vec<u8>>, TablesError> {
+        let decoded = |bytes: Option<Vec<u8>>| bytes.and_then(|bytes| Price::decode(&*bytes).ok());
+        let (from, to) = keys::whole(keys::PRICES_BY_START);
+        let newest = self.tables.last(&from, &to)?;
+        let id = newest.map(|(_, id)| String::from_utf8_lossy(&id).into_owned());
+        let newest = decoded(self.tables.get(&keys::named(keys::PRICES, &id.unwrap_or_default()))?);
+        let mut price = decoded(self.tables.get(key)?);
+        if let (Some(price), Some(newest)) = (&mut price, newest) {
+            price.output_nano_per_mtok = newest.output_nano_per_mtok;
+        }
+        Ok(price.map(|price| price.encode_to_vec()))
+    }
+}
+
 impl Tables for Falsified<'_> {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, TablesError> {
         let hidden = [
@@ -103,6 +135,19 @@ impl Tables for Falsified<'_> {
             }
             return Ok(budget.map(|budget| budget.encode_to_vec()));
         }
+        if is(Bug::PeriodOfLocalTime) && key == keys::TIME && matches!(self.kind, Some(Kind::LeaseSlice(_))) {
+            return Ok(None);
+        }
+        if is(Bug::PriceNotPinned) && key[0] == keys::PRICES && matches!(self.kind, Some(Kind::SettleUsage(_))) {
+            return self.newest_price(key);
+        }
+        if is(Bug::RevokedKeyComesBack) && key[0] == keys::API_KEYS && matches!(self.kind, Some(Kind::PutKey(_))) {
+            let mut found = self.tables.get(key)?.and_then(|bytes| ApiKey::decode(&*bytes).ok());
+            if let Some(found) = &mut found {
+                found.revoked = false;
+            }
+            return Ok(found.map(|found| found.encode_to_vec()));
+        }
         self.tables.get(key)
     }
 
@@ -120,6 +165,16 @@ impl TablesMut for Falsified<'_> {
         if is(Bug::SliceNotCharged) && key[0] == keys::SLICES && matches!(self.kind, Some(Kind::SettleUsage(_))) {
             return Ok(());
         }
+        // Replicated time itself stays right.
+        if is(Bug::PeriodOfLocalTime)
+            && key == keys::TIME
+            && self.tables.get(key)?.is_some_and(|known| {
+                let number = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
+                number(&known) >= number(value)
+            })
+        {
+            return Ok(());
+        }
         if is(Bug::PeriodNotCut) && key == keys::HEAD && matches!(self.kind, Some(Kind::ClosePeriod(_))) {
             return Ok(());
         }
@@ -131,6 +186,10 @@ impl TablesMut for Falsified<'_> {
     }
 
     fn delete(&mut self, key: &[u8]) -> Result<(), TablesError> {
+        let of_slice = [keys::SLICES, keys::SLICES_DUE].contains(&key[0]);
+        if is(Bug::SliceSurvivesReturn) && of_slice && matches!(self.kind, Some(Kind::ReturnSlice(_))) {
+            return Ok(());
+        }
         self.tables.delete(key)
     }
 }

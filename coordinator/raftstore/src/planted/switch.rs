@@ -1,5 +1,6 @@
 //! Which bug is planted on this thread, and what members applied on it since it was last asked for.
 
+use crate::membership::Members;
 use raft::eraftpb::{Entry, EntryType};
 use std::cell::{Cell, RefCell};
 
@@ -30,6 +31,8 @@ bugs! {
     AppliedNotSaved,
     /// The membership is not saved with the entry that changed it.
     MembershipNotSaved,
+    /// A leader tells that a change of the members is committed before it has it on its disk. This was a real one.
+    ChangeToldBeforeSaved,
     /// A snapshot's state has one entry more than it says.
     AppliesTwiceAfterSnapshot,
     /// Raft is not told that a snapshot is applied. This was a real one.
@@ -38,6 +41,8 @@ bugs! {
     ChunksUnchecked,
     /// A snapshot stream begins on what an earlier one left.
     StagingNotEmptied,
+    /// A backup is read on in whatever is the newest version.
+    BackupOfTwoVersions,
     /// A conflicting append leaves the old tail of the log.
     KeepsOldTail,
     /// The log is deleted beyond what is applied.
@@ -66,6 +71,18 @@ bugs! {
     SliceEndsWithoutGrace,
     /// Settling does not take the charge out of the slice.
     SliceNotCharged,
+    /// A slice that is returned stays, and gives its money back again.
+    SliceSurvivesReturn,
+    /// Which period a slice is of is told by the proposer's clock instead of replicated time.
+    PeriodOfLocalTime,
+    /// What a request costs is told by the newest price instead of the one it pinned.
+    PriceNotPinned,
+    /// Delivered tokens are not held against sampled ones.
+    WitnessesNotCompared,
+    /// A vote on an earlier life of a worker counts for its present one.
+    VotesOfOtherEpochs,
+    /// A revoked key can be put in force again.
+    RevokedKeyComesBack,
     /// A budget's limit is not looked at when a slice is leased.
     LimitIgnored,
     /// Closing a period leaves its rows in the next one's tree.
@@ -86,6 +103,8 @@ pub(crate) struct Witnessed {
     pub(crate) data: Vec<u8>,
     /// Of a command.
     pub(crate) outcome: Option<baton_state::Outcome>,
+    /// The membership after it, if it changed it.
+    pub(crate) members: Option<Members>,
 }
 
 thread_local! {
@@ -119,6 +138,7 @@ pub(crate) fn witness(member: u64, entry: &Entry) {
             change: entry.get_entry_type() != EntryType::EntryNormal,
             data: entry.data.to_vec(),
             outcome: None,
+            members: None,
         });
     });
 }
@@ -132,6 +152,15 @@ pub(super) fn note(outcome: &baton_state::Outcome) {
     WITNESSED.with_borrow_mut(|witnessed| {
         if let Some(last) = witnessed.last_mut() {
             last.outcome = Some(outcome.clone());
+        }
+    });
+}
+
+/// Notes the membership after the entry that was witnessed last.
+pub(crate) fn note_members(members: &Members) {
+    WITNESSED.with_borrow_mut(|witnessed| {
+        if let Some(last) = witnessed.last_mut() {
+            last.members = Some(members.clone());
         }
     });
 }

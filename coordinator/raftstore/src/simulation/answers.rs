@@ -1,8 +1,8 @@
 //! What clients make of answers: whether one can be, and what they do next.
 
 use super::clients::{Call, Expect, What};
-use super::commands::{self, cost};
-use super::oracle::{Checked, Delivered, violation};
+use super::commands;
+use super::oracle::{Checked, violation};
 use super::world::World;
 use crate::RaftStoreError;
 use crate::tables::StateView;
@@ -63,19 +63,29 @@ impl World {
                 What::Settle(_, Expect::Conflict),
                 Err(Refused::UsageConflict { .. } | Refused::IdempotencyConflict { .. }),
             ) => Ok(()),
+            (What::Settle(mut record, Expect::Impossible), Err(Refused::Impossible { .. })) => {
+                record.sampled_tokens = record.completion_tokens;
+                self.clients.want(What::Settle(record, Expect::Settled));
+                Ok(())
+            }
+            (What::Return(..), Ok(Applied::Returned { .. })) => Ok(()),
+            (What::Witness(worker, epoch, _), Ok(Applied::Removed { removed })) => {
+                if removed {
+                    let dead = self.clients.dead.entry(worker).or_default();
+                    *dead = (*dead).max(epoch);
+                }
+                Ok(())
+            }
+            (
+                What::Change(_),
+                Ok(Applied::Stands { .. } | Applied::Priced { .. } | Applied::Removed { .. })
+                | Err(Refused::LimitBelowSpent { .. } | Refused::KeyRevoked { .. } | Refused::Unknown { .. }),
+            ) => Ok(()),
             (What::Lease { .. }, Err(refused @ (Refused::Unknown { .. } | Refused::SliceOfOther { .. }))) => {
                 violation(format!("a lease was refused: {refused}"))
             }
-            (
-                What::Lease {
-                    gateway,
-                    life,
-                    ask,
-                    settled_nano,
-                },
-                outcome,
-            ) => {
-                self.leased(gateway, life, &ask, settled_nano, &outcome);
+            (What::Lease { gateway, life, ask }, outcome) => {
+                self.leased(gateway, life, &ask, &outcome);
                 Ok(())
             }
             (What::Register(worker), Ok(Applied::Registered { epoch })) => {
@@ -113,12 +123,6 @@ impl World {
 
     fn settled(&mut self, record: UsageRecord, sequence: u64) -> Checked {
         self.acknowledge(format!("request {}", record.request_id), sequence)?;
-        let nano = cost(record.completion_tokens);
-        for posting in &record.postings {
-            for gateway in &mut self.clients.gateways {
-                *gateway.settled.entry(posting.slice_id.clone()).or_default() += nano;
-            }
-        }
         if self.clients.closing {
             return Ok(());
         }
@@ -145,17 +149,16 @@ impl World {
                 again.request_sha256 = vec![9; 32].into();
                 Expect::Conflict
             };
-            let delivered = Delivered {
-                tokens: again.completion_tokens,
-                nano,
-                budgets: Vec::new(),
-            };
-            self.oracle.delivered.insert(again.request_id.clone(), delivered);
+            let delivered = self.oracle.delivered.get(&record.request_id).cloned();
+            self.oracle
+                .delivered
+                .extend(delivered.map(|delivered| (again.request_id.clone(), delivered)));
             self.clients.want(What::Settle(Box::new(again), expect));
         }
         if record.completion_tokens > 0 && self.random.chance(12) {
             self.clients.corrections += 1;
-            let correction = commands::correction(self.clients.corrections, &record, sequence);
+            let price = &self.clients.prices[&record.price_id];
+            let correction = commands::correction(self.clients.corrections, &record, sequence, price);
             let twice = self.random.chance(50);
             self.clients.want(What::Correct(Box::new(correction.clone())));
             if twice {
@@ -165,28 +168,34 @@ impl World {
         Ok(())
     }
 
-    /// The group says what a slice has left; a purse wants what it ever had. What was settled of it before the ask is the part
-    /// that is surely not in the answer: less than the truth now and then, never more.
-    fn leased(&mut self, gateway: usize, life: u64, ask: &LeaseAsk, settled_nano: u64, outcome: &Outcome) {
+    /// As a gateway's wallet does.
+    fn leased(&mut self, gateway: usize, life: u64, ask: &LeaseAsk, outcome: &Outcome) {
         let gateway = &mut self.clients.gateways[gateway];
         if gateway.life != life {
             return;
         }
-        let (granted_nano, expires_unix_ms, exhausted) = match outcome {
-            Ok(Applied::Leased {
-                open_nano,
-                expires_unix_ms,
-                ..
-            }) => (open_nano + settled_nano, *expires_unix_ms, *open_nano < ask.want_nano),
-            _ => (0, 0, true),
-        };
-        gateway.purse.leased(&Lease {
+        let mut lease = Lease {
             budget_id: ask.budget_id.clone(),
             slice_id: ask.slice_id.clone(),
-            granted_nano,
-            expires_unix_ms,
-            exhausted,
-        });
+            granted_nano: 0,
+            expires_unix_ms: 0,
+            exhausted: true,
+        };
+        match outcome {
+            Ok(Applied::Leased {
+                open_nano,
+                granted_nano,
+                expires_unix_ms,
+                ..
+            }) => {
+                lease.granted_nano = *granted_nano;
+                lease.expires_unix_ms = *expires_unix_ms;
+                lease.exhausted = *open_nano < ask.want_nano;
+                gateway.purse.leased(&lease);
+            }
+            Err(Refused::BudgetExhausted { .. }) => gateway.purse.leased(&lease),
+            _ => gateway.purse.ended(&ask.budget_id, &ask.slice_id),
+        }
     }
 
     /// A read may be made at `index`: it must see all that was answered before it was asked.

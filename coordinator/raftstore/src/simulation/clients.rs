@@ -2,6 +2,7 @@
 //! operator's corrections and seals, readers, and a follower of the ledger's feed. Everything is tried again, anywhere, until
 //! it is answered.
 
+use super::books::MONTHS;
 use super::commands::{self, cost};
 use super::oracle::{Checked, Delivered, violation};
 use super::power::{Point, Random};
@@ -10,7 +11,7 @@ use crate::RaftStoreError;
 use crate::runner::Input;
 use crate::tables::StateView;
 use baton_limits::{LeaseAsk, Purse, PurseConfig, Reservation};
-use baton_proto::state::{Command, Correction, LedgerRow, UsageRecord};
+use baton_proto::state::{Command, Correction, LedgerRow, Price, UsageRecord, UsageStatus, command::Kind};
 use baton_state::{Applied, view};
 use prost::Message as _;
 use std::collections::BTreeMap;
@@ -18,6 +19,8 @@ use tokio::sync::oneshot;
 
 /// Requests of a run.
 const REQUESTS_MAX: u64 = 70;
+/// Clocks of gateways and members differ by so much of the ledger's time, which purses' margins cover.
+const SKEW_MS_MAX: u64 = 3_000;
 /// A caller waits so long for an answer.
 const PATIENCE_MS: u64 = 1500;
 
@@ -30,9 +33,13 @@ pub(super) enum What {
         gateway: usize,
         life: u64,
         ask: LeaseAsk,
-        /// Of the slice, settled and known to be when it was asked: see `leased`.
-        settled_nano: u64,
     },
+    /// Budget and slice.
+    Return(String, String),
+    /// An operator's change.
+    Change(Box<Kind>),
+    /// A coordinator's vote: it has lost the worker's epoch, or heard from it again.
+    Witness(String, u64, bool),
     Register(String),
     Remove(String, u64),
     Correct(Box<Correction>),
@@ -50,6 +57,8 @@ pub(super) enum Expect {
     Row(u64),
     /// It is refused.
     Conflict,
+    /// It is refused, because more was delivered than sampled; then it is told as it was.
+    Impossible,
 }
 
 pub(super) struct Op {
@@ -79,14 +88,15 @@ pub(super) struct Running {
     reservation: Reservation,
     record: UsageRecord,
     tokens: u32,
+    price: Price,
 }
 
 pub(super) struct Gateway {
     pub(super) purse: Purse,
     pub(super) life: u64,
     pub(super) running: Vec<Running>,
-    /// What was settled of each slice, as far as it was told.
-    pub(super) settled: BTreeMap<String, u64>,
+    /// How far its clock is ahead of the ledger's slowest.
+    skew_ms: u64,
 }
 
 pub(super) struct Clients {
@@ -105,6 +115,10 @@ pub(super) struct Clients {
     pub(super) epochs: BTreeMap<String, u64>,
     pub(super) feed: Vec<LedgerRow>,
     pub(super) corrections: u64,
+    /// Prices that requests have pinned, by id.
+    pub(super) prices: BTreeMap<String, Price>,
+    /// When the run starts, by the ledger's time: soon a day ends, and now and then a month.
+    start_unix_ms: u64,
     pub(super) answers: u64,
     pub(super) reads: u64,
     /// Nothing new is begun.
@@ -127,6 +141,8 @@ impl Clients {
             epochs: BTreeMap::new(),
             feed: Vec::new(),
             corrections: 0,
+            prices: BTreeMap::new(),
+            start_unix_ms: MONTHS[1] - 86_400_000 * random.range(0, 2) - random.range(20_000, 240_000),
             answers: 0,
             reads: 0,
             closing: false,
@@ -152,6 +168,11 @@ impl Clients {
         self.ops.is_empty() && self.gateways.iter().all(|gateway| gateway.running.is_empty())
     }
 
+    /// Every record that was handed in is known to be settled.
+    fn all_settled(&self) -> bool {
+        !self.ops.values().any(|op| matches!(op.what, What::Settle(..)))
+    }
+
     pub(super) fn open(&self) -> Vec<String> {
         self.ops
             .values()
@@ -169,14 +190,19 @@ fn gateway(at: usize) -> Gateway {
         purse: Purse::new(format!("g{at}.0"), purse_config()),
         life: 0,
         running: Vec::new(),
-        settled: BTreeMap::new(),
+        skew_ms: SKEW_MS_MAX * (at as u64 % 3) / 2,
     }
 }
 
 impl World {
     /// The clients' clock, of which the ledger knows. It runs faster than the members', so that slices expire within a run.
     pub(super) fn unix_ms(&self) -> u64 {
-        commands::START + 20 * self.now_ms
+        self.clients.start_unix_ms + 20 * self.now_ms
+    }
+
+    /// The same by the clock of a member.
+    fn unix_ms_of(&self, member: u64) -> u64 {
+        self.unix_ms() + SKEW_MS_MAX * (member % 4) / 3
     }
 
     pub(super) fn clients_act(&mut self) -> Checked {
@@ -203,10 +229,11 @@ impl World {
     }
 
     fn gateway_acts(&mut self, at: usize) {
-        let now_ms = self.unix_ms();
+        let now_ms = self.unix_ms() + self.clients.gateways[at].skew_ms;
         let closing = self.clients.closing;
         let restarts = self.random.chance(1) && !closing;
-        let begins = self.random.chance(35) && !closing && self.clients.requests < REQUESTS_MAX;
+        let begins = self.random.chance(42) && !closing && self.clients.requests < REQUESTS_MAX;
+        let gives_back = self.random.chance(6);
         let gateway = &mut self.clients.gateways[at];
         if restarts {
             let life = gateway.life + 1;
@@ -221,70 +248,107 @@ impl World {
             return;
         }
         let cut = gateway.purse.cut(now_ms);
-        let mut ended = Vec::new();
         let virtual_ms = self.now_ms;
-        gateway.running.retain_mut(|running| {
-            let over = running.ends_ms <= virtual_ms || closing || cut.contains(&running.reservation.id);
-            if over {
-                ended.push((running.reservation.clone(), running.record.clone(), running.tokens));
+        let over =
+            |running: &mut Running| running.ends_ms <= virtual_ms || closing || cut.contains(&running.reservation.id);
+        let ended: Vec<Running> = gateway.running.extract_if(.., over).collect();
+        let stopped = cut;
+        for running in ended {
+            let was_cut = stopped.contains(&running.reservation.id);
+            self.end_request(at, running, was_cut);
+        }
+        if gives_back && self.clients.gateways[at].running.is_empty() && self.clients.all_settled() {
+            for (budget_id, slice_id) in self.clients.gateways[at].purse.give_back() {
+                self.clients.want(What::Return(budget_id, slice_id));
             }
-            !over
-        });
-        for (reservation, mut record, tokens) in ended {
-            self.clients.gateways[at].purse.post(&reservation, cost(tokens));
-            record.completion_tokens = tokens;
-            record.sampled_tokens = tokens;
-            let delivered = Delivered {
-                tokens,
-                nano: cost(tokens),
-                budgets: reservation.slices.iter().map(|(budget, _)| budget.clone()).collect(),
-            };
-            self.oracle.delivered.insert(record.request_id.clone(), delivered);
-            self.clients.want(What::Settle(Box::new(record), Expect::Settled));
         }
         if begins {
-            self.begin_request(at);
+            self.begin_request(at, now_ms);
         }
         let asks = self.clients.gateways[at].purse.asks(now_ms);
         for ask in asks {
-            let gateway = &self.clients.gateways[at];
-            let settled_nano = gateway.settled.get(&ask.slice_id).copied().unwrap_or(0);
-            let life = gateway.life;
-            self.clients.want(What::Lease {
-                gateway: at,
-                life,
-                ask,
-                settled_nano,
-            });
+            let life = self.clients.gateways[at].life;
+            self.clients.want(What::Lease { gateway: at, life, ask });
         }
     }
 
-    fn begin_request(&mut self, at: usize) {
-        let now_ms = self.unix_ms();
+    fn end_request(&mut self, at: usize, running: Running, was_cut: bool) {
+        let Running {
+            reservation,
+            mut record,
+            tokens,
+            price,
+            ..
+        } = running;
+        // Whoever hung up or was stopped before the first token pays nothing.
+        let status = match self.random.range(0, 10) {
+            _ if was_cut => UsageStatus::Cancelled,
+            0 => UsageStatus::Cancelled,
+            1 => UsageStatus::Failed,
+            _ => UsageStatus::Completed,
+        };
+        let free = tokens == 0 && status != UsageStatus::Completed;
+        let nano = if free {
+            0
+        } else {
+            cost(&price, record.cached_tokens, tokens)
+        };
+        self.clients.gateways[at].purse.post(&reservation, nano);
+        record.status = status.into();
+        record.completion_tokens = tokens;
+        // What was sampled and not delivered is nobody's.
+        record.sampled_tokens = tokens + self.random.range(0, 3) as u32;
+        let delivered = Delivered { tokens, nano };
+        self.oracle.delivered.insert(record.request_id.clone(), delivered);
+        let miscounted = tokens > 0 && self.random.chance(5);
+        if miscounted {
+            record.sampled_tokens = tokens - 1;
+        }
+        let expect = if miscounted {
+            Expect::Impossible
+        } else {
+            Expect::Settled
+        };
+        self.clients.want(What::Settle(Box::new(record), expect));
+    }
+
+    fn begin_request(&mut self, at: usize, now_ms: u64) {
         let most = self.random.range(1, 7) as u32;
         let tokens = self.random.range(0, u64::from(most) + 1) as u32;
-        let budgets = match self.random.range(0, 4) {
-            0 => vec!["b0".to_owned(), "b1".to_owned()],
-            1 => vec!["b1".to_owned()],
-            _ => vec!["b0".to_owned()],
+        let budgets: &[&str] = match self.random.range(0, 8) {
+            0 | 1 => &["b0", "b1"],
+            2 => &["b1"],
+            3 | 4 => &["b2"],
+            5 => &["b2", "b3"],
+            _ => &["b0"],
         };
+        let budgets: Vec<String> = budgets.iter().map(|id| (*id).to_owned()).collect();
         let lasts_ms = match self.random.range(0, 6) {
             0 => self.random.range(2000, 7000),
             _ => self.random.range(20, 900),
         };
         let keyed = self.random.chance(15);
+        // The price as of now, as its member knows it.
+        let up = self.up_members();
+        let member = self.random.pick(&up).and_then(|id| self.members[&id].life.as_ref());
+        let state = member.and_then(|life| StateView::open(&life.store).ok());
+        let Some(Ok(Some(price))) = state.map(|state| view::price_at(&state, "m", "default", now_ms)) else {
+            return;
+        };
         let gateway = &mut self.clients.gateways[at];
-        let Ok(reservation) = gateway.purse.reserve(&budgets, cost(most), now_ms) else {
+        let Ok(reservation) = gateway.purse.reserve(&budgets, cost(&price, 0, most), now_ms) else {
             return;
         };
         self.clients.requests += 1;
         let number = self.clients.requests;
-        let record = commands::record(number, &reservation, now_ms, keyed);
+        let record = commands::record(number, &reservation, &price, now_ms, keyed);
+        self.clients.prices.insert(price.id.clone(), price.clone());
         gateway.running.push(Running {
             ends_ms: self.now_ms + lasts_ms,
             reservation,
             record,
             tokens,
+            price,
         });
     }
 
@@ -295,7 +359,7 @@ impl World {
         if self.flavour == Flavour::Leaders && self.random.chance(60) {
             self.clients.want(What::Read(true));
         }
-        match self.random.range(0, 60) {
+        match self.random.range(0, 66) {
             0 | 1 => self.clients.want(What::Register(worker)),
             2 | 3 => {
                 // Some of these are about a life that is over.
@@ -312,6 +376,18 @@ impl World {
             4 => self.clients.want(What::Close),
             5 | 6 => self.clients.want(What::Seal(seed)),
             7..=22 => self.clients.want(What::Read(lease)),
+            24..=27 => {
+                if let Some(epoch) = self.clients.epochs.get(&worker).copied() {
+                    let lost = self.random.chance(75);
+                    let epoch = epoch.saturating_sub(u64::from(self.random.chance(30)));
+                    self.clients.want(What::Witness(worker, epoch, lost));
+                }
+            }
+            28..=31 => {
+                let now_ms = self.unix_ms();
+                let kind = commands::change(&mut self.random, now_ms);
+                self.clients.want(What::Change(Box::new(kind)));
+            }
             23 => self.clients.want(What::Tick),
             _ => {}
         }
@@ -334,7 +410,7 @@ impl World {
                     expected - 1
                 ));
             }
-            if view::row(&self.oracle.tables, expected)?.as_ref() != Some(&row) {
+            if view::row(self.oracle.tables(), expected)?.as_ref() != Some(&row) {
                 return violation(format!("the feed of member {id} has another row {expected}"));
             }
             self.clients.feed.push(row);
@@ -367,7 +443,7 @@ impl World {
             Some(leading) if reads && self.random.chance(60) => leading,
             _ => member,
         };
-        let unix_ms = self.unix_ms();
+        let unix_ms = self.unix_ms_of(member);
         let Some(op) = self.clients.ops.get_mut(&id) else {
             return;
         };
@@ -375,18 +451,20 @@ impl World {
         op.next_try_ms = patience;
         let what = op.what.clone();
         let actor = format!("{id}.{}", op.tries);
-        let state = self.members[&member]
-            .life
-            .as_ref()
-            .map(|life| StateView::open(&life.store));
-        let Some(Ok(state)) = state else { return };
+        let Some(life) = &self.members[&member].life else {
+            return;
+        };
+        let Ok(state) = StateView::open(&life.store) else {
+            return;
+        };
+        let voters = &life.runner.node.members().voters;
         let (input, answer, command) = match &what {
             What::Read(lease) => {
                 let (sender, receiver) = oneshot::channel();
                 (Input::Read(*lease, sender), Answer::Read(receiver), Vec::new())
             }
             what => {
-                let Some(kind) = commands::kind(what, &state, member, unix_ms) else {
+                let Some(kind) = commands::kind(what, &state, member, voters, unix_ms) else {
                     self.clients.ops.remove(&id);
                     return;
                 };

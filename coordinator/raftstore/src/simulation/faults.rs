@@ -21,6 +21,8 @@ impl World {
     pub(super) fn plan(&mut self) {
         let ms = self.random.range(300, 1500);
         self.later(ms, Event::Fault);
+        let ms = self.random.range(800, 9000);
+        self.later(ms, Event::Backup);
         let founders = self.members.len() as u64;
         if self.random.chance(45) {
             let new = founders + 1;
@@ -183,6 +185,11 @@ impl World {
             let (sender, answer) = oneshot::channel();
             member.inbox.push(Input::Change(change, sender));
             self.operator.waiting = Some((answer, self.now_ms));
+            // A moment of which much depends.
+            if self.random.chance(20) && !self.calm {
+                let points = self.random.range(0, 40);
+                self.members[&leader].power.fail_after(points);
+            }
         }
         self.wake(leader);
         Ok(())

@@ -1,8 +1,10 @@
 //! What must hold of the tables at every moment, computed anew from what is in them.
 
+use super::admin::Admin;
+use super::books::Books;
 use super::oracle::{Checked, Delivered, Violation, violation};
 use baton_ledger::merkle::Frontier;
-use baton_ledger::{GENESIS, charge, checkpoint, row};
+use baton_ledger::{GENESIS, checkpoint, row};
 use baton_proto::state::{LedgerRow, ledger_row::Body};
 use baton_state::{MemoryTables, TablesError, view};
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,7 +18,9 @@ impl From<TablesError> for Violation {
 pub(super) fn check(
     tables: &MemoryTables,
     delivered: &BTreeMap<String, Delivered>,
-    limits: &BTreeMap<String, u64>,
+    books: &Books,
+    admin: &Admin,
+    verified: &mut u64,
 ) -> Checked {
     let mut rows = Vec::new();
     loop {
@@ -28,8 +32,27 @@ pub(super) fn check(
     }
     chain(&rows)?;
     once(&rows)?;
-    periods(tables, &rows)?;
-    budgets(tables, &rows, delivered, limits)
+    periods(tables, &rows, verified)?;
+    corrections(tables, &rows)?;
+    admin.check(tables)?;
+    books.check(tables, &rows)?;
+    witnesses(&rows, delivered)
+}
+
+/// Gateway and sampler count apart: nothing is billed that was not sampled, or not delivered.
+fn witnesses(rows: &[LedgerRow], delivered: &BTreeMap<String, Delivered>) -> Checked {
+    for row in rows {
+        let Some(Body::Usage(record)) = &row.body else { continue };
+        let known = delivered.get(&record.request_id).map_or(0, |known| known.tokens);
+        let (billed, sampled) = (record.completion_tokens, record.sampled_tokens);
+        if billed != known || billed > sampled {
+            return violation(format!(
+                "request {} is billed {billed} tokens, of {sampled} sampled and {known} delivered",
+                record.request_id
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Numbers without gaps, each row on the hash of the one before.
@@ -74,12 +97,15 @@ fn once(rows: &[LedgerRow]) -> Checked {
     Ok(())
 }
 
-/// Seals verify, and say what the rows say.
-fn periods(tables: &MemoryTables, rows: &[LedgerRow]) -> Checked {
+/// Seals verify, and say what the rows say. Up to `verified` they did.
+fn periods(tables: &MemoryTables, rows: &[LedgerRow], verified: &mut u64) -> Checked {
     let mut last = None;
     for period in view::checkpoints_after(tables, 0, 1000)? {
-        checkpoint::verify_after(&period, last.as_ref())
-            .map_err(|error| Violation(format!("a seal does not verify: {error}")))?;
+        if period.last_sequence > *verified {
+            checkpoint::verify_after(&period, last.as_ref())
+                .map_err(|error| Violation(format!("a seal does not verify: {error}")))?;
+            *verified = period.last_sequence;
+        }
         let of = &rows[period.first_sequence as usize - 1..period.last_sequence as usize];
         let mut tree = Frontier::default();
         for row in of {
@@ -93,59 +119,31 @@ fn periods(tables: &MemoryTables, rows: &[LedgerRow]) -> Checked {
     Ok(())
 }
 
-/// Budgets of these runs are for all time, so each has one window.
-fn budgets(
-    tables: &MemoryTables,
-    rows: &[LedgerRow],
-    delivered: &BTreeMap<String, Delivered>,
-    limits: &BTreeMap<String, u64>,
-) -> Checked {
-    for (id, limit) in limits {
-        let Some(window) = view::window(tables, id, 0)? else {
-            continue;
+/// The sums of corrections are those of their rows, and take away no more than there is.
+fn corrections(tables: &MemoryTables, rows: &[LedgerRow]) -> Checked {
+    let mut sums: BTreeMap<&str, (i64, i64)> = BTreeMap::new();
+    for row in rows {
+        if let Some(Body::Correction(correction)) = &row.body {
+            let sum = sums.entry(&correction.request_id).or_default();
+            sum.0 += correction.completion_tokens;
+            sum.1 += correction.output_nano;
+        }
+    }
+    for (request_id, (tokens, nano)) in sums {
+        let found = view::corrected(tables, request_id)?;
+        if (found.completion_tokens, found.output_nano) != (tokens, nano) {
+            return violation(format!(
+                "request {request_id} is corrected by {found:?}, rows say {tokens}, {nano}"
+            ));
+        }
+        let row = view::usage_row(tables, request_id)?.unwrap_or_default();
+        let output_nano = row.charge.unwrap_or_default().output_nano;
+        let delivered = match row.body {
+            Some(Body::Usage(record)) => record.completion_tokens,
+            _ => 0,
         };
-        let sum = window.posted_nano + window.voided_nano + window.expired_nano + window.open_nano;
-        if window.reserved_nano != sum {
-            return violation(format!(
-                "budget {id}: reserved {} but {sum} became of it",
-                window.reserved_nano
-            ));
-        }
-        if window.posted_nano + window.open_nano > u128::from(*limit) {
-            return violation(format!("budget {id} is overrun: {window:?}"));
-        }
-        let slices = view::slices_after(tables, id, "", 1000)?;
-        let open: u128 = slices.iter().map(|slice| u128::from(slice.open_nano)).sum();
-        if open != window.open_nano || slices.len() as u128 != window.slices {
-            return violation(format!(
-                "budget {id}: slices hold {open}, {} is set aside",
-                window.open_nano
-            ));
-        }
-        let mut billed = 0;
-        let mut spent = 0;
-        for row in rows {
-            let Some(Body::Usage(record)) = &row.body else { continue };
-            if !record.postings.iter().any(|posting| posting.budget_id == *id) {
-                continue;
-            }
-            let amount = charge::total(row.charge.as_ref().unwrap_or(&Default::default()));
-            billed += amount;
-            if amount > 0 {
-                spent += delivered.get(&record.request_id).map_or(0, |known| {
-                    if known.budgets.contains(id) {
-                        u128::from(known.nano)
-                    } else {
-                        0
-                    }
-                });
-            }
-        }
-        if window.posted_nano != billed || billed != spent {
-            return violation(format!(
-                "budget {id}: posted {}, rows {billed}, delivered {spent}",
-                window.posted_nano
-            ));
+        if i64::from(delivered) + tokens < 0 || output_nano.checked_add_signed(nano).is_none() {
+            return violation(format!("request {request_id} is corrected below zero"));
         }
     }
     Ok(())

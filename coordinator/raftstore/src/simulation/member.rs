@@ -26,6 +26,8 @@ pub(super) struct Promise {
     pub(super) vote: u64,
     /// Log index that it said to have in that term.
     pub(super) index: u64,
+    /// Greatest commit index that it told as a leader, in whatever term.
+    pub(super) commit: u64,
 }
 
 pub(super) struct Life {
@@ -146,6 +148,12 @@ impl Member {
 
     /// Notes what a message promises.
     pub(super) fn note_promise(&mut self, message: &Message) {
+        if matches!(
+            message.get_msg_type(),
+            MessageType::MsgAppend | MessageType::MsgHeartbeat
+        ) {
+            self.promise.commit = self.promise.commit.max(message.commit);
+        }
         let vote = match message.get_msg_type() {
             MessageType::MsgRequestVoteResponse if !message.reject => message.to,
             MessageType::MsgAppendResponse => 0,
@@ -155,6 +163,7 @@ impl Member {
         if message.term > promise.term {
             *promise = Promise {
                 term: message.term,
+                commit: promise.commit,
                 ..Promise::default()
             };
         }
@@ -168,14 +177,21 @@ impl Member {
         }
     }
 
-    /// Whether its disk holds what it promised; says what is missing.
-    pub(super) fn broken_promise(&self) -> Result<Option<String>, RaftStoreError> {
+    /// Whether its disk holds what it promised; says what is missing. `change` is the last change of the members that it told
+    /// as committed, 0 if none.
+    pub(super) fn broken_promise(&self, change: u64) -> Result<Option<String>, RaftStoreError> {
         let Some(life) = &self.life else { return Ok(None) };
         let (hard_state, last) = read_log_end(&life.store)?;
         if let Some(broken) = broken_log(&life.store)? {
             return Ok(Some(broken));
         }
-        let Promise { term, vote, index } = self.promise;
+        let knows = hard_state.commit.max(life.runner.node.applied());
+        if knows < change {
+            return Ok(Some(format!(
+                "it told that the change of the members at {change} is committed, and knows of {knows}"
+            )));
+        }
+        let Promise { term, vote, index, .. } = self.promise;
         if hard_state.term < term {
             return Ok(Some(format!(
                 "it spoke in term {term} and remembers {}",

@@ -1,14 +1,16 @@
 //! The reference: one machine in memory that applies every committed entry once, in order, and against which members,
 //! answers and reads are held. And what clients know to be true.
 
+use super::admin::Admin;
+use super::books::Books;
+use super::digest::{Digest, Digested};
 use super::invariants;
 use crate::membership::Members;
 use crate::planted::{self, Witnessed};
-use baton_proto::state::{Command, UsageStatus, command::Kind, ledger_row::Body};
-use baton_state::{Applied, MemoryTables, Outcome, SLICE_GRACE_MS, Tables, view};
+use baton_proto::state::{Command, command::Kind, ledger_row::Body};
+use baton_state::{Applied, MemoryTables, Outcome, view};
 use prost::Message as _;
 use std::collections::{BTreeMap, HashMap};
-use std::ops::ControlFlow;
 
 /// Something that must not be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,8 +26,8 @@ pub(super) fn violation<T>(what: impl Into<String>) -> Checked<T> {
 #[derive(Debug, Clone)]
 pub(super) struct Delivered {
     pub(super) tokens: u32,
+    /// What that costs.
     pub(super) nano: u64,
-    pub(super) budgets: Vec<String>,
 }
 
 struct Entry {
@@ -37,27 +39,29 @@ struct Entry {
 /// The state after an entry.
 pub(super) struct At {
     pub(super) hash: [u8; 32],
-    pub(super) digest: [u8; 32],
+    pub(super) digest: Digest,
 }
 
 pub(super) struct Oracle {
-    pub(super) tables: MemoryTables,
+    state: Digested,
+    /// The last checkpoint whose signature was checked ends with this row.
+    verified: u64,
     pub(super) last: u64,
     entries: BTreeMap<u64, Entry>,
     at: BTreeMap<u64, At>,
-    /// The membership after each entry that changed it.
+    /// By entries that somebody was the first to know committed: what that member, who counted, had applied before.
+    counted_at: BTreeMap<u64, u64>,
+    /// The membership after each entry that changed it; nothing while nobody was seen with it.
     members: BTreeMap<u64, Option<Members>>,
     /// Indices of each command, by its bytes: a forwarded one that the network doubles is in the log twice.
     indices: HashMap<Vec<u8>, Vec<u64>>,
     /// Greatest time that a command told.
     now_ms: u64,
-    /// When slices end, by id.
-    slice_ends: BTreeMap<String, u64>,
+    books: Books,
+    admin: Admin,
     epochs: BTreeMap<String, u64>,
     last_epoch: u64,
     pub(super) delivered: BTreeMap<String, Delivered>,
-    /// Limits of hard budgets.
-    pub(super) limits: BTreeMap<String, u64>,
     rows_checked: u64,
 }
 
@@ -66,26 +70,32 @@ const FIRST: u64 = 1;
 
 impl Oracle {
     pub(super) fn new(founders: Members) -> Self {
-        let tables = MemoryTables::default();
         let start = At {
             hash: [0; 32],
-            digest: digest(&tables),
+            digest: Digest::default(),
         };
         Self {
-            tables,
+            state: Digested::default(),
+            verified: 0,
             last: FIRST,
             entries: BTreeMap::new(),
             at: BTreeMap::from([(FIRST, start)]),
+            counted_at: BTreeMap::from([(FIRST, FIRST)]),
             members: BTreeMap::from([(FIRST, Some(founders))]),
             indices: HashMap::new(),
             now_ms: 0,
-            slice_ends: BTreeMap::new(),
+            books: Books::default(),
+            admin: Admin::default(),
             epochs: BTreeMap::new(),
             last_epoch: 0,
             delivered: BTreeMap::new(),
-            limits: BTreeMap::new(),
             rows_checked: 0,
         }
+    }
+
+    /// The tables of the reference.
+    pub(super) fn tables(&self) -> &MemoryTables {
+        &self.state.tables
     }
 
     pub(super) fn at(&self, index: u64) -> Option<&At> {
@@ -102,7 +112,12 @@ impl Oracle {
             change,
             data,
             outcome,
+            members,
         } = seen;
+        if let Some(members) = members {
+            self.members.entry(index).or_insert(None);
+            self.check_members(member, index, &members)?;
+        }
         if let Some(known) = self.entries.get(&index) {
             if known.term != term || known.data != data {
                 return violation(format!(
@@ -130,7 +145,7 @@ impl Oracle {
         self.last = index;
         if command {
             // The reference is nobody's: it witnesses itself, and that is thrown away.
-            let applied = planted::apply(&mut self.tables, index, &data);
+            let applied = planted::apply(&mut self.state, index, &data);
             let applied = applied.map_err(|error| Violation(format!("the machine failed at {index}: {error}")))?;
             if outcome.as_ref() != Some(&applied) {
                 return violation(format!(
@@ -140,13 +155,13 @@ impl Oracle {
             self.indices.entry(data.clone()).or_default().push(index);
             self.judge(index, &data, &applied)?;
         } else if change {
-            self.members.insert(index, None);
+            self.members.entry(index).or_insert(None);
         }
-        let hash = view::hash(&self.tables).map_err(|error| Violation(error.to_string()))?;
-        let digest = digest(&self.tables);
+        let hash = view::hash(self.tables()).map_err(|error| Violation(error.to_string()))?;
+        let digest = self.state.digest;
         self.at.insert(index, At { hash, digest });
         self.entries.insert(index, Entry { term, data, outcome });
-        if index.is_multiple_of(16) {
+        if index.is_multiple_of(24) {
             self.check_state()?;
         }
         Ok(())
@@ -154,7 +169,13 @@ impl Oracle {
 
     /// Everything that one version of the tables shows.
     pub(super) fn check_state(&mut self) -> Checked {
-        invariants::check(&self.tables, &self.delivered, &self.limits)
+        invariants::check(
+            &self.state.tables,
+            &self.delivered,
+            &self.books,
+            &self.admin,
+            &mut self.verified,
+        )
     }
 
     /// What a command may and may not have done.
@@ -163,12 +184,17 @@ impl Oracle {
             return violation(format!("entry {index} is no command"));
         };
         self.now_ms = self.now_ms.max(command.at_unix_ms);
-        let time = view::time(&self.tables).map_err(|error| Violation(error.to_string()))?;
+        let time = view::time(self.tables()).map_err(|error| Violation(error.to_string()))?;
         if time != self.now_ms {
             return violation(format!("replicated time is {time}, commands told {}", self.now_ms));
         }
-        match (command.kind, outcome) {
-            (Some(Kind::RegisterWorker(register)), Ok(Applied::Registered { epoch })) => {
+        let Some(kind) = command.kind else {
+            return violation(format!("entry {index} is no command"));
+        };
+        self.books.note(self.now_ms, &kind, outcome)?;
+        self.admin.note(&kind, outcome)?;
+        match (kind, outcome) {
+            (Kind::RegisterWorker(register), Ok(Applied::Registered { epoch })) => {
                 if *epoch <= self.last_epoch {
                     return violation(format!("epoch {epoch} was given after {}", self.last_epoch));
                 }
@@ -176,7 +202,7 @@ impl Oracle {
                 self.epochs
                     .insert(register.worker.unwrap_or_default().worker_id, *epoch);
             }
-            (Some(Kind::RemoveWorker(remove)), Ok(Applied::Removed { removed })) => {
+            (Kind::RemoveWorker(remove), Ok(Applied::Removed { removed })) => {
                 let current = self.epochs.get(&remove.worker_id) == Some(&remove.epoch);
                 if *removed != current {
                     return violation(format!(
@@ -188,20 +214,29 @@ impl Oracle {
                     self.epochs.remove(&remove.worker_id);
                 }
             }
-            (Some(Kind::LeaseSlice(lease)), Ok(Applied::Leased { expires_unix_ms, .. })) => {
-                let end = self.slice_ends.entry(lease.slice_id).or_default();
-                *end = (*end).max(*expires_unix_ms);
+            (Kind::WitnessWorker(witness), Ok(Applied::Removed { removed })) => {
+                let present = self.epochs.get(&witness.worker_id) == Some(&witness.epoch);
+                let over = self.admin.vote(&witness, present);
+                if *removed != over {
+                    return violation(format!("{witness:?} was answered {removed}"));
+                }
+                if over {
+                    self.epochs.remove(&witness.worker_id);
+                }
             }
             _ => {}
         }
         self.judge_rows()?;
+        self.books.compare(self.tables())?;
         for (worker, epoch) in &self.epochs {
-            let found = view::worker(&self.tables, worker)
-                .ok()
-                .flatten()
-                .map(|found| found.epoch);
-            if found != Some(*epoch) {
-                return violation(format!("worker {worker} is there under epoch {found:?}, not {epoch}"));
+            let found = view::worker(self.tables(), worker)?.unwrap_or_default();
+            if found.epoch != *epoch {
+                let found = found.epoch;
+                return violation(format!("worker {worker} is there under epoch {found}, not {epoch}"));
+            }
+            if found.lost_by != self.admin.lost_by(worker) {
+                let (found, known) = (found.lost_by, self.admin.lost_by(worker));
+                return violation(format!("worker {worker} is lost by {found:?}, votes say {known:?}"));
             }
         }
         Ok(())
@@ -209,9 +244,9 @@ impl Oracle {
 
     /// New rows say what was delivered, and charge it unless it came too late.
     fn judge_rows(&mut self) -> Checked {
-        while let Ok(Some(row)) = view::row(&self.tables, self.rows_checked + 1) {
+        while let Ok(Some(row)) = view::row(self.tables(), self.rows_checked + 1) {
             self.rows_checked += 1;
-            let Some(Body::Usage(record)) = row.body else { continue };
+            let Some(Body::Usage(record)) = &row.body else { continue };
             let Some(delivered) = self.delivered.get(&record.request_id) else {
                 return violation(format!("a row of request {}, which nobody sent", record.request_id));
             };
@@ -221,24 +256,7 @@ impl Oracle {
                     record.request_id, record.completion_tokens, delivered.tokens
                 ));
             }
-            if record.status() == UsageStatus::Expired {
-                let end = |slice: &String| self.slice_ends.get(slice).map_or(0, |end| end + SLICE_GRACE_MS);
-                if record
-                    .postings
-                    .iter()
-                    .all(|posting| self.now_ms < end(&posting.slice_id))
-                {
-                    return violation(format!(
-                        "request {} is not charged although its slices were in their grace",
-                        record.request_id
-                    ));
-                }
-            } else {
-                let charge = baton_ledger::charge::total(&row.charge.unwrap_or_default());
-                if charge != u128::from(delivered.nano) {
-                    return violation(format!("request {} is charged {charge}", record.request_id));
-                }
-            }
+            self.books.settled(self.now_ms, record, &row, delivered.nano)?;
         }
         Ok(())
     }
@@ -261,9 +279,36 @@ impl Oracle {
         ))
     }
 
-    /// The membership has changed since the entry at `index`.
-    pub(super) fn members_changed_since(&self, index: u64) -> bool {
-        self.members.range(index..).next().is_some()
+    /// A member that had applied so much before knows now that all up to `committed` is.
+    pub(super) fn counted(&mut self, committed: u64, applied: u64) {
+        if self
+            .counted_at
+            .last_key_value()
+            .is_none_or(|(last, _)| *last < committed)
+        {
+            self.counted_at.insert(committed, applied);
+        }
+    }
+
+    /// What whoever counted the entry at `index` had applied by then.
+    pub(super) fn counted_at(&self, index: u64) -> u64 {
+        self.counted_at.range(index..).next().map_or(0, |(_, applied)| *applied)
+    }
+
+    /// The memberships in force at an index and later; nothing if one of them is not known yet.
+    pub(super) fn members_since(&self, index: u64) -> Option<Vec<&Members>> {
+        let first = self.members.range(..=index).next_back().map_or(0, |(first, _)| *first);
+        self.members
+            .range(first..)
+            .map(|(_, members)| members.as_ref())
+            .collect()
+    }
+
+    /// The last entry up to `index` that changed the membership; 0 if none did.
+    pub(super) fn last_change(&self, index: u64) -> u64 {
+        let changes = self.members.range(FIRST + 1..=index.max(FIRST + 1));
+        let last = changes.map(|(at, _)| *at).next_back().unwrap_or(0);
+        if last <= index { last } else { 0 }
     }
 
     /// A member with this applied index has this membership.
@@ -281,21 +326,5 @@ impl Oracle {
                 Ok(())
             }
         }
-    }
-}
-
-/// Hash of all pairs.
-pub(super) fn digest(tables: &impl Tables) -> [u8; 32] {
-    let mut hasher = blake3::Hasher::new();
-    let walked = tables.scan(&[0], &[0xff], &mut |key, value| {
-        hasher.update(&(key.len() as u64).to_le_bytes());
-        hasher.update(key);
-        hasher.update(&(value.len() as u64).to_le_bytes());
-        hasher.update(value);
-        Ok(ControlFlow::Continue(()))
-    });
-    match walked {
-        Ok(()) => *hasher.finalize().as_bytes(),
-        Err(_) => [0xff; 32],
     }
 }

@@ -1,10 +1,12 @@
 //! Time, and what happens to members. What clients do is in `clients`, what goes wrong in `faults`.
 
+use super::backups::Backup;
 use super::clients::Clients;
+use super::digest::digest;
 use super::disk::{Disk, Loss};
 use super::member::{Member, holds_entry};
 use super::network::{Network, Stream};
-use super::oracle::{Checked, Oracle, Violation, digest, violation};
+use super::oracle::{Checked, Oracle, Violation, violation};
 use super::power::{Point, Power, Random};
 use crate::database::Store;
 use crate::membership::Members;
@@ -36,6 +38,7 @@ pub(super) enum Event {
     Clients,
     Operator,
     Fault,
+    Backup,
     Crash(u64),
     Heal(u64, u64),
 }
@@ -55,6 +58,9 @@ pub(super) struct World {
     events: BTreeMap<(u64, u64), Event>,
     event: u64,
     pub(super) streams: Vec<Stream>,
+    pub(super) backups: Vec<Backup>,
+    /// Groups that were restored.
+    pub(super) restored: u64,
     leaders: BTreeMap<u64, u64>,
     pub(super) trace: Option<Vec<String>>,
     pub(super) points: BTreeSet<Point>,
@@ -102,6 +108,8 @@ impl World {
             events: BTreeMap::new(),
             event: 0,
             streams: Vec::new(),
+            backups: Vec::new(),
+            restored: 0,
             leaders: BTreeMap::new(),
             trace: trace.then(Vec::new),
             points: BTreeSet::new(),
@@ -183,7 +191,7 @@ impl World {
                 for stream in std::mem::take(&mut self.streams) {
                     self.move_stream(stream)?;
                 }
-                Ok(())
+                self.move_backups()
             }
             Event::Start(id) => self.start(id),
             Event::Clients => {
@@ -193,6 +201,7 @@ impl World {
             }
             Event::Operator => self.operator_acts(),
             Event::Fault => self.fault(),
+            Event::Backup => self.begin_backup(),
             Event::Crash(id) => {
                 if !self.calm && self.members[&id].up() {
                     self.crash(id, Loss::Some);
@@ -257,7 +266,10 @@ impl World {
             Err(error) => return violation(format!("member {id} does not start: {error}")),
         }
         let member = &self.members[&id];
-        let broken = member.broken_promise().map_err(|error| Violation(error.to_string()))?;
+        let change = self.oracle.last_change(member.promise.commit);
+        let broken = member
+            .broken_promise(change)
+            .map_err(|error| Violation(error.to_string()))?;
         if let Some(broken) = broken
             && !betrayed
         {
@@ -283,7 +295,9 @@ impl World {
         let own_time = member.own_time(now_ms);
         let Some(life) = &mut member.life else { return Ok(()) };
         let inputs = std::mem::take(&mut member.inbox);
+        let applied = life.runner.node.applied();
         let result = contained(|| life.runner.turn(own_time, inputs));
+        self.oracle.counted(life.runner.node.committed(), applied);
         let sent = std::mem::take(&mut *life.outbox.lock().unwrap());
         for seen in planted::take_witnessed() {
             self.oracle.witness(seen)?;
@@ -320,7 +334,7 @@ impl World {
 
     /// What can be seen of a member that runs.
     pub(super) fn look_at(&mut self, id: u64, thorough: bool) -> Checked {
-        let thorough = thorough || self.random.chance(12);
+        let thorough = thorough || self.random.chance(8);
         let Some(member) = self.members.get_mut(&id) else {
             return Ok(());
         };
@@ -357,7 +371,7 @@ impl World {
         }
         if thorough {
             let tables = StateView::open(&life.store).map_err(failed)?;
-            if digest(&tables) != expected.digest {
+            if digest(&tables) != Some(expected.digest) {
                 return violation(format!("member {id} has other tables at {applied}"));
             }
         }
@@ -376,6 +390,7 @@ impl World {
 
     pub(super) fn stop(&mut self, id: u64, loss: Loss) {
         self.streams.retain(|stream| stream.from != id && stream.to != id);
+        self.backups.retain(|backup| backup.member != id);
         self.clients.forget_calls(id);
         let Some(member) = self.members.get_mut(&id) else {
             return;
@@ -447,42 +462,44 @@ impl World {
             .collect()
     }
 
-    /// The entry at `index` was answered: it must be on the disks of a majority as they would be after a loss of power.
+    /// The entry at `index` was answered: it must be on the disks of a majority as they would be after a loss of power. Of
+    /// which majority: a change of the members counts once the leader has applied it, so one of those in force since what the
+    /// leader had applied when it counted.
     pub(super) fn check_durable(&mut self, index: u64) -> Checked {
-        let Some(leader) = self.leader() else { return Ok(()) };
         // A majority that counts on a disk that lies is none.
-        let betrayed = self.members.values().any(|member| member.betrayed);
-        let Some(life) = self.members[&leader].life.as_ref().filter(|_| !betrayed) else {
-            return Ok(());
-        };
-        let members = life.runner.node.members().clone();
-        // The majority that counted may have been another one: a change counts once the leader has applied it, and what
-        // was under way by then was counted by the old one.
-        let changed = self.oracle.members_changed_since(index.saturating_sub(100));
-        if members.joint() || changed || life.runner.node.applied() < index {
+        if self.members.values().any(|member| member.betrayed) {
             return Ok(());
         }
-        let mut holding = 0;
+        let Some(majorities) = self.oracle.members_since(self.oracle.counted_at(index)) else {
+            return Ok(());
+        };
         let mut random = Random::new(0);
-        for id in &members.voters {
-            let Some(member) = self.members.get(id) else { continue };
+        let mut holding = BTreeSet::new();
+        for (id, member) in &self.members {
+            let voter = |members: &&Members| members.voters.contains(id) || members.voters_outgoing.contains(id);
             let image = member.disk.image_after(Loss::All, &mut random);
-            if image.is_empty() {
+            if image.is_empty() || !majorities.iter().any(|members| voter(&members)) {
                 continue;
             }
             let held = contained(|| {
                 let store = Store::on(Disk::with(image, Power::default()))?;
                 holds_entry(&store, index)
             });
-            holding += usize::from(held.unwrap_or(false));
+            if held.unwrap_or(false) {
+                holding.insert(*id);
+            }
         }
-        if holding * 2 <= members.voters.len() {
-            return violation(format!(
-                "entry {index} was answered and is on the disks of {holding} of {} voters",
-                members.voters.len()
-            ));
+        let most = |of: &[u64]| of.iter().filter(|id| holding.contains(id)).count() * 2 > of.len();
+        let counted =
+            |members: &&Members| most(&members.voters) && (!members.joint() || most(&members.voters_outgoing));
+        if majorities.iter().any(|members| counted(&members)) {
+            return Ok(());
         }
-        Ok(())
+        let voters = majorities.iter().map(|members| &members.voters);
+        violation(format!(
+            "entry {index} was answered and is on the disks of {holding:?} of the voters {:?}",
+            voters.collect::<Vec<_>>()
+        ))
     }
 
     /// The rows of the ledger as a member has them, after one.

@@ -123,34 +123,80 @@ impl<T: Read> Hashed<T> {
     }
 }
 
+/// A backup that is being written: one version of the state, whatever the store does meanwhile.
+pub(crate) struct Saving<W> {
+    source: SnapshotSource,
+    out: Hashed<W>,
+    state_hash: [u8; 32],
+    #[cfg(test)]
+    store: Store,
+}
+
+impl<W: Write> Saving<W> {
+    /// Of the newest version; writes what comes before its pairs.
+    pub(crate) fn begin(store: &Store, to: W) -> Result<Self, RaftStoreError> {
+        let txn = store.read()?;
+        let source = SnapshotSource::of(store, &txn)?;
+        let state_hash = view::hash(&StateView::of(&txn)?)?;
+        let header = Header {
+            applied_index: source.index(),
+            term: term_of(store, &txn, source.index())?,
+            state_hash: state_hash.to_vec(),
+        };
+        let mut out = Hashed::new(to);
+        out.write(MAGIC)?;
+        out.write(&VERSION.to_le_bytes())?;
+        out.write_message(&header)?;
+        Ok(Self {
+            source,
+            out,
+            state_hash,
+            #[cfg(test)]
+            store: store.clone(),
+        })
+    }
+
+    /// Writes a chunk; false after the last one.
+    pub(crate) fn step(&mut self) -> Result<bool, RaftStoreError> {
+        #[cfg(test)]
+        if planted!(BackupOfTwoVersions) {
+            self.source.look_again(&self.store)?;
+        }
+        let Some(chunk) = self.source.next_chunk()? else {
+            return Ok(false);
+        };
+        self.out.write_message(&chunk)?;
+        Ok(true)
+    }
+
+    /// Writes the end, flushes, and gives back what was written to.
+    pub(crate) fn finish(mut self) -> Result<(BackupInfo, W), RaftStoreError> {
+        let file_hash = self.out.hash();
+        self.out.write(&file_hash)?;
+        let flushed = self.out.inner.flush();
+        flushed.map_err(|error| RaftStoreError::from_io(&error))?;
+        let info = BackupInfo {
+            applied_index: self.source.index(),
+            pairs: self.source.progress().0,
+            bytes: self.out.bytes,
+            state_hash: self.state_hash,
+            file_hash,
+        };
+        Ok((info, self.out.inner))
+    }
+
+    /// For tests: smaller chunks.
+    #[cfg(test)]
+    pub(crate) fn set_chunk_bytes(&mut self, bytes: usize) {
+        self.source.chunk_bytes = bytes;
+    }
+}
+
 /// Writes one version of the state to `to`, and flushes it.
 pub(crate) fn save(store: &Store, to: &mut dyn Write) -> Result<BackupInfo, RaftStoreError> {
-    let txn = store.read()?;
-    let mut source = SnapshotSource::of(store, &txn)?;
-    let state_hash = view::hash(&StateView::of(&txn)?)?;
-    let header = Header {
-        applied_index: source.index(),
-        term: term_of(store, &txn, source.index())?,
-        state_hash: state_hash.to_vec(),
-    };
-    drop(txn);
-    let mut out = Hashed::new(to);
-    out.write(MAGIC)?;
-    out.write(&VERSION.to_le_bytes())?;
-    out.write_message(&header)?;
-    while let Some(chunk) = source.next_chunk()? {
-        out.write_message(&chunk)?;
-    }
-    let file_hash = out.hash();
-    out.write(&file_hash)?;
-    out.inner.flush().map_err(|error| RaftStoreError::from_io(&error))?;
-    Ok(BackupInfo {
-        applied_index: source.index(),
-        pairs: source.progress().0,
-        bytes: out.bytes,
-        state_hash,
-        file_hash,
-    })
+    let mut saving = Saving::begin(store, to)?;
+    while saving.step()? {}
+    Ok(saving.finish()?.0)
 }
 
 /// Restores a backup into `dir`, which must hold no store, as a group whose only member is `node_id`; others join it. Blocks
@@ -184,7 +230,8 @@ pub fn restore(from: &mut dyn Read, dir: &Path, node_id: u64) -> Result<BackupIn
     finished
 }
 
-fn read_into(from: &mut dyn Read, store: &Store, node_id: u64) -> Result<BackupInfo, RaftStoreError> {
+/// Restores a backup into an empty store, durably.
+pub(crate) fn read_into(from: &mut dyn Read, store: &Store, node_id: u64) -> Result<BackupInfo, RaftStoreError> {
     let mut from = Hashed::new(from);
     let mut magic = [0; 8];
     from.read(&mut magic)

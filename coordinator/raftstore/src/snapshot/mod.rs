@@ -25,6 +25,8 @@ mod staging;
 
 pub(crate) use backup::save;
 pub use backup::{BackupInfo, restore};
+#[cfg(test)]
+pub(crate) use backup::{Saving, read_into};
 pub use chunk::{CHUNK_MESSAGE_BYTES_MAX, SnapshotChunk, SnapshotPair};
 pub use outgoing::OutgoingSnapshot;
 pub use sink::SnapshotSink;

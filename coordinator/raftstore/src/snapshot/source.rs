@@ -47,6 +47,13 @@ impl SnapshotSource {
         })
     }
 
+    /// The planted bug: reads on in the newest version.
+    #[cfg(test)]
+    pub(super) fn look_again(&mut self, store: &Store) -> Result<(), RaftStoreError> {
+        self.state = StateView::open(store)?;
+        Ok(())
+    }
+
     /// Log index of the last command in it.
     pub(crate) fn index(&self) -> u64 {
         self.index
