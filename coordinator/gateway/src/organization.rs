@@ -57,7 +57,7 @@ pub(crate) fn routes<S: Clone + Send + Sync + 'static>(accounts: Option<&Arc<Acc
         )
         .route(
             "/v1/organization/projects/{project}/api_keys/{key}",
-            get(keys::get).delete(keys::revoke),
+            get(keys::get).post(keys::update).delete(keys::revoke),
         )
         .route(
             "/v1/organization/admin_api_keys",

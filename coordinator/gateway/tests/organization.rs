@@ -359,6 +359,29 @@ async fn projects_keys_prices_and_the_log_of_changes() {
         )
         .await;
     assert_eq!(keys["data"].as_array().unwrap().len(), 1);
+
+    // What is new is told from what is changed.
+    let of = async |kind: &str| {
+        let path = format!("/v1/organization/audit_logs?event_types={kind}");
+        gateway.admin("GET", &path, Value::Null).await["data"]
+            .as_array()
+            .unwrap()
+            .len()
+    };
+    let before = (of("project.created").await, of("project.updated").await);
+    let made = gateway
+        .admin("POST", "/v1/organization/projects", json!({"name": "new"}))
+        .await;
+    assert_eq!(
+        (of("project.created").await, of("project.updated").await),
+        (before.0 + 1, before.1)
+    );
+    let path = format!("/v1/organization/projects/{}", made["id"].as_str().unwrap());
+    gateway.admin("POST", &path, json!({"name": "newer"})).await;
+    assert_eq!(
+        (of("project.created").await, of("project.updated").await),
+        (before.0 + 1, before.1 + 1)
+    );
 }
 
 /// What OpenAI's file says of one schema: its properties with their types, and which must be there.
@@ -495,6 +518,8 @@ async fn shapes_are_those_of_openais_own_description() {
         "revoked",
         "value",
         "owner_project_access",
+        "weight",
+        "priority_min",
     ];
     let keys = gateway
         .admin(

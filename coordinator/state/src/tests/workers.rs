@@ -123,7 +123,7 @@ fn members_and_deployments_are_put_once_and_audited() {
         actions,
         [
             (1, "put_member"),
-            (2, "put_deployment"),
+            (2, "create_deployment"),
             (3, "remove_member"),
             (4, "remove_deployment")
         ]
