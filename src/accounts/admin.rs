@@ -2,15 +2,17 @@
 
 use super::remote::{Api, cell, escape, run, table};
 use crate::cli::accounts::{
-    At, AuditArgs, BudgetsCommand, KeyCreateArgs, KeyListArgs, KeyRevokeArgs, KeyUpdateArgs, KeysCommand, KeysOf,
-    LimitArgs, ProjectsCommand, ShareArgs,
+    At, AuditArgs, BudgetsCommand, DeploymentsCommand, KeyCreateArgs, KeyListArgs, KeyRevokeArgs, KeyUpdateArgs,
+    KeysCommand, KeysOf, LimitArgs, ProjectsCommand, ShareArgs,
 };
 use crate::up::{print, say};
+use anyhow::Context;
 use serde_json::{Map, Value, json};
 use std::process::ExitCode;
 
 const PROJECTS: &str = "/v1/organization/projects";
 const BUDGETS: &str = "/v1/organization/budgets";
+const DEPLOYMENTS: &str = "/v1/organization/deployments";
 
 /// `baton keys`.
 pub fn keys(command: &KeysCommand) -> anyhow::Result<ExitCode> {
@@ -179,6 +181,38 @@ pub fn budgets(command: &BudgetsCommand) -> anyhow::Result<ExitCode> {
             show_list(&args.at, &budgets, header, |budget| {
                 fields.map(|name| cell(&budget[name]))
             })
+        }),
+    }
+}
+
+/// `baton deployments`.
+pub fn deployments(command: &DeploymentsCommand) -> anyhow::Result<ExitCode> {
+    match command {
+        DeploymentsCommand::List(args) => run(&args.at.remote, async |api: &Api| {
+            let deployments = api.list(&format!("{DEPLOYMENTS}?limit=100")).await?;
+            show_list(&args.at, &deployments, ["MODEL", "REVISION"], |deployment| {
+                ["model", "revision"].map(|name| cell(&deployment[name]))
+            })
+        }),
+        DeploymentsCommand::Set(args) => run(&args.at.remote, async |api: &Api| {
+            let mut body = Map::new();
+            body.insert("model".into(), args.model.clone().into());
+            if let Some(revision) = &args.revision {
+                body.insert("revision".into(), revision.clone().into());
+            }
+            if let Some(path) = &args.settings {
+                let settings = std::fs::read_to_string(path)
+                    .with_context(|| format!("cannot read the settings in {}", path.display()))?;
+                let read: Result<toml::Table, _> = settings.parse();
+                read.with_context(|| format!("{} is not TOML", path.display()))?;
+                body.insert("settings".into(), settings.into());
+            }
+            let deployment = api.post(DEPLOYMENTS, &body.into()).await?;
+            show(&args.at, &deployment, || format!("{} is deployed\n", args.model))
+        }),
+        DeploymentsCommand::Remove(args) => run(&args.at.remote, async |api: &Api| {
+            let removed = api.delete(&format!("{DEPLOYMENTS}/{}", escape(&args.model))).await?;
+            show(&args.at, &removed, || format!("{} is removed\n", args.model))
         }),
     }
 }

@@ -293,6 +293,50 @@ pub struct BudgetListArgs {
     pub at: At,
 }
 
+/// What to do with deployments.
+#[derive(Debug, Clone, Subcommand)]
+pub enum DeploymentsCommand {
+    /// Lists deployments.
+    List(DeploymentListArgs),
+    /// Makes a deployment, or changes the one of that model; what is not given stays.
+    Set(DeploymentSetArgs),
+    /// Removes a deployment: workers with any revision of the model are taken again.
+    Remove(DeploymentRemoveArgs),
+}
+
+/// Flags of `baton deployments list`.
+#[derive(Debug, Clone, Args)]
+pub struct DeploymentListArgs {
+    #[command(flatten)]
+    pub at: At,
+}
+
+/// Flags of `baton deployments set`.
+#[derive(Debug, Clone, Args)]
+pub struct DeploymentSetArgs {
+    /// Name of the model, as clients send it
+    #[arg(value_name = "MODEL")]
+    pub model: String,
+    /// What is served: the digest of the model, which workers are held to, or any name for records
+    #[arg(long, value_name = "REVISION")]
+    pub revision: Option<String>,
+    /// File with settings of the workers, in TOML, for people and controllers
+    #[arg(long, value_name = "FILE")]
+    pub settings: Option<std::path::PathBuf>,
+    #[command(flatten)]
+    pub at: At,
+}
+
+/// Flags of `baton deployments remove`.
+#[derive(Debug, Clone, Args)]
+pub struct DeploymentRemoveArgs {
+    /// Name of the model
+    #[arg(value_name = "MODEL")]
+    pub model: String,
+    #[command(flatten)]
+    pub at: At,
+}
+
 /// Flags of `baton usage` and `baton costs`.
 #[derive(Debug, Clone, Args)]
 pub struct ReportArgs {
