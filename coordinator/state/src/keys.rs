@@ -67,6 +67,11 @@ pub const USAGE_USER_HOURS: u8 = 0x1a;
 /// The same by day, with the user.
 pub const USAGE_USER_DAYS: u8 = 0x1b;
 
+/// Key id and SHA-256 of an idempotency key that is in use to `IdempotencyClaim`.
+pub const CLAIMS: u8 = 0x1c;
+/// Time at which a claim is over, and its key, to nothing.
+pub const CLAIMS_DUE: u8 = 0x1d;
+
 /// A key with a name in it.
 pub fn named(table: u8, name: &str) -> Vec<u8> {
     [&[table], name.as_bytes()].concat()

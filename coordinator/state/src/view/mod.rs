@@ -21,7 +21,7 @@ pub use money::{
 pub use usage_report::{Bucket, Dimension, ReportError, UsageQuery, UsageReport, Width, usage_report};
 
 pub(crate) use access::key_hash_key;
-pub(crate) use ledger::{idempotency_key, request};
+pub(crate) use ledger::{claim_key, idempotency_key, request};
 pub(crate) use money::{slice_key, window_key};
 
 use crate::keys::{self, Key};
