@@ -14,6 +14,9 @@ pub const TIME: &[u8] = &[0x01, 0x03];
 pub const HEAD: &[u8] = &[0x01, 0x04];
 /// One value: the closed period that nobody has signed yet, a `Checkpoint`.
 pub const CLOSED: &[u8] = &[0x01, 0x05];
+/// One value, which no command writes: what tells a group that was restored from a backup from the one that the backup is of,
+/// 16 random bytes. Not there in a group that was founded.
+pub const GROUP: &[u8] = &[0x01, 0x06];
 /// Worker id to `WorkerRecord`.
 pub const WORKERS: u8 = 0x02;
 /// Number of a row of the ledger, from 1 without gaps, to `LedgerRow`.
