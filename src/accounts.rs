@@ -5,6 +5,6 @@ mod admin;
 mod remote;
 mod reports;
 
-pub use admin::{audit, budgets, keys, projects};
+pub use admin::{audit, budgets, deployments, keys, projects};
 pub use remote::{Api, cell, escape, run, table};
 pub use reports::{costs, usage};

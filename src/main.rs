@@ -36,6 +36,7 @@ fn main() -> ExitCode {
         cli::Command::Prices(command) => prices::run(&command),
         cli::Command::Keys(command) => accounts::keys(&command),
         cli::Command::Projects(command) => accounts::projects(&command),
+        cli::Command::Deployments(command) => accounts::deployments(&command),
         cli::Command::Budgets(command) => accounts::budgets(&command),
         cli::Command::Usage(args) => accounts::usage(&args),
         cli::Command::Costs(args) => accounts::costs(&args),

@@ -88,11 +88,13 @@ fn restore(args: &SnapshotRestore) -> anyhow::Result<()> {
     }
     let info = baton_coordinator::restore(&mut BufReader::new(file), &args.directory, args.id)?;
     print(&format!(
-        "restored {} entries, up to log index {}, into {}\nstart coordinator {} on it alone, with members = [] or only \
+        "restored {} entries, up to log index {}, into {}, as the new group {}: members of the old one are refused\nstart \
+         coordinator {} on it alone, with members = [] or only \
          itself; others join it with `baton coordinators add`\n",
         info.pairs,
         info.applied_index,
         args.directory.display(),
+        baton_ledger::hex(&info.group),
         args.id
     ));
     Ok(())

@@ -27,21 +27,8 @@ struct Door {
 
 impl Doors {
     pub(crate) fn new(config: &crate::CoordinatorConfig) -> Self {
-        let tenants: HashMap<Arc<str>, Tenant> = config
-            .gateway
-            .tenants
-            .iter()
-            .map(|tenant| {
-                let share = Tenant {
-                    weight: tenant.weight,
-                    // The API's priorities are vLLM's, where lower is first.
-                    priority_max: tenant.priority_min.saturating_neg(),
-                };
-                (tenant.name.as_str().into(), share)
-            })
-            .collect();
         let door = || Door {
-            core: Admission::new(config.admission.clone(), tenants.clone()),
+            core: Admission::new(config.admission.clone()),
             waiting: HashMap::new(),
         };
         Self(
@@ -96,7 +83,12 @@ impl Cluster {
 
     async fn wait_for_turn(self: &Arc<Self>, job: &Job) -> Result<Admitted, Refusal> {
         let ask = Ask {
-            tenant: job.tenant.clone(),
+            tenant: job.share.name.clone(),
+            share: Tenant {
+                weight: job.share.weight,
+                // The API's priorities are vLLM's, where lower is first.
+                priority_max: job.share.priority_min.saturating_neg(),
+            },
             priority: job.priority,
             prompt_tokens: u32::try_from(job.prompt.len()).unwrap_or(u32::MAX),
             uncached_tokens: None,

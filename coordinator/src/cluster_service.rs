@@ -12,6 +12,7 @@ use baton_proto::cluster::{
     self, CoordinatorOrder, Fenced, Refused, Register, Registered, ResyncBlocks, WorkerReport, coordinator_order,
     worker_report,
 };
+use baton_state::view;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -60,7 +61,7 @@ async fn session(cluster: &Arc<Cluster>, mut reports: Streaming<WorkerReport>, o
     else {
         return fail(orders, Status::invalid_argument("the first message must be a Register")).await;
     };
-    if let Err(reason) = check(cluster, &register) {
+    if let Err(reason) = check(cluster, &register).and_then(|()| as_deployed(cluster, &register)) {
         tracing::warn!(worker_id = %register.worker_id, %reason, "a worker was refused");
         return refuse(orders, reason).await;
     }
@@ -175,6 +176,29 @@ fn check(cluster: &Cluster, register: &Register) -> Result<(), String> {
         ));
     }
     Ok(())
+}
+
+/// Why the model that the worker has is not the one that is deployed under its name, if that says which. A revision that is
+/// not a digest cannot be compared with anything.
+fn as_deployed(cluster: &Cluster, register: &Register) -> Result<(), String> {
+    let deployed = cluster
+        .store
+        .state()
+        .and_then(|state| Ok(view::deployment(&state, &register.model)?));
+    let Ok(deployed) = deployed.map(Option::unwrap_or_default) else {
+        // The state cannot be read; nothing is registered then either.
+        return Ok(());
+    };
+    let offered = baton_ledger::hex(&register.model_digest);
+    let is_digest = deployed.revision.len() == 64 && deployed.revision.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if !is_digest || deployed.revision.eq_ignore_ascii_case(&offered) {
+        return Ok(());
+    }
+    Err(format!(
+        "the worker has revision {offered} of {:?}, deployed is {}; give it that model, or deploy the other with `baton \
+         deployments set {} --revision {offered}`",
+        register.model, deployed.revision, register.model
+    ))
 }
 
 /// The registration that was claimed does not stand.

@@ -27,6 +27,7 @@ use baton_proto::cluster::{CoordinatorOrder, Coordinators, coordinator_order};
 use baton_proto::state::{Member, PutMember, command};
 use baton_raftstore::{RaftStore, RaftStoreError};
 use baton_state::view;
+use prost::bytes::Bytes;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -44,14 +45,54 @@ pub(crate) struct Group {
 impl Group {
     pub(crate) fn new(store: RaftStore, peering: Arc<Peering>) -> Arc<Self> {
         let book = peering.book().clone();
-        Arc::new(Self {
+        let group = Arc::new(Self {
             me: book.me().clone(),
             store,
             book,
             peering,
             told: Mutex::default(),
             putting: AtomicBool::new(false),
-        })
+        });
+        // Before the first message goes out: that takes an election timeout.
+        if let Err(error) = group.identify() {
+            tracing::warn!(%error, "it cannot be read which group's state this is");
+        }
+        group
+    }
+
+    /// Which group this member's state is of; nothing while it has none.
+    fn identify(&self) -> Result<Option<Bytes>, RaftStoreError> {
+        let group = match self.store.status().applied_index {
+            0 => None,
+            _ => Some(Bytes::from(view::group(&self.store.state()?)?)),
+        };
+        self.peering.set_group(group.clone());
+        Ok(group)
+    }
+
+    /// Whether a caller's state is of this group: a backup that was restored is another group than the one that it is of, and
+    /// their histories must not mix. Who has no state yet may be anybody.
+    // tonic's Status is large, and it is what a service returns.
+    #[allow(clippy::result_large_err)]
+    pub(super) fn is_of(&self, theirs: Option<&Bytes>) -> Result<(), tonic::Status> {
+        let ours = self
+            .identify()
+            .map_err(|error| tonic::Status::unavailable(error.to_string()))?;
+        match (ours, theirs) {
+            (Some(ours), Some(theirs)) if ours != *theirs => {
+                let told = |group: &Bytes| match group.is_empty() {
+                    true => "the one that was founded".to_owned(),
+                    false => format!("restored as {}", baton_ledger::hex(group)),
+                };
+                Err(tonic::Status::permission_denied(format!(
+                    "the caller's state is of another group ({}; here: {}); to join this one, start it with an empty data \
+                     directory and a new id",
+                    told(theirs),
+                    told(&ours)
+                )))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// This member's id.
@@ -106,6 +147,7 @@ impl Group {
             };
             self.put_own(cluster, me);
         }
+        self.identify()?;
         self.book.applied(recorded);
         self.tell_workers(cluster);
         Ok(())

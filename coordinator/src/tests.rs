@@ -17,7 +17,7 @@ use crate::backend::ClusterBackend;
 use crate::cluster::Cluster;
 use crate::group::{Group, Peering};
 use crate::{CoordinatorConfig, MemberConfig, ModelConfig, Ready, server};
-use baton_gateway::{Backend, Generation, Job, WorkerState, WorkerStatus};
+use baton_gateway::{Backend, Generation, Job, Share, WorkerState, WorkerStatus};
 use baton_identity::{Authority, Identity, Role};
 use baton_proto::cluster::Role as WorkerRole;
 use baton_proto::worker::{Finish, Sampling};
@@ -232,6 +232,7 @@ fn job(prompt: &[u32], max_tokens: u32) -> Job {
         stop_token_ids: vec![fake_worker::STOP],
         cache_salt: b"salt".to_vec(),
         tenant: "default".into(),
+        share: Share::usual("default"),
         priority: 0,
         targets: Default::default(),
     }

@@ -8,8 +8,9 @@ seconds one coordinator is killed with SIGKILL (`baton up` starts it again) or s
 election takes; every other time it is the leader.
 
 It must hold: no request of a client fails whose own coordinator was left alone; every answer that a client got to its end has
-its record, and no record is there twice (the count of records lies between answers and requests); all members come to the
-same hash at the same index. Measured: the time from the blow to a new leader. Needs nothing but Python.
+its record, and no record is there twice; all members come to the same hash at the same index. Afterwards every row is read
+through the feed with its cursor, whose numbers must have no gap, and held against what the client of that request saw: ended
+or cut, tokens of prompt and answer, and what they cost by the price that was set. The export must pass `baton ledger verify`. Measured: the time from the blow to a new leader. Needs nothing but Python.
 """
 
 import argparse
@@ -46,6 +47,19 @@ def get(url, path, timeout=5.0):
         return None
     finally:
         connection.close()
+
+
+def post(url, path, body):
+    """Posts JSON, and expects it to work."""
+    parts = urllib.parse.urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=20)
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    text = answer.read()
+    connection.close()
+    if answer.status != 200:
+        sys.exit(f"FAILED: POST {path}: {answer.status} {text[:300]!r}")
+    return json.loads(text)
 
 
 class Group:
@@ -93,6 +107,11 @@ class Group:
         sys.exit(f"FAILED: the members do not agree: {members}")
 
 
+# USD per million tokens, so that every token costs whole nano-units: 20,000, 2,000 and 80,000.
+PRICE = {"model": "baton-demo", "input": "20", "cached_input": "2", "output": "80"}
+NANO = {"input_nano": 20_000, "cached_input_nano": 2_000, "output_nano": 80_000}
+
+
 class Tally:
     def __init__(self):
         self.lock = threading.Lock()
@@ -100,12 +119,84 @@ class Tally:
         self.answered = 0
         self.excused = 0
         self.failures = []
+        # Of each answer that began, by request id: the tokens of its chunks, and its usage if it came to the end.
+        self.seen = {}
         # When each member was last struck, and since when it is well again (None: it is not).
         self.struck = [0.0, 0.0, 0.0]
         self.well = [0.0, 0.0, 0.0]
         # For the supervisor's patience.
         self.born = [time.monotonic()] * 3
         self.fast_deaths = [0, 0, 0]
+
+
+def saw(text):
+    """Request id, whether it came to its end, and its usage, of a streamed answer or the beginning of one."""
+    request_id, usage = None, None
+    for line in text.split(b"\n\n")[:-1]:
+        if line.startswith(b"data: {"):
+            chunk = json.loads(line[6:])
+            request_id = chunk.get("id", request_id)
+            usage = chunk.get("usage") or usage
+    return request_id and (request_id, b"data: [DONE]" in text, usage)
+
+
+def read_feed(url):
+    """Every row of the ledger, by the cursor; the numbers must have no gap."""
+    rows, after = [], 0
+    while True:
+        status, body = get(url, f"/v1/ledger/rows?after={after}&limit=500", 20) or (None, b"")
+        if status != 200:
+            raise RuntimeError(f"the feed answers {status}: {body[:200]!r}")
+        page = json.loads(body)["rows"]
+        if not page:
+            return rows
+        for row in page:
+            after += 1
+            if int(row["sequence"]) != after:
+                raise RuntimeError(f"the feed goes on with row {row['sequence']} where {after} is next")
+            rows.append(row)
+
+
+def compare(rows, tally):
+    """What is wrong with the records, held against what clients saw."""
+    wrong, records = [], {}
+    for row in rows:
+        usage = row["usage"]
+        if usage["request_id"] in records:
+            wrong.append(f"two rows for {usage['request_id']}")
+        records[usage["request_id"]] = usage
+        prompt, cached, completion = (int(usage.get(name, 0)) for name in
+                                      ("prompt_tokens", "cached_tokens", "completion_tokens"))
+        counts = {"input_nano": prompt - cached, "cached_input_nano": cached, "output_nano": completion}
+        # Nothing is charged where nothing was delivered.
+        ended_well = usage["status"] in ("completed", "length")
+        due = {name: count * NANO[name] if completion or ended_well else 0 for name, count in counts.items()}
+        charged = {name: int(row["charge"].get(name, 0)) for name in NANO}
+        if charged != due:
+            wrong.append(f"{usage['request_id']} ({usage['status']}) is charged {charged}, not {due}")
+    for request_id, (ended, told) in tally.seen.items():
+        record = records.get(request_id)
+        if record is None:
+            if ended:
+                wrong.append(f"no record of {request_id}, which was answered")
+        elif ended:
+            cached = told["prompt_tokens_details"]["cached_tokens"]
+            theirs = (told["prompt_tokens"], cached, told["completion_tokens"], "length")
+            ours = tuple(int(record.get(name, 0)) for name in ("prompt_tokens", "cached_tokens", "completion_tokens"))
+            if (*ours, record["status"]) != theirs:
+                wrong.append(f"{request_id}: its client saw {theirs}, on record is {(*ours, record['status'])}")
+    return wrong
+
+
+def verify(binary, url, directory):
+    """Exports the ledger and has it verified; what is wrong with it."""
+    path = str(pathlib.Path(directory) / "ledger.jsonl")
+    for command in (["ledger", "export", "--url", url, "-o", path], ["ledger", "verify", path]):
+        done = subprocess.run([binary, *command], capture_output=True, text=True, timeout=300)
+        if done.returncode != 0:
+            return [f"baton {' '.join(command)}: {done.stdout[-300:]} {done.stderr[-300:]}"]
+    print(done.stdout.strip(), file=sys.stderr)
+    return []
 
 
 def client(group, index, tally, stop, number):
@@ -122,12 +213,17 @@ def client(group, index, tally, stop, number):
         began = time.monotonic()
         with tally.lock:
             tally.sent += 1
-        why = None
+        why, text = None, b""
         try:
             connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=40)
             connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
             answer = connection.getresponse()
-            text = answer.read()
+            text = b""
+            while True:
+                part = answer.read1(65536)
+                if not part:
+                    break
+                text += part
             if answer.status != 200:
                 why = f"status {answer.status}: {text[:200]!r}"
             elif b"data: [DONE]" not in text or b'"completion_tokens":24' not in text.replace(b" ", b""):
@@ -136,7 +232,10 @@ def client(group, index, tally, stop, number):
             why = repr(error)
         finally:
             connection.close()
+        seen = saw(text)
         with tally.lock:
+            if seen:
+                tally.seen[seen[0]] = seen[1:]
             if why is None:
                 tally.answered += 1
             elif tally.struck[index] >= began or tally.well[index] is None:
@@ -203,7 +302,7 @@ def main():
         group = Group(args.binary, directory, args.workers)
         group.urls = [coordinator["url"] for coordinator in group.coordinators()]
         try:
-            report = run(args, random_, group)
+            report = run(args, random_, group, directory)
         finally:
             group.process.terminate()
             group.process.wait(60)
@@ -211,8 +310,11 @@ def main():
     sys.exit(1 if report["failures"] else 0)
 
 
-def run(args, random_, group):
+def run(args, random_, group, directory):
     before = group.agree()
+    post(group.urls[0], "/v1/organization/prices", PRICE)
+    # Every member has to have heard of the price before the first request.
+    group.agree()
     tally, stop = Tally(), threading.Event()
     threads = [threading.Thread(target=client, args=(group, index, tally, stop, n), daemon=True)
                for n in range(args.clients) for index in range(3)]
@@ -240,11 +342,23 @@ def run(args, random_, group):
     failures = list(tally.failures)
     if not tally.answered <= settled <= tally.sent:
         failures.append(f"{settled} records for {tally.answered} answers and {tally.sent} requests")
+    try:
+        rows = read_feed(group.urls[2])
+        if len(rows) != settled:
+            failures.append(f"{len(rows)} rows were read of {settled} records")
+        failures += compare(rows, tally)
+    except RuntimeError as error:
+        rows = []
+        failures.append(str(error))
+    post(group.urls[1], "/v1/ledger/seal", {})
+    failures += verify(args.binary, group.urls[0], directory)
     elections.sort()
     return {
         "seconds": 60 * args.minutes, "seed": args.seed, "blows": blows,
         "requests": tally.sent, "answered": tally.answered, "cut_with_their_own_coordinator": tally.excused,
-        "records": settled,
+        "records": settled, "read_and_compared": len(rows),
+        "statuses": {status: sum(row["usage"]["status"] == status for row in rows)
+                     for status in sorted({row["usage"]["status"] for row in rows})},
         "new_leader_s": {
             "count": len(elections),
             "median": elections[len(elections) // 2] if elections else None,

@@ -2,27 +2,31 @@
 
 use super::remote::{Api, cell, escape, run, table};
 use crate::cli::accounts::{
-    At, AuditArgs, BudgetsCommand, KeyCreateArgs, KeyListArgs, KeyRevokeArgs, KeysCommand, LimitArgs, ProjectsCommand,
+    At, AuditArgs, BudgetsCommand, DeploymentsCommand, KeyCreateArgs, KeyListArgs, KeyRevokeArgs, KeyUpdateArgs,
+    KeysCommand, KeysOf, LimitArgs, ProjectsCommand, ShareArgs,
 };
 use crate::up::{print, say};
+use anyhow::Context;
 use serde_json::{Map, Value, json};
 use std::process::ExitCode;
 
 const PROJECTS: &str = "/v1/organization/projects";
 const BUDGETS: &str = "/v1/organization/budgets";
+const DEPLOYMENTS: &str = "/v1/organization/deployments";
 
 /// `baton keys`.
 pub fn keys(command: &KeysCommand) -> anyhow::Result<ExitCode> {
     match command {
         KeysCommand::Create(args) => run(&args.at.remote, async |api: &Api| create_key(api, args).await),
         KeysCommand::List(args) => run(&args.at.remote, async |api: &Api| list_keys(api, args).await),
+        KeysCommand::Update(args) => run(&args.at.remote, async |api: &Api| update_key(api, args).await),
         KeysCommand::Revoke(args) => run(&args.at.remote, async |api: &Api| revoke_key(api, args).await),
     }
 }
 
 /// Where a project's keys are, or those for administration.
-fn keys_path(project: Option<&str>) -> String {
-    match project {
+fn keys_path(of: &KeysOf) -> String {
+    match of.project.as_deref() {
         Some(project) => format!("{PROJECTS}/{}/api_keys", escape(project)),
         None => "/v1/organization/admin_api_keys".into(),
     }
@@ -31,7 +35,7 @@ fn keys_path(project: Option<&str>) -> String {
 async fn create_key(api: &Api, args: &KeyCreateArgs) -> anyhow::Result<()> {
     let mut body = Map::new();
     body.insert("name".into(), args.name.clone().into());
-    if !args.admin {
+    if !args.of.admin {
         let scopes: Vec<&str> = args.scopes.iter().map(|scope| scope.name()).collect();
         body.insert("scopes".into(), scopes.into());
         body.insert("models".into(), args.models.clone().into());
@@ -40,7 +44,8 @@ async fn create_key(api: &Api, args: &KeyCreateArgs) -> anyhow::Result<()> {
         body.insert("expires_in_seconds".into(), seconds.into());
     }
     limits(&mut body, args.limits);
-    let key = api.post(&keys_path(args.project.as_deref()), &body.into()).await?;
+    share(&mut body, args.share);
+    let key = api.post(&keys_path(&args.of), &body.into()).await?;
     show(&args.at, &key, || {
         say(&format!("key {}; this secret is not shown again:", cell(&key["id"])));
         cell(&key["value"]) + "\n"
@@ -48,13 +53,11 @@ async fn create_key(api: &Api, args: &KeyCreateArgs) -> anyhow::Result<()> {
 }
 
 async fn list_keys(api: &Api, args: &KeyListArgs) -> anyhow::Result<()> {
-    let path = format!(
-        "{}?limit=100&include_revoked={}",
-        keys_path(args.project.as_deref()),
-        args.all
-    );
+    let path = format!("{}?limit=100&include_revoked={}", keys_path(&args.of), args.all);
     let keys = api.list(&path).await?;
-    let header = ["KEY", "NAME", "SECRET", "SCOPES", "MODELS", "EXPIRES", "REVOKED"];
+    let header = [
+        "KEY", "NAME", "SECRET", "SCOPES", "MODELS", "WEIGHT", "EXPIRES", "REVOKED",
+    ];
     show_list(&args.at, &keys, header, |key| {
         [
             "id",
@@ -62,6 +65,7 @@ async fn list_keys(api: &Api, args: &KeyListArgs) -> anyhow::Result<()> {
             "redacted_value",
             "scopes",
             "models",
+            "weight",
             "expires_at",
             "revoked",
         ]
@@ -69,8 +73,30 @@ async fn list_keys(api: &Api, args: &KeyListArgs) -> anyhow::Result<()> {
     })
 }
 
+async fn update_key(api: &Api, args: &KeyUpdateArgs) -> anyhow::Result<()> {
+    let path = format!("{PROJECTS}/{}/api_keys/{}", escape(&args.project), escape(&args.key));
+    let mut body = Map::new();
+    if let Some(name) = &args.name {
+        body.insert("name".into(), name.clone().into());
+    }
+    if !args.scopes.is_empty() {
+        let scopes: Vec<&str> = args.scopes.iter().map(|scope| scope.name()).collect();
+        body.insert("scopes".into(), scopes.into());
+    }
+    if !args.models.is_empty() {
+        body.insert("models".into(), args.models.clone().into());
+    }
+    if let Some(seconds) = args.expires_in {
+        body.insert("expires_in_seconds".into(), seconds.into());
+    }
+    limits(&mut body, both_limits(api, &path, args.limits).await?);
+    share(&mut body, args.share);
+    let key = api.post(&path, &body.into()).await?;
+    show(&args.at, &key, || format!("{} is changed\n", args.key))
+}
+
 async fn revoke_key(api: &Api, args: &KeyRevokeArgs) -> anyhow::Result<()> {
-    let path = format!("{}/{}", keys_path(args.project.as_deref()), escape(&args.key));
+    let path = format!("{}/{}", keys_path(&args.of), escape(&args.key));
     let revoked = api.delete(&path).await?;
     show(&args.at, &revoked, || format!("{} is revoked\n", args.key))
 }
@@ -105,14 +131,7 @@ pub fn projects(command: &ProjectsCommand) -> anyhow::Result<ExitCode> {
             if let Some(name) = &args.name {
                 body.insert("name".into(), name.clone().into());
             }
-            // Both are set together: the one not given stays as it is.
-            let mut wanted = args.limits;
-            if wanted.rpm.is_some() != wanted.tpm.is_some() {
-                let known = api.get(&path).await?;
-                wanted.rpm = wanted.rpm.or(known["limits"]["requests_per_min"].as_u64());
-                wanted.tpm = wanted.tpm.or(known["limits"]["tokens_per_min"].as_u64());
-            }
-            limits(&mut body, wanted);
+            limits(&mut body, both_limits(api, &path, args.limits).await?);
             let project = api.post(&path, &body.into()).await?;
             show(&args.at, &project, || format!("{} is changed\n", args.project))
         }),
@@ -166,6 +185,38 @@ pub fn budgets(command: &BudgetsCommand) -> anyhow::Result<ExitCode> {
     }
 }
 
+/// `baton deployments`.
+pub fn deployments(command: &DeploymentsCommand) -> anyhow::Result<ExitCode> {
+    match command {
+        DeploymentsCommand::List(args) => run(&args.at.remote, async |api: &Api| {
+            let deployments = api.list(&format!("{DEPLOYMENTS}?limit=100")).await?;
+            show_list(&args.at, &deployments, ["MODEL", "REVISION"], |deployment| {
+                ["model", "revision"].map(|name| cell(&deployment[name]))
+            })
+        }),
+        DeploymentsCommand::Set(args) => run(&args.at.remote, async |api: &Api| {
+            let mut body = Map::new();
+            body.insert("model".into(), args.model.clone().into());
+            if let Some(revision) = &args.revision {
+                body.insert("revision".into(), revision.clone().into());
+            }
+            if let Some(path) = &args.settings {
+                let settings = std::fs::read_to_string(path)
+                    .with_context(|| format!("cannot read the settings in {}", path.display()))?;
+                let read: Result<toml::Table, _> = settings.parse();
+                read.with_context(|| format!("{} is not TOML", path.display()))?;
+                body.insert("settings".into(), settings.into());
+            }
+            let deployment = api.post(DEPLOYMENTS, &body.into()).await?;
+            show(&args.at, &deployment, || format!("{} is deployed\n", args.model))
+        }),
+        DeploymentsCommand::Remove(args) => run(&args.at.remote, async |api: &Api| {
+            let removed = api.delete(&format!("{DEPLOYMENTS}/{}", escape(&args.model))).await?;
+            show(&args.at, &removed, || format!("{} is removed\n", args.model))
+        }),
+    }
+}
+
 /// `baton audit`.
 pub fn audit(args: &AuditArgs) -> anyhow::Result<ExitCode> {
     run(&args.at.remote, async |api: &Api| {
@@ -185,6 +236,25 @@ pub fn audit(args: &AuditArgs) -> anyhow::Result<ExitCode> {
             },
         )
     })
+}
+
+/// Both limits are set together: the one not given stays as it is.
+async fn both_limits(api: &Api, path: &str, mut wanted: LimitArgs) -> anyhow::Result<LimitArgs> {
+    if wanted.rpm.is_some() != wanted.tpm.is_some() {
+        let known = api.get(path).await?;
+        wanted.rpm = wanted.rpm.or(known["limits"]["requests_per_min"].as_u64());
+        wanted.tpm = wanted.tpm.or(known["limits"]["tokens_per_min"].as_u64());
+    }
+    Ok(wanted)
+}
+
+fn share(body: &mut Map<String, Value>, share: ShareArgs) {
+    if let Some(weight) = share.weight {
+        body.insert("weight".into(), weight.into());
+    }
+    if let Some(priority_min) = share.priority_min {
+        body.insert("priority_min".into(), priority_min.into());
+    }
 }
 
 fn limits(body: &mut Map<String, Value>, limits: LimitArgs) {

@@ -20,8 +20,37 @@ pub enum KeysCommand {
     Create(KeyCreateArgs),
     /// Lists keys, without their secrets.
     List(KeyListArgs),
+    /// Changes what a key may do and its share; its secret stays.
+    Update(KeyUpdateArgs),
     /// Revokes a key for good, at once.
     Revoke(KeyRevokeArgs),
+}
+
+/// Which keys are meant.
+#[derive(Debug, Clone, Args)]
+pub struct KeysOf {
+    /// Of this project
+    #[arg(
+        long,
+        value_name = "PROJECT",
+        required_unless_present = "admin",
+        conflicts_with = "admin"
+    )]
+    pub project: Option<String>,
+    /// For administration, which call no models
+    #[arg(long)]
+    pub admin: bool,
+}
+
+/// A key's share of the workers, where more is asked for than there is.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct ShareArgs {
+    /// Its share against that of other keys, from 1 to 1000 [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub weight: Option<u32>,
+    /// The most urgent (lowest) `priority` with which its requests compete with those of others [default: 0]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub priority_min: Option<i32>,
 }
 
 /// Flags of `baton keys create`.
@@ -30,17 +59,8 @@ pub struct KeyCreateArgs {
     /// What it is for
     #[arg(value_name = "NAME")]
     pub name: String,
-    /// Project it belongs to
-    #[arg(
-        long,
-        value_name = "PROJECT",
-        required_unless_present = "admin",
-        conflicts_with = "admin"
-    )]
-    pub project: Option<String>,
-    /// A key for administration, which calls no models
-    #[arg(long)]
-    pub admin: bool,
+    #[command(flatten)]
+    pub of: KeysOf,
     /// What it may do; may be repeated
     #[arg(long = "scope", value_name = "SCOPE", default_values = ["inference"], conflicts_with = "admin")]
     pub scopes: Vec<KeyScope>,
@@ -52,6 +72,37 @@ pub struct KeyCreateArgs {
     pub expires_in: Option<u64>,
     #[command(flatten)]
     pub limits: LimitArgs,
+    #[command(flatten)]
+    pub share: ShareArgs,
+    #[command(flatten)]
+    pub at: At,
+}
+
+/// Flags of `baton keys update`.
+#[derive(Debug, Clone, Args)]
+pub struct KeyUpdateArgs {
+    /// Id of the key, not its secret
+    #[arg(value_name = "KEY")]
+    pub key: String,
+    /// Project it belongs to
+    #[arg(long, value_name = "PROJECT")]
+    pub project: String,
+    /// Its new name
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    /// What it may do from now on, instead; may be repeated
+    #[arg(long = "scope", value_name = "SCOPE")]
+    pub scopes: Vec<KeyScope>,
+    /// A model it may call from now on, instead; may be repeated
+    #[arg(long = "model", value_name = "MODEL")]
+    pub models: Vec<String>,
+    /// Seconds from now after which it expires
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    pub expires_in: Option<u64>,
+    #[command(flatten)]
+    pub limits: LimitArgs,
+    #[command(flatten)]
+    pub share: ShareArgs,
     #[command(flatten)]
     pub at: At,
 }
@@ -92,17 +143,8 @@ pub struct LimitArgs {
 /// Flags of `baton keys list`.
 #[derive(Debug, Clone, Args)]
 pub struct KeyListArgs {
-    /// Keys of this project
-    #[arg(
-        long,
-        value_name = "PROJECT",
-        required_unless_present = "admin",
-        conflicts_with = "admin"
-    )]
-    pub project: Option<String>,
-    /// Keys for administration
-    #[arg(long)]
-    pub admin: bool,
+    #[command(flatten)]
+    pub of: KeysOf,
     /// Also those that are revoked
     #[arg(long)]
     pub all: bool,
@@ -116,17 +158,8 @@ pub struct KeyRevokeArgs {
     /// Id of the key, not its secret
     #[arg(value_name = "KEY")]
     pub key: String,
-    /// Project it belongs to
-    #[arg(
-        long,
-        value_name = "PROJECT",
-        required_unless_present = "admin",
-        conflicts_with = "admin"
-    )]
-    pub project: Option<String>,
-    /// It is a key for administration
-    #[arg(long)]
-    pub admin: bool,
+    #[command(flatten)]
+    pub of: KeysOf,
     #[command(flatten)]
     pub at: At,
 }
@@ -256,6 +289,50 @@ pub struct BudgetListArgs {
     /// Only of this project
     #[arg(long, value_name = "PROJECT")]
     pub project: Option<String>,
+    #[command(flatten)]
+    pub at: At,
+}
+
+/// What to do with deployments.
+#[derive(Debug, Clone, Subcommand)]
+pub enum DeploymentsCommand {
+    /// Lists deployments.
+    List(DeploymentListArgs),
+    /// Makes a deployment, or changes the one of that model; what is not given stays.
+    Set(DeploymentSetArgs),
+    /// Removes a deployment: workers with any revision of the model are taken again.
+    Remove(DeploymentRemoveArgs),
+}
+
+/// Flags of `baton deployments list`.
+#[derive(Debug, Clone, Args)]
+pub struct DeploymentListArgs {
+    #[command(flatten)]
+    pub at: At,
+}
+
+/// Flags of `baton deployments set`.
+#[derive(Debug, Clone, Args)]
+pub struct DeploymentSetArgs {
+    /// Name of the model, as clients send it
+    #[arg(value_name = "MODEL")]
+    pub model: String,
+    /// What is served: the digest of the model, which workers are held to, or any name for records
+    #[arg(long, value_name = "REVISION")]
+    pub revision: Option<String>,
+    /// File with settings of the workers, in TOML, for people and controllers
+    #[arg(long, value_name = "FILE")]
+    pub settings: Option<std::path::PathBuf>,
+    #[command(flatten)]
+    pub at: At,
+}
+
+/// Flags of `baton deployments remove`.
+#[derive(Debug, Clone, Args)]
+pub struct DeploymentRemoveArgs {
+    /// Name of the model
+    #[arg(value_name = "MODEL")]
+    pub model: String,
     #[command(flatten)]
     pub at: At,
 }

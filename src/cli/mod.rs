@@ -67,6 +67,9 @@ pub enum Command {
     /// Sets and lists budgets: the money that a project or a key may spend.
     #[command(subcommand)]
     Budgets(accounts::BudgetsCommand),
+    /// Says which revision of a model the cluster is meant to serve; workers with another are refused.
+    #[command(subcommand)]
+    Deployments(accounts::DeploymentsCommand),
     /// Shows how many requests and tokens were used.
     Usage(accounts::UsageArgs),
     /// Shows what usage cost, by day.

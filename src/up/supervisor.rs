@@ -85,6 +85,18 @@ impl Process {
     }
 }
 
+/// Which processes are told to stop together, and the time they have. A coordinator hands leadership over and ends its
+/// requests before it goes; as long as a majority is left, it goes alone and the last goes first, so that clients of the
+/// others, those of the first above all, notice nothing. The majority itself stops together: without it none could settle.
+fn waves(coordinators: Vec<Slot>, workers: Vec<Slot>) -> Vec<(Vec<Slot>, Duration)> {
+    let spare = coordinators.len().saturating_sub(1) / 2;
+    let (majority, spare) = coordinators.split_at(coordinators.len() - spare);
+    let alone = spare.iter().rev().map(|slot| (vec![*slot], COORDINATOR_STOP));
+    alone
+        .chain([(majority.to_vec(), COORDINATOR_STOP), (workers, WORKER_STOP)])
+        .collect()
+}
+
 /// The processes of a cluster.
 pub struct Supervisor {
     processes: Vec<Process>,
@@ -228,15 +240,18 @@ impl Supervisor {
         Event::Died { slot, why, verdict }
     }
 
-    /// Stops everything: coordinators first, so that no client is promised what no worker will do, then workers. Each
-    /// has its time, then it is killed; if `force` resolves, all are killed at once.
+    /// Stops everything, in [`waves`]: coordinators first, so that no client is promised what no worker will do, then workers.
+    /// Each wave has its time, then it is killed; if `force` resolves, all are killed at once.
     pub async fn stop(mut self, force: impl Future<Output = ()>) {
         tokio::pin!(force);
         let mut forced = false;
-        for (command, grace) in [("coordinator", COORDINATOR_STOP), ("worker", WORKER_STOP)] {
-            let slots: Vec<Slot> = (0..self.processes.len())
+        let of = |command: &str| {
+            let slots = 0..self.processes.len();
+            slots
                 .filter(|slot| self.processes[*slot].spec.command == command)
-                .collect();
+                .collect()
+        };
+        for (slots, grace) in waves(of("coordinator"), of("worker")) {
             for &slot in &slots {
                 match self.processes[slot].child() {
                     Some(child) if !forced => child.terminate(),
@@ -271,5 +286,21 @@ impl Supervisor {
                 Ok(None) | Err(_) => return,
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_majority_of_the_coordinators_is_left_until_all_the_others_have_stopped() {
+        let of = |coordinators: usize| -> Vec<Vec<Slot>> {
+            let waves = waves((0..coordinators).collect(), vec![8, 9]);
+            waves.into_iter().map(|(slots, _)| slots).collect()
+        };
+        assert_eq!(of(1), [vec![0], vec![8, 9]]);
+        assert_eq!(of(3), [vec![2], vec![0, 1], vec![8, 9]]);
+        assert_eq!(of(5), [vec![4], vec![3], vec![0, 1, 2], vec![8, 9]]);
     }
 }

@@ -74,6 +74,22 @@ async fn a_budget_ends_and_everything_adds_up_to_the_nano_unit() {
         made["id"].as_str().expect("an id"),
         made["value"].as_str().expect("a secret"),
     );
+    let changed = root(&[
+        "keys",
+        "update",
+        key,
+        "--project",
+        &project,
+        "--weight",
+        "3",
+        "--priority-min",
+        "-2",
+    ]);
+    assert_eq!(
+        (&changed["weight"], &changed["priority_min"]),
+        (&json!(3), &json!(-2)),
+        "{changed}"
+    );
     let reader = root(&["keys", "create", "billing", "--project", &project, "--scope", "usage"]);
     let reader = reader["value"].as_str().expect("a secret");
     root(&[

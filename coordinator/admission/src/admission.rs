@@ -31,7 +31,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::ask::{Ask, RETRY_AFTER_MAX, Reason, Refusal, Ticket, Used};
-use crate::config::{AdmissionConfig, Tenant, Tenants};
+use crate::config::AdmissionConfig;
 use crate::estimate::{Correction, Habits, Rate};
 use crate::fair_queue::FairQueue;
 use crate::outlook::{Outlook, Prospect};
@@ -46,7 +46,6 @@ const HOPELESS: u32 = 2;
 #[derive(Debug)]
 pub struct Admission {
     config: AdmissionConfig,
-    tenants: Tenants,
     queue: FairQueue,
     requests: HashMap<Ticket, Request>,
     deadlines: BTreeSet<(Duration, Ticket)>,
@@ -117,12 +116,11 @@ pub struct FirstToken {
 }
 
 impl Admission {
-    /// With an empty queue. `tenants` are those with more than a name; all others have the usual weight.
-    pub fn new(config: AdmissionConfig, tenants: HashMap<Arc<str>, Tenant>) -> Self {
+    /// With an empty queue.
+    pub fn new(config: AdmissionConfig) -> Self {
         Self {
             queue: FairQueue::new(config.aging()),
             config,
-            tenants: Tenants(tenants),
             requests: HashMap::new(),
             deadlines: BTreeSet::new(),
             own: OwnLoad::default(),
@@ -153,14 +151,12 @@ impl Admission {
     /// Takes a request into the queue, or refuses it. [`poll`](Self::poll) next: it may be granted at once.
     pub fn offer(&mut self, ask: &Ask, outlook: &impl Outlook, now: Duration) -> Result<Ticket, Refusal> {
         self.advance(now);
-        let configured = self.tenants.of(&ask.tenant);
         let expected = self.config.output_tokens_expected;
-        let flow = self
-            .queue
-            .flow_or_new(&ask.tenant, || (configured, Habits::new(expected)));
+        let flow = self.queue.flow_or_new(&ask.tenant, || Habits::new(expected));
         let Some(flow) = flow else {
             return Err(self.refusal(Reason::QueueFull, &ask.tenant));
         };
+        flow.tenant = ask.share.bounded();
         let uncached_tokens = match ask.uncached_tokens {
             Some(tokens) => tokens.clamp(1, ask.prompt_tokens.max(1)),
             None => flow.habits.uncached_tokens(ask.prompt_tokens),
@@ -338,12 +334,8 @@ impl Admission {
         let cost = self.cost(uncached, used.completion_tokens);
         self.queue.settle(&request.tenant, request.cost, cost);
         if used.complete {
-            let expected = self.config.output_tokens_expected;
-            let configured = self.tenants.of(&request.tenant);
-            let flow = self
-                .queue
-                .flow_or_new(&request.tenant, || (configured, Habits::new(expected)));
-            if let Some(flow) = flow {
+            // One that was forgotten was idle, which this tenant was not.
+            if let Some(flow) = self.queue.flow(&request.tenant) {
                 flow.habits
                     .learn(request.prompt_tokens, used.cached_tokens, used.completion_tokens);
             }

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::config::Tenant;
+
 /// Priorities go from `-PRIORITY_MAX` to this; others are taken as the nearest. Enough steps for anybody, and small
 /// enough that how often one request can be passed by others has a bound worth stating.
 pub const PRIORITY_MAX: i32 = 100;
@@ -27,6 +29,8 @@ pub struct Targets {
 pub struct Ask {
     /// Whose share it counts against.
     pub tenant: Arc<str>,
+    /// How large that share is, as of now: the latest word holds for all that waits.
+    pub share: Tenant,
     /// Higher goes first; 0 is the usual. Clamped to ±[`PRIORITY_MAX`].
     pub priority: i32,
     /// Tokens of the prompt.

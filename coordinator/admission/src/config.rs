@@ -1,8 +1,6 @@
 //! Settings of admission: bounds of its queue, how much work a worker may have before its first token, targets and shares.
 
-use std::collections::HashMap;
 use std::fmt;
-use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -108,7 +106,7 @@ impl AdmissionConfig {
     }
 }
 
-/// What is configured of a tenant.
+/// What a tenant's share is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Tenant {
     /// Its share against that of others where both wait; 1 is the usual.
@@ -126,16 +124,12 @@ impl Default for Tenant {
     }
 }
 
-/// The tenants that are more than a name.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Tenants(pub HashMap<Arc<str>, Tenant>);
-
-impl Tenants {
-    pub fn of(&self, name: &str) -> Tenant {
-        let tenant = self.0.get(name).copied().unwrap_or_default();
-        Tenant {
-            weight: tenant.weight.max(1),
-            priority_max: tenant.priority_max.clamp(-PRIORITY_MAX, PRIORITY_MAX),
+impl Tenant {
+    /// Within what counters and classes can hold.
+    pub(crate) fn bounded(self) -> Self {
+        Self {
+            weight: self.weight.max(1),
+            priority_max: self.priority_max.clamp(-PRIORITY_MAX, PRIORITY_MAX),
         }
     }
 }

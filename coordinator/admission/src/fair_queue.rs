@@ -91,7 +91,7 @@ impl FairQueue {
     }
 
     /// The flow of a tenant, made if there is room for one more. `None` if there are too many busy tenants.
-    pub fn flow_or_new(&mut self, name: &Arc<str>, new: impl FnOnce() -> (Tenant, Habits)) -> Option<&mut Flow> {
+    pub fn flow_or_new(&mut self, name: &Arc<str>, habits: impl FnOnce() -> Habits) -> Option<&mut Flow> {
         if !self.flows.contains_key(name) {
             if self.flows.len() >= TENANTS_MAX {
                 self.flows.retain(|_, flow| flow.running > 0 || !flow.queue.is_empty());
@@ -99,10 +99,9 @@ impl FairQueue {
             if self.flows.len() >= TENANTS_MAX {
                 return None;
             }
-            let (tenant, habits) = new();
             let flow = Flow {
-                tenant,
-                habits,
+                tenant: Tenant::default(),
+                habits: habits(),
                 running: 0,
                 counter: self.virtual_time,
                 queue: BTreeMap::new(),
@@ -111,6 +110,11 @@ impl FairQueue {
             };
             self.flows.insert(name.clone(), flow);
         }
+        self.flows.get_mut(name)
+    }
+
+    /// The flow of a tenant.
+    pub fn flow(&mut self, name: &str) -> Option<&mut Flow> {
         self.flows.get_mut(name)
     }
 
@@ -257,9 +261,8 @@ mod tests {
 
         fn push(&mut self, name: &str, tenant: Tenant, priority: i32, cost: u64, at_s: u64) -> Ticket {
             let name: Arc<str> = name.into();
-            self.queue
-                .flow_or_new(&name, || (tenant, Habits::new(1)))
-                .expect("room");
+            let flow = self.queue.flow_or_new(&name, || Habits::new(1)).expect("room");
+            flow.tenant = tenant;
             self.next += 1;
             let ticket = Ticket(self.next);
             self.queue

@@ -14,7 +14,8 @@ use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 use crate::accounts::Accounts;
 use crate::accounts::keys::{Account, Presented, sha256};
 use crate::api_error::ApiError;
-use crate::config::GatewayConfig;
+use crate::backend::Share;
+use crate::config::{GatewayConfig, TenantConfig};
 
 /// Whose requests are those with the one `api_key`, or without a key where none is needed.
 pub const DEFAULT_TENANT: &str = "default";
@@ -69,8 +70,10 @@ impl Scopes {
 /// Who calls.
 #[derive(Clone, Debug)]
 pub(crate) struct Caller {
-    /// Whose share it counts against.
+    /// A configured tenant's name, or a project's id: for metrics.
     pub tenant: Arc<str>,
+    /// What its requests count against: a tenant's share, or that of a key of the state.
+    pub share: Share,
     pub scopes: Scopes,
     /// Names the key in records: the id of one of the state, "operator" or "tenant NAME" for configured ones, else empty.
     pub key_id: Arc<str>,
@@ -85,6 +88,7 @@ impl Caller {
     pub fn anonymous() -> Self {
         Self {
             tenant: DEFAULT_TENANT.into(),
+            share: Share::usual(DEFAULT_TENANT),
             scopes: Scopes::ALL,
             key_id: "".into(),
             account: None,
@@ -99,9 +103,15 @@ impl Caller {
         }
     }
 
-    fn tenant(name: &str) -> Self {
+    fn tenant(config: &TenantConfig) -> Self {
+        let name = config.name.as_str();
         Self {
             tenant: name.into(),
+            share: Share {
+                name: name.into(),
+                weight: config.weight,
+                priority_min: config.priority_min,
+            },
             scopes: Scopes::INFERENCE.and(Scopes::CLUSTER),
             key_id: format!("tenant {name}").into(),
             account: None,
@@ -110,8 +120,15 @@ impl Caller {
     }
 
     fn of(account: Arc<Account>) -> Self {
+        let key = &account.key;
         Self {
             tenant: account.project.id.as_str().into(),
+            share: Share {
+                name: key.id.as_str().into(),
+                // 0 where a key was made without one.
+                weight: key.weight.clamp(1, Share::WEIGHT_MAX),
+                priority_min: key.priority_min,
+            },
             scopes: Scopes::of(&account),
             key_id: account.key.id.as_str().into(),
             // No tenant's name has a space.
@@ -181,7 +198,7 @@ impl Keys {
         let tenants = config
             .tenants
             .iter()
-            .map(|tenant| (&tenant.api_key, Caller::tenant(&tenant.name)));
+            .map(|tenant| (&tenant.api_key, Caller::tenant(tenant)));
         let keys: Vec<_> = single
             .chain(tenants)
             .map(|(key, caller)| (*blake3::hash(key.as_bytes()).as_bytes(), caller))
@@ -217,7 +234,6 @@ fn bearer(value: &[u8]) -> Option<&[u8]> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::TenantConfig;
 
     fn tenant(name: &str, key: &str) -> TenantConfig {
         TenantConfig {
@@ -261,7 +277,7 @@ mod tests {
 
     #[test]
     fn tenants_do_not_share_a_cache() {
-        let salt = |name: &str| Caller::tenant(name).cache_salt();
+        let salt = |name: &str| Caller::tenant(&tenant(name, "sk-0123456789abcdef")).cache_salt();
         assert_ne!(salt("a"), salt("b"));
         assert_eq!(Caller::anonymous().cache_salt(), b"");
     }

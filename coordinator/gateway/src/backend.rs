@@ -111,6 +111,31 @@ pub struct ModelInfo {
     pub served: bool,
 }
 
+/// A share of the workers, against those of others.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// Whose: a configured tenant, or a key of the state. Requests of one name share it.
+    pub name: Arc<str>,
+    /// From 1, the usual, to [`WEIGHT_MAX`](Self::WEIGHT_MAX).
+    pub weight: u32,
+    /// The most urgent (lowest) `priority` of the API with which its requests compete with those of others.
+    pub priority_min: i32,
+}
+
+impl Share {
+    /// Largest weight against another's 1.
+    pub const WEIGHT_MAX: u32 = 1000;
+
+    /// The usual share of a name.
+    pub fn usual(name: &str) -> Self {
+        Self {
+            name: name.into(),
+            weight: 1,
+            priority_min: 0,
+        }
+    }
+}
+
 /// One request, tokenised and validated.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Job {
@@ -130,8 +155,10 @@ pub struct Job {
     pub stop_token_ids: Vec<u32>,
     /// Salts the prefix cache (tenant isolation).
     pub cache_salt: Vec<u8>,
-    /// Whose share it counts against.
+    /// Whose it is, for metrics: a configured tenant, or a project.
     pub tenant: Arc<str>,
+    /// What it counts against where more is asked for than there is.
+    pub share: Share,
     /// Higher goes first; 0 is the usual. The API's `priority` is the other way round, as vLLM's.
     pub priority: i32,
     /// The latencies that the client wants.

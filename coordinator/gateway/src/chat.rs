@@ -78,6 +78,7 @@ pub(crate) async fn completions<B: Backend>(
         job.sampling.seed = claim.seed(&origin.caller.key_id);
     }
     let ask = Ask {
+        request_id: &job.request_id,
         model: &job.model,
         endpoint: ENDPOINT,
         prompt_tokens: u32::try_from(job.prompt.len()).unwrap_or(u32::MAX),

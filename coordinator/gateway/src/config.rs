@@ -23,7 +23,7 @@ const TENANTS_MAX: usize = 1024;
 /// Bytes of a tenant's name, which labels metrics.
 const TENANT_NAME_BYTES_MAX: usize = 64;
 /// Largest weight of a tenant against another's 1.
-const WEIGHT_MAX: u32 = 1000;
+const WEIGHT_MAX: u32 = crate::backend::Share::WEIGHT_MAX;
 
 /// A tenant: who shares the cluster with others, and salts a prefix cache of its own.
 #[derive(Clone, Deserialize)]

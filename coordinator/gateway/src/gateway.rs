@@ -190,6 +190,7 @@ impl<B: Backend> Gateway<B> {
             },
             cache_salt,
             tenant: origin.caller.tenant.clone(),
+            share: origin.caller.share.clone(),
             priority: -request.priority,
             targets: origin.targets,
         };

@@ -43,7 +43,7 @@ pub use api_error::REJECT_REASON_HEADER;
 pub use auth::DEFAULT_TENANT;
 pub use backend::{
     Backend, BackendError, ClusterSnapshot, Generation, GenerationEvent, GenerationSender, Job, LatencyTargets,
-    ModelInfo, Placement, Track, WorkerRole, WorkerState, WorkerStatus,
+    ModelInfo, Placement, Share, Track, WorkerRole, WorkerState, WorkerStatus,
 };
 pub use config::{API_KEY_CHARS_MIN, GatewayConfig, TenantConfig};
 pub use coordinators::{CoordinatorGroup, CoordinatorRole, CoordinatorStatus, GroupChange, NewCoordinator};

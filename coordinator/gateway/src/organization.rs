@@ -9,6 +9,7 @@ mod audit_logs;
 mod budgets;
 mod corrections;
 mod costs;
+mod deployments;
 mod keys;
 mod ledger;
 mod params;
@@ -57,7 +58,7 @@ pub(crate) fn routes<S: Clone + Send + Sync + 'static>(accounts: Option<&Arc<Acc
         )
         .route(
             "/v1/organization/projects/{project}/api_keys/{key}",
-            get(keys::get).delete(keys::revoke),
+            get(keys::get).post(keys::update).delete(keys::revoke),
         )
         .route(
             "/v1/organization/admin_api_keys",
@@ -70,6 +71,14 @@ pub(crate) fn routes<S: Clone + Send + Sync + 'static>(accounts: Option<&Arc<Acc
         .route("/v1/organization/prices", get(prices::list).post(prices::create))
         .route("/v1/organization/budgets", get(budgets::list).post(budgets::put))
         .route("/v1/organization/budgets/{budget}", get(budgets::get))
+        .route(
+            "/v1/organization/deployments",
+            get(deployments::list).post(deployments::put),
+        )
+        .route(
+            "/v1/organization/deployments/{model}",
+            get(deployments::get).delete(deployments::remove),
+        )
         .route("/v1/organization/corrections", post(corrections::create))
         .route("/v1/organization/audit_logs", get(audit_logs::list))
         .layer(Extension(accounts.clone()))

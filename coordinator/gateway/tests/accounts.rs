@@ -568,3 +568,92 @@ async fn a_repeated_request_is_one_request() {
     let replayed = gateway.ask(&secret, "POST", CHAT, &three, &body).await;
     assert_eq!(replayed.header("idempotent-replayed"), Some("true"));
 }
+
+/// Two members that share the replicated state get one key.
+#[tokio::test]
+async fn a_key_runs_on_one_member_at_a_time() {
+    let (one, store) = TestGateway::with_accounts().await;
+    let backend = std::sync::Arc::new(support::MockBackend::default());
+    assert!(backend.store.set(store.clone()).is_ok());
+    let config = baton_gateway::GatewayConfig {
+        api_key: Some(OPERATOR.into()),
+        ..Default::default()
+    };
+    let two = TestGateway::over(config, backend).await;
+    price(&one).await;
+    let (_, key_id, secret) = one.project_key(json!({}), json!({})).await;
+    let body = hi(json!({"max_tokens": 20}));
+    let key = [("idempotency-key", "k")];
+    let code = |answer: &support::Answer| (answer.status, answer.error()["code"].as_str().map(str::to_owned));
+    let in_use = (409, Some("idempotency_key_in_use".to_owned()));
+
+    // It runs on one: the other refuses, and takes it once the first has given up.
+    one.backend.script(Script::SayThenHang(ids("y")));
+    let bearer = format!("Bearer {secret}");
+    let headers = [
+        ("authorization", bearer.as_str()),
+        ("content-type", "application/json"),
+        key[0],
+    ];
+    let mut wire = one.connect().await;
+    let stream = hi(json!({"max_tokens": 20, "stream": true}));
+    wire.send("POST", CHAT, &headers, stream.to_string().as_bytes()).await;
+    wire.read_until("y").await;
+    assert_eq!(code(&two.ask(&secret, "POST", CHAT, &key, &stream).await), in_use);
+    let other = two.ask(&secret, "POST", CHAT, &key, &body).await;
+    assert_eq!(code(&other), (422, Some("idempotency_key_reused".to_owned())));
+    drop(wire);
+    let released = async {
+        while store.count("ReleaseIdempotency") == 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(support::LONG, released)
+        .await
+        .expect("the key is given back");
+    let rows = view::settled(&store.view()).unwrap();
+    assert_eq!(two.ask(&secret, "POST", CHAT, &key, &body).await.status, 200);
+    assert_eq!(view::settled(&store.view()).unwrap(), rows + 1);
+
+    // At the same moment: one row, and one answer or a refusal that says why.
+    for at in 0..8 {
+        let name = format!("both-{at}");
+        let key = [("idempotency-key", name.as_str())];
+        let rows = view::settled(&store.view()).unwrap();
+        let (a, b) = tokio::join!(
+            one.ask(&secret, "POST", CHAT, &key, &body),
+            two.ask(&secret, "POST", CHAT, &key, &body)
+        );
+        assert_eq!(view::settled(&store.view()).unwrap(), rows + 1);
+        let (won, lost) = if a.status == 200 { (a, b) } else { (b, a) };
+        assert_eq!(won.status, 200, "{}", won.text());
+        if lost.status == 200 {
+            assert_eq!(lost.json()["id"], won.json()["id"]);
+        } else {
+            assert_eq!(code(&lost), in_use);
+        }
+    }
+
+    // Its member dies: the key is free once the claim's time is over.
+    let sha256 = |bytes: &[u8]| ring::digest::digest(&ring::digest::SHA256, bytes).as_ref().to_vec();
+    let claim = baton_proto::state::ClaimIdempotency {
+        key_id: key_id.clone(),
+        idempotency_key_sha256: sha256(b"dead").into(),
+        request_sha256: sha256(body.to_string().as_bytes()).into(),
+        request_id: "of a member that died".into(),
+        lease_ms: 15_000,
+    };
+    let kind = baton_proto::state::command::Kind::ClaimIdempotency(claim);
+    store.apply(&baton_gateway::command("", kind)).unwrap();
+    let dead = [("idempotency-key", "dead")];
+    assert_eq!(code(&two.ask(&secret, "POST", CHAT, &dead, &body).await), in_use);
+    let mut tick = baton_gateway::command("", baton_proto::state::command::Kind::Tick(Default::default()));
+    tick.at_unix_ms += 15_001;
+    store.apply(&tick).unwrap();
+    assert_eq!(two.ask(&secret, "POST", CHAT, &dead, &body).await.status, 200);
+
+    // Without a key nobody is asked.
+    let claims = store.count("ClaimIdempotency");
+    assert_eq!(two.ask(&secret, "POST", CHAT, &[], &body).await.status, 200);
+    assert_eq!(store.count("ClaimIdempotency"), claims);
+}

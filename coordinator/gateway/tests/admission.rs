@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use baton_gateway::{BackendError, GatewayConfig, LatencyTargets, TenantConfig};
-use serde_json::json;
+use serde_json::{Value, json};
 use support::{CHAT, Script, TestGateway, hi};
 
 const JSON: (&str, &str) = ("content-type", "application/json");
@@ -123,6 +123,39 @@ async fn a_key_says_whose_request_it_is() {
     assert_eq!(answer.status, 401);
     assert_eq!(gateway.get("/health").await.status, 200);
     assert_eq!(gateway.get("/metrics").await.status, 401);
+}
+
+/// What `docs/admission.md` says of a configured tenant holds for a key of the state, as made and as changed.
+#[tokio::test]
+async fn a_key_of_the_state_brings_its_share() {
+    let (gateway, _) = TestGateway::with_accounts().await;
+    let (project, key, secret) = gateway
+        .project_key(json!({}), json!({"weight": 3, "priority_min": -5}))
+        .await;
+    let share = async || {
+        let answer = gateway.ask(&secret, "POST", CHAT, &[], &hi(json!({}))).await;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        let job = gateway.backend.last_job();
+        assert_eq!(job.tenant.as_ref(), project, "metrics tell projects apart");
+        assert_eq!(job.share.name.as_ref(), key, "keys of one project do not share");
+        (job.share.weight, job.share.priority_min)
+    };
+    assert_eq!(share().await, (3, -5));
+    let path = format!("/v1/organization/projects/{project}/api_keys/{key}");
+    let changed = gateway.admin("POST", &path, json!({"weight": 7})).await;
+    assert_eq!((&changed["weight"], &changed["priority_min"]), (&json!(7), &json!(-5)));
+    assert_eq!(share().await, (7, -5));
+    let shown = gateway.admin("GET", &path, Value::Null).await;
+    assert_eq!((&shown["weight"], &shown["name"]), (&json!(7), &json!("k")));
+    for wrong in [0, 1001] {
+        let answer = gateway
+            .ask(support::OPERATOR, "POST", &path, &[], &json!({"weight": wrong}))
+            .await;
+        assert_eq!((answer.status, answer.error()["param"].as_str()), (400, Some("weight")));
+    }
+    let (_, _, usual) = gateway.project_key(json!({}), json!({})).await;
+    assert_eq!(gateway.ask(&usual, "POST", CHAT, &[], &hi(json!({}))).await.status, 200);
+    assert_eq!(gateway.backend.last_job().share.weight, 1);
 }
 
 #[tokio::test]

@@ -359,6 +359,84 @@ async fn projects_keys_prices_and_the_log_of_changes() {
         )
         .await;
     assert_eq!(keys["data"].as_array().unwrap().len(), 1);
+
+    // What is new is told from what is changed.
+    let of = async |kind: &str| {
+        let path = format!("/v1/organization/audit_logs?event_types={kind}");
+        gateway.admin("GET", &path, Value::Null).await["data"]
+            .as_array()
+            .unwrap()
+            .len()
+    };
+    let before = (of("project.created").await, of("project.updated").await);
+    let made = gateway
+        .admin("POST", "/v1/organization/projects", json!({"name": "new"}))
+        .await;
+    assert_eq!(
+        (of("project.created").await, of("project.updated").await),
+        (before.0 + 1, before.1)
+    );
+    let path = format!("/v1/organization/projects/{}", made["id"].as_str().unwrap());
+    gateway.admin("POST", &path, json!({"name": "newer"})).await;
+    assert_eq!(
+        (of("project.created").await, of("project.updated").await),
+        (before.0 + 1, before.1 + 1)
+    );
+}
+
+#[tokio::test]
+async fn deployments_are_set_listed_and_removed() {
+    let (gateway, store) = TestGateway::with_accounts().await;
+    let path = "/v1/organization/deployments";
+    let made = gateway
+        .admin(
+            "POST",
+            path,
+            json!({"model": "org/m", "revision": "v1", "settings": "a = 1"}),
+        )
+        .await;
+    assert_eq!((&made["id"], &made["revision"]), (&json!("org/m"), &json!("v1")));
+    let changed = gateway
+        .admin("POST", path, json!({"model": "org/m", "revision": "v2"}))
+        .await;
+    assert_eq!(
+        (&changed["revision"], &changed["settings"]),
+        (&json!("v2"), &json!("a = 1"))
+    );
+    let listed = gateway.admin("GET", path, Value::Null).await;
+    assert_eq!(listed["data"], json!([changed]));
+    let one = format!("{path}/org%2Fm");
+    assert_eq!(gateway.admin("GET", &one, Value::Null).await, changed);
+    gateway.admin("DELETE", &one, Value::Null).await;
+    for method in ["GET", "DELETE"] {
+        assert_eq!(gateway.ask(OPERATOR, method, &one, &[], &Value::Null).await.status, 404);
+    }
+    let log = gateway.admin("GET", "/v1/organization/audit_logs", Value::Null).await;
+    let kinds: Vec<_> = log["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|row| row["type"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        kinds,
+        ["deployment.deleted", "deployment.updated", "deployment.created"]
+    );
+
+    // What is deployed stands in records; whoever only calls models changes nothing.
+    gateway
+        .admin("POST", path, json!({"model": "m", "revision": "2026-11"}))
+        .await;
+    let (_, _, secret) = gateway.project_key(json!({}), json!({})).await;
+    let body = support::hi(json!({}));
+    assert_eq!(
+        gateway.ask(&secret, "POST", support::CHAT, &[], &body).await.status,
+        200
+    );
+    let rows = view::usage_after(&store.view(), 0, 9).unwrap();
+    assert_eq!(rows[0].record.revision, "2026-11");
+    let answer = gateway.ask(&secret, "POST", path, &[], &json!({"model": "m"})).await;
+    assert_eq!(answer.status, 403);
 }
 
 /// What OpenAI's file says of one schema: its properties with their types, and which must be there.
@@ -495,6 +573,8 @@ async fn shapes_are_those_of_openais_own_description() {
         "revoked",
         "value",
         "owner_project_access",
+        "weight",
+        "priority_min",
     ];
     let keys = gateway
         .admin(

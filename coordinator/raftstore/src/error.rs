@@ -106,6 +106,17 @@ impl RaftStoreError {
         }
     }
 
+    /// What raft-rs passes on: its own errors, and those of the store below it, which keep their kind.
+    pub(crate) fn from_raft(error: raft::Error) -> Self {
+        match error {
+            raft::Error::Store(raft::StorageError::Other(other)) => match other.downcast::<Self>() {
+                Ok(own) => *own,
+                Err(other) => Self::Stopped(other.to_string()),
+            },
+            other => Self::Stopped(other.to_string()),
+        }
+    }
+
     /// An error of [`redb::Database`]'s opening, which alone can tell of the file as a whole.
     pub(crate) fn from_open(error: DatabaseError, path: &std::path::Path) -> Self {
         let corrupt = |reason: String| Self::Corrupt {
@@ -177,7 +188,7 @@ impl From<TablesError> for RaftStoreError {
     }
 }
 
-/// raft-rs wants its own error from a `Storage`; only the text survives.
+/// raft-rs wants its own error from a `Storage`; [`RaftStoreError::from_raft`] takes ours out again.
 impl From<RaftStoreError> for raft::Error {
     fn from(error: RaftStoreError) -> Self {
         Self::Store(raft::StorageError::Other(Box::new(error)))

@@ -194,7 +194,7 @@ impl LogStore {
         if index <= self.truncated.0 {
             return Ok(());
         }
-        let term = Storage::term(self, index).map_err(|error| RaftStoreError::Disk(error.to_string()))?;
+        let term = Storage::term(self, index).map_err(RaftStoreError::from_raft)?;
         let txn = self.store.write_derived()?;
         txn.open_table(LOG)?.retain_in(..=index, |_, _| false)?;
         put(

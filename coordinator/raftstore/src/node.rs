@@ -459,5 +459,5 @@ impl Node {
 }
 
 fn stopped(error: raft::Error) -> RaftStoreError {
-    RaftStoreError::Stopped(error.to_string())
+    RaftStoreError::from_raft(error)
 }

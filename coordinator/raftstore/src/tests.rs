@@ -29,6 +29,7 @@ pub(crate) fn register(id: &str) -> Command {
     let kind = command::Kind::RegisterWorker(RegisterWorker {
         worker: Some(worker),
         at_unix_ms: 7,
+        nonce: Default::default(),
     });
     Command {
         kind: Some(kind),

@@ -37,6 +37,11 @@ fn is_same_process(one: &Register, other: &Register) -> bool {
     one.addr == other.addr && one.pid == other.pid
 }
 
+/// Names one attempt to register among all.
+fn nonce() -> Vec<u8> {
+    rand::random::<[u8; 16]>().to_vec()
+}
+
 pub(crate) fn command(kind: command::Kind) -> Command {
     Command {
         at_unix_ms: unix_ms(),
@@ -58,6 +63,7 @@ impl Cluster {
                 ..register.clone()
             }),
             at_unix_ms: unix_ms(),
+            nonce: nonce().into(),
         });
         let epoch = match self.store.propose(command(kind)).await? {
             Applied::Registered { epoch } => epoch,

@@ -103,7 +103,10 @@ impl Raft for RaftService {
         while let Some(batch) = next {
             let id = match from {
                 Some(id) => id,
-                None => introduce(self.book(), named, batch.from)?,
+                None => {
+                    self.group.is_of(batch.group.as_ref())?;
+                    introduce(self.book(), named, batch.from)?
+                }
             };
             from = Some(id);
             for encoded in &batch.messages {
@@ -132,6 +135,7 @@ impl Raft for RaftService {
         let taken = async {
             let first = inbound.message().await?;
             let first = first.ok_or_else(|| Status::invalid_argument("an empty snapshot"))?;
+            self.group.is_of(first.group.as_ref())?;
             let from = introduce(self.book(), named, first.from)?;
             let message = read(self.group.id(), from, &first.data)?;
             let store = self.group.store.clone();

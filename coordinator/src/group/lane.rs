@@ -107,10 +107,12 @@ async fn stream(
     let call = client.messages(ReceiverStream::new(sending));
     let feed = async {
         let mut from = Some(peering.book.me().clone());
+        let mut group = peering.group();
         let mut next = Some(first);
         loop {
             let mut batch = RaftMessages {
                 from: from.take(),
+                group: group.take(),
                 messages: Vec::new(),
             };
             let mut bytes = 0;
@@ -167,6 +169,7 @@ async fn stream_snapshot(peering: &Peering, member: &Member, mut snapshot: Outgo
     let first = SnapshotPiece {
         from: Some(peering.book.me().clone()),
         data: header.into(),
+        group: peering.group(),
     };
     // It blocks on the disk.
     let reading = tokio::task::spawn_blocking(move || {
@@ -176,6 +179,7 @@ async fn stream_snapshot(peering: &Peering, member: &Member, mut snapshot: Outgo
         while let Some(chunk) = snapshot.next_chunk().map_err(|error| error.to_string())? {
             let piece = SnapshotPiece {
                 from: None,
+                group: None,
                 data: chunk.encode_to_vec().into(),
             };
             if pieces.blocking_send(piece).is_err() {

@@ -5,6 +5,7 @@ use super::address_book::AddressBook;
 use super::lane;
 use baton_identity::Identity;
 use baton_raftstore::{Message, OutgoingSnapshot, Peers};
+use prost::bytes::Bytes;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::runtime::Handle;
@@ -21,6 +22,8 @@ pub(crate) struct Peering {
     pub(super) book: Arc<AddressBook>,
     pub(super) identity: Identity,
     pub(super) shutdown: CancellationToken,
+    /// Which group's state this member has, as `RaftMessages` tells it.
+    group: Mutex<Option<Bytes>>,
     tasks: TaskTracker,
     lanes: Mutex<HashMap<u64, mpsc::Sender<Message>>>,
     runtime: Handle,
@@ -33,6 +36,7 @@ impl Peering {
             book: Arc::new(book),
             identity,
             shutdown,
+            group: Mutex::default(),
             tasks: TaskTracker::new(),
             lanes: Mutex::default(),
             runtime: Handle::current(),
@@ -41,6 +45,16 @@ impl Peering {
 
     pub(crate) fn book(&self) -> &Arc<AddressBook> {
         &self.book
+    }
+
+    /// This member's state is of this group, from now on.
+    pub(super) fn set_group(&self, group: Option<Bytes>) {
+        *self.group.lock().unwrap_or_else(PoisonError::into_inner) = group;
+    }
+
+    /// Which group this member's state is of; nothing while it has none.
+    pub(super) fn group(&self) -> Option<Bytes> {
+        self.group.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// What the Raft thread gets.

@@ -1,7 +1,7 @@
 //! Admission before real links: who reaches a worker, in which order, and what the others are told.
 
 use super::{Coordinator, MODEL, job, read, until};
-use baton_gateway::{Backend, BackendError, Generation, Job, LatencyTargets};
+use baton_gateway::{Backend, BackendError, Generation, Job, LatencyTargets, Share};
 use baton_proto::cluster::Role;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,6 +14,7 @@ fn asks(name: &str, tenant: &str, priority: i32) -> Job {
     Job {
         request_id: name.into(),
         tenant: tenant.into(),
+        share: Share::usual(tenant),
         priority,
         ..job(&PROMPT, 2)
     }
@@ -87,6 +88,37 @@ async fn a_flood_does_not_delay_another_tenant() {
         assert!(floods <= i + 2, "{floods} of the flood went before {name}: {reached:?}");
     }
     assert_eq!(busy.coordinator.cluster.queued(MODEL), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn those_that_wait_are_served_by_their_weights() {
+    let mut busy = Busy::start(|_| {}).await;
+    let mut tasks = Vec::new();
+    for i in 0..12 {
+        for (name, weight) in [("three", 3), ("one", 1)] {
+            let share = Share {
+                weight,
+                ..Share::usual(name)
+            };
+            let job = Job {
+                share,
+                // One tenant, as keys of one project are: each has its own share all the same.
+                ..asks(&format!("{name}-{i}"), "project", 0)
+            };
+            tasks.push(busy.queue(job).await);
+        }
+    }
+    busy.worker.controls.allow(-1);
+    read(&mut busy.first, usize::MAX).await;
+    for task in tasks {
+        task.await.unwrap().unwrap();
+    }
+    let reached = busy.reached();
+    let threes = reached[1..=12].iter().filter(|name| name.starts_with("three")).count();
+    assert!(
+        (8..=10).contains(&threes),
+        "{threes} of twelve had three quarters: {reached:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

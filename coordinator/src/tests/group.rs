@@ -358,13 +358,14 @@ async fn a_member_speaks_for_itself_only() {
         message.from = 3;
         message.write_to_bytes().unwrap()
     };
-    let send = async |role, name: &str, from: Option<Member>, encoded: &[u8]| {
+    let send_of = async |role, name: &str, from: Option<Member>, encoded: &[u8], of: Option<Vec<u8>>| {
         let identity = group[0].authority.issue(role, name).unwrap();
         let mut client = RaftClient::new(channel(group[0].cluster_addr, &identity).await.unwrap());
         let (batches, sending) = mpsc::channel(1);
         let batch = RaftMessages {
             from,
             messages: vec![encoded.to_vec().into()],
+            group: of.map(Into::into),
         };
         batches.send(batch).await.unwrap();
         drop(batches);
@@ -373,8 +374,15 @@ async fn a_member_speaks_for_itself_only() {
             .await
             .map_err(|status| status.code())
     };
+    let send =
+        async |role, name: &str, from: Option<Member>, encoded: &[u8]| send_of(role, name, from, encoded, None).await;
     let refused = Err(tonic::Code::PermissionDenied);
     let coordinator = CertificateRole::Coordinator;
+    // Its state must be of this group, which was founded, if it has any.
+    for (of, answer) in [(None, Ok(())), (Some(Vec::new()), Ok(())), (Some(vec![7; 16]), refused)] {
+        let sent = send_of(coordinator, "coordinator-1", Some(member(2)), &encoded, of.clone()).await;
+        assert_eq!(sent.map(drop), answer, "{of:?}");
+    }
     let answer = send(coordinator, "coordinator-1", Some(member(2)), &encoded)
         .await
         .map(drop);

@@ -186,3 +186,51 @@ async fn a_goodbye_is_taken_at_once_and_the_stream_closed() {
     coordinator.wait_lost("w").await;
     until("removed", || coordinator.cluster.store.workers().unwrap().is_empty()).await;
 }
+
+/// A worker that has another model than the one deployed under its name is told so; one with the right one is taken.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_with_another_revision_than_the_deployed_is_refused() {
+    let coordinator = Coordinator::start().await;
+    let deploy = async |revision: String| {
+        let deployment = baton_proto::state::Deployment {
+            model: super::MODEL.into(),
+            revision,
+            settings: String::new(),
+        };
+        let kind = baton_proto::state::command::Kind::PutDeployment(baton_proto::state::PutDeployment {
+            deployment: Some(deployment),
+        });
+        coordinator
+            .cluster
+            .store
+            .propose(crate::cluster::command(kind))
+            .await
+            .unwrap();
+    };
+    let identity = coordinator.worker_identity("w");
+    let mut client = ClusterClient::new(channel(coordinator.cluster_addr, &identity).await.unwrap());
+    let mut ask = async || {
+        let (reports, queued) = mpsc::channel(2);
+        let worker = register("w", Role::Combined, "127.0.0.1:9".parse().unwrap());
+        reports
+            .send(report(worker_report::Kind::Register(worker)))
+            .await
+            .unwrap();
+        let mut orders = client.join(ReceiverStream::new(queued)).await.unwrap().into_inner();
+        orders.message().await.unwrap().unwrap().kind.unwrap()
+    };
+    deploy(baton_ledger::hex(&[6; 32])).await;
+    match ask().await {
+        coordinator_order::Kind::Refused(refused) => {
+            let offered = baton_ledger::hex(&super::MODEL_DIGEST);
+            assert!(refused.reason.contains(&format!("--revision {offered}")), "{refused:?}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(coordinator.cluster.store.workers().unwrap().is_empty());
+    for taken in [baton_ledger::hex(&super::MODEL_DIGEST), "a name".into()] {
+        deploy(taken).await;
+        let order = ask().await;
+        assert!(matches!(order, coordinator_order::Kind::Registered(_)), "{order:?}");
+    }
+}

@@ -40,7 +40,8 @@ pub(crate) fn put(machine: &mut Machine<'_>, command: PutKey) -> Handled {
             machine.put(&view::key_hash_key(&key.sha256), key.id.as_bytes())?;
         }
         machine.put_message(&keys::named(keys::API_KEYS, &key.id), &key)?;
-        audit::write(machine, "put_key", &key.id)?;
+        let action = if known.is_some() { "put_key" } else { "create_key" };
+        audit::write(machine, action, &key.id)?;
     }
     Ok(Applied::Stands { changed })
 }

@@ -6,8 +6,8 @@ use crate::machine::{Handled, Machine, Stop};
 use crate::outcome::{Applied, Outcome, Refused, code};
 use crate::tables::{TablesError, TablesMut};
 use crate::{
-    api_keys, budgets, corrections, deployments, expiry, members, periods, prices, projects, slices, usage, view,
-    workers,
+    api_keys, budgets, corrections, deployments, expiry, idempotency, members, periods, prices, projects, slices,
+    usage, view, workers,
 };
 use baton_proto::state::{Command, command::Kind};
 use prost::Message as _;
@@ -83,6 +83,8 @@ fn dispatch(machine: &mut Machine<'_>, kind: Kind, proposed_unix_ms: u64) -> Han
         Kind::CorrectUsage(command) => corrections::correct(machine, command),
         Kind::ClosePeriod(command) => periods::close(machine, &command),
         Kind::SealPeriod(command) => periods::seal(machine, command, proposed_unix_ms),
+        Kind::ClaimIdempotency(command) => idempotency::claim(machine, command),
+        Kind::ReleaseIdempotency(command) => idempotency::release(machine, &command),
         Kind::Tick(_) => Ok(Applied::Ticked {
             now_unix_ms: machine.now_ms,
         }),

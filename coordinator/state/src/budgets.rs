@@ -55,7 +55,8 @@ pub(crate) fn put(machine: &mut Machine<'_>, command: PutBudget) -> Handled {
                 .rest(budget.id.as_bytes());
             machine.put(&by_key.done(), &[])?;
         }
-        audit::write(machine, "put_budget", &budget.id)?;
+        let action = if known.is_some() { "put_budget" } else { "create_budget" };
+        audit::write(machine, action, &budget.id)?;
     }
     Ok(Applied::Stands { changed })
 }

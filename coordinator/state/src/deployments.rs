@@ -18,10 +18,16 @@ pub(crate) fn put(machine: &mut Machine<'_>, command: PutDeployment) -> Handled 
     if deployment.settings.len() > SETTINGS_BYTES_MAX {
         return Err(Refused::invalid(format!("settings are at most {SETTINGS_BYTES_MAX} bytes")).into());
     }
-    let changed = view::deployment(machine, &deployment.model)?.as_ref() != Some(&deployment);
+    let known = view::deployment(machine, &deployment.model)?;
+    let changed = known.as_ref() != Some(&deployment);
     if changed {
         machine.put_message(&keys::named(keys::DEPLOYMENTS, &deployment.model), &deployment)?;
-        audit::write(machine, "put_deployment", &deployment.model)?;
+        let action = if known.is_some() {
+            "put_deployment"
+        } else {
+            "create_deployment"
+        };
+        audit::write(machine, action, &deployment.model)?;
     }
     Ok(Applied::Stands { changed })
 }

@@ -1,4 +1,4 @@
-//! What replicated time does: slices whose grace is over, idempotency keys and minutes of usage that are old. Each command
+//! What replicated time does: slices whose grace is over, idempotency keys, claims of them, and minutes of usage that are old. Each command
 //! clears a bounded number, more than it can add, so that nothing piles up; reads do not depend on how far that is.
 
 use crate::aggregates;
@@ -22,6 +22,9 @@ pub(crate) fn clear(machine: &mut Machine<'_>) -> Result<(), TablesError> {
     }
     for key in due(machine, keys::IDEMPOTENCY_DUE)? {
         idempotency::forget(machine, &key)?;
+    }
+    for key in due(machine, keys::CLAIMS_DUE)? {
+        idempotency::lapse(machine, &key)?;
     }
     aggregates::clear_minutes(machine, CLEARED_MAX)
 }

@@ -14,6 +14,9 @@ pub const TIME: &[u8] = &[0x01, 0x03];
 pub const HEAD: &[u8] = &[0x01, 0x04];
 /// One value: the closed period that nobody has signed yet, a `Checkpoint`.
 pub const CLOSED: &[u8] = &[0x01, 0x05];
+/// One value, which no command writes: what tells a group that was restored from a backup from the one that the backup is of,
+/// 16 random bytes. Not there in a group that was founded.
+pub const GROUP: &[u8] = &[0x01, 0x06];
 /// Worker id to `WorkerRecord`.
 pub const WORKERS: u8 = 0x02;
 /// Number of a row of the ledger, from 1 without gaps, to `LedgerRow`.
@@ -66,6 +69,11 @@ pub const USAGE_DAYS: u8 = 0x19;
 pub const USAGE_USER_HOURS: u8 = 0x1a;
 /// The same by day, with the user.
 pub const USAGE_USER_DAYS: u8 = 0x1b;
+
+/// Key id and SHA-256 of an idempotency key that is in use to `IdempotencyClaim`.
+pub const CLAIMS: u8 = 0x1c;
+/// Time at which a claim is over, and its key, to nothing.
+pub const CLAIMS_DUE: u8 = 0x1d;
 
 /// A key with a name in it.
 pub fn named(table: u8, name: &str) -> Vec<u8> {

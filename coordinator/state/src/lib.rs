@@ -51,7 +51,7 @@ pub use aggregates::MINUTES_KEPT_MS;
 pub use apply::apply;
 pub use calendar::{TIME_MAX_UNIX_MS, period_start};
 pub use fault::Fault;
-pub use idempotency::IDEMPOTENCY_MS;
+pub use idempotency::{CLAIM_MS_MAX, IDEMPOTENCY_MS};
 pub use outcome::{Applied, Outcome, Refused};
 pub use slices::{SLICE_GRACE_MS, SLICE_LEASE_MS_MAX};
 pub use sums::{Dimensions, Sums};

@@ -62,6 +62,11 @@ pub enum Applied {
         /// Its last row.
         last_sequence: u64,
     },
+    /// The idempotency key is the request's, until then.
+    Claimed {
+        /// When the claim is over, if it is not prolonged.
+        expires_unix_ms: u64,
+    },
     /// Time went on.
     Ticked {
         /// Replicated time.
@@ -142,6 +147,12 @@ pub enum Refused {
     /// Another body was sent with the same idempotency key.
     #[error("the idempotency key was used with another body, by request {request_id}")]
     IdempotencyConflict {
+        /// The request that has the key.
+        request_id: String,
+    },
+    /// A request with the same idempotency key and body still runs.
+    #[error("the idempotency key is in use by request {request_id}, which still runs")]
+    IdempotencyInUse {
         /// The request that has the key.
         request_id: String,
     },
@@ -257,6 +268,7 @@ pub(crate) fn code(outcome: &Outcome) -> [u8; 9] {
         Ok(Applied::Closed { last_sequence }) => (11, *last_sequence),
         Ok(Applied::Sealed { last_sequence }) => (12, *last_sequence),
         Ok(Applied::Ticked { now_unix_ms }) => (13, *now_unix_ms),
+        Ok(Applied::Claimed { expires_unix_ms }) => (14, *expires_unix_ms),
         Err(Refused::Impossible { .. }) => (32, 0),
         Err(Refused::Unknown { .. }) => (33, 0),
         Err(Refused::Fixed { .. }) => (34, 0),
@@ -275,6 +287,7 @@ pub(crate) fn code(outcome: &Outcome) -> [u8; 9] {
         Err(Refused::NothingToClose) => (47, 0),
         Err(Refused::NotNext { last_sequence, .. }) => (48, *last_sequence),
         Err(Refused::BadSignature(_)) => (49, 0),
+        Err(Refused::IdempotencyInUse { .. }) => (50, 0),
     };
     let mut code = [0; 9];
     code[0] = tag;

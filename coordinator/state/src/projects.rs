@@ -24,7 +24,12 @@ pub(crate) fn put(machine: &mut Machine<'_>, command: PutProject) -> Handled {
     let changed = known.as_ref() != Some(&project);
     if changed {
         machine.put_message(&keys::named(keys::PROJECTS, &project.id), &project)?;
-        audit::write(machine, "put_project", &project.id)?;
+        let action = if known.is_some() {
+            "put_project"
+        } else {
+            "create_project"
+        };
+        audit::write(machine, action, &project.id)?;
     }
     Ok(Applied::Stands { changed })
 }

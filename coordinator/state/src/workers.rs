@@ -2,6 +2,8 @@
 //!
 //! A worker is removed once more than half of the voters have lost it. A vote counts for one epoch only, and only while its
 //! member is a voter.
+//!
+//! A registration that comes twice, by its nonce, is one: it has one epoch, as long as it stands.
 
 use crate::bounds::{self, MEMBERS_MAX};
 use crate::keys;
@@ -16,6 +18,14 @@ pub(crate) fn register(machine: &mut Machine<'_>, command: RegisterWorker) -> Ha
         return Err(Refused::invalid("a registration without a worker").into());
     };
     bounds::name("the worker's id", &worker.worker_id)?;
+    if !command.nonce.is_empty() {
+        bounds::exactly("the registration's nonce", &command.nonce, 16)?;
+    }
+    if !command.nonce.is_empty()
+        && let Some(known) = view::worker(machine, &worker.worker_id)?.filter(|known| known.nonce == command.nonce)
+    {
+        return Ok(Applied::Registered { epoch: known.epoch });
+    }
     let epoch = view::last_epoch(machine)? + 1;
     machine.put(keys::LAST_EPOCH, &epoch.to_le_bytes())?;
     let key = keys::named(keys::WORKERS, &worker.worker_id);
@@ -23,6 +33,7 @@ pub(crate) fn register(machine: &mut Machine<'_>, command: RegisterWorker) -> Ha
         worker: Some(worker),
         epoch,
         registered_unix_ms: machine.now_ms.max(command.at_unix_ms),
+        nonce: command.nonce,
         ..WorkerRecord::default()
     };
     machine.put_message(&key, &record)?;

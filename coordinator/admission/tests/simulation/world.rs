@@ -1,7 +1,6 @@
 //! The virtual cluster: workers, requests and the clock. What must hold is in the tests beside.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::Arc;
 use std::time::Duration;
 
 use baton_admission::{
@@ -61,6 +60,8 @@ pub struct Grant {
 
 pub struct Cluster {
     pub admission: Admission,
+    /// Those whose share is not the usual one.
+    pub tenants: HashMap<&'static str, Tenant>,
     pub rng: SmallRng,
     pub now: Duration,
     pub workers: Vec<Worker>,
@@ -127,11 +128,10 @@ macro_rules! outlook {
 }
 
 impl Cluster {
-    pub fn new(config: AdmissionConfig, tenants: &[(&str, Tenant)], workers: usize, seed: u64) -> Self {
-        let tenants: HashMap<Arc<str>, Tenant> =
-            tenants.iter().map(|(name, tenant)| ((*name).into(), *tenant)).collect();
+    pub fn new(config: AdmissionConfig, tenants: &[(&'static str, Tenant)], workers: usize, seed: u64) -> Self {
         Self {
-            admission: Admission::new(config, tenants),
+            admission: Admission::new(config),
+            tenants: tenants.iter().copied().collect(),
             rng: SmallRng::seed_from_u64(seed),
             now: Duration::from_secs(1),
             workers: (0..workers).map(|_| Worker::default()).collect(),
@@ -152,6 +152,7 @@ impl Cluster {
     pub fn offer(&mut self, tenant: &'static str, shape: Shape) -> Option<Ticket> {
         let ask = Ask {
             tenant: tenant.into(),
+            share: self.tenants.get(tenant).copied().unwrap_or_default(),
             priority: shape.priority,
             prompt_tokens: shape.prompt_tokens,
             uncached_tokens: None,

@@ -30,6 +30,7 @@ const NO_SLICE: &str = "none";
 
 /// What a request asks for.
 pub(crate) struct Ask<'a> {
+    pub request_id: &'a str,
     pub model: &'a str,
     pub endpoint: &'static str,
     pub prompt_tokens: u32,
@@ -97,7 +98,14 @@ impl Hold {
             hold.template.price_id.clone_from(&price.id);
         }
         if let Some(claim) = ask.claim {
-            let (in_use, known) = idempotency::take(&accounts.in_flight, &*accounts.store, &caller.key_id, &claim)?;
+            let taken = idempotency::take(
+                &accounts.in_flight,
+                &accounts.store,
+                &caller.key_id,
+                ask.request_id,
+                &claim,
+            );
+            let (in_use, known) = taken.await?;
             hold.in_use = Some(in_use);
             hold.claim = Some(claim);
             hold.replayed = known;
@@ -176,6 +184,13 @@ impl Hold {
     /// The record is on its way: what it does not use is free again. Later records of the same request change nothing here.
     pub fn settled(&mut self, record: &UsageRecord) {
         let Some(accounts) = &self.accounts else { return };
+        if let Some(in_use) = self
+            .in_use
+            .as_ref()
+            .filter(|_| !record.idempotency_key_sha256.is_empty())
+        {
+            in_use.settled();
+        }
         if self.replayed.is_none() {
             accounts.remember_own(&record.request_id);
         }

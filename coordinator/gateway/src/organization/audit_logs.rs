@@ -1,6 +1,6 @@
 //! `GET /v1/organization/audit_logs`: as OpenAI's, newest first. `action`, `subject`, `sequence` and `raft_index` are ours and
 //! say what the log itself says. OpenAI's `type` exists for projects and keys; the others are named alike
-//! (`price.created`). The log does not tell a new project from a changed one, so both are `project.updated`.
+//! (`price.created`).
 
 use axum::extract::Query;
 use axum::{Extension, Json};
@@ -101,10 +101,14 @@ fn kind(row: &AuditRow) -> &'static str {
                 _ => "project.updated",
             }
         }
-        "put_key" => "api_key.created",
+        "create_project" => "project.created",
+        "create_key" => "api_key.created",
+        "put_key" => "api_key.updated",
         "revoke_key" => "api_key.deleted",
         "put_price" => "price.created",
+        "create_budget" => "budget.created",
         "put_budget" => "budget.updated",
+        "create_deployment" => "deployment.created",
         "put_deployment" => "deployment.updated",
         "remove_deployment" => "deployment.deleted",
         "put_member" => "coordinator.updated",

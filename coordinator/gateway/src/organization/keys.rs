@@ -1,5 +1,5 @@
 //! `…/projects/{project}/api_keys` and `/v1/organization/admin_api_keys`: listing, showing and deleting are as OpenAI's;
-//! making a project's key is ours. The secret is in the answer to its making and nowhere else: the state has its SHA-256.
+//! making a project's key and changing it is ours. The secret is in the answer to its making and nowhere else: the state has its SHA-256.
 //! A key that is deleted is revoked for good and kept for its history; lists show it with `include_revoked=true`.
 
 use axum::extract::rejection::JsonRejection;
@@ -19,6 +19,7 @@ use crate::accounts::keys::sha256;
 use crate::accounts::store::StoreError;
 use crate::api_error::ApiError;
 use crate::auth::Caller;
+use crate::backend::Share;
 use crate::run::unix_ms;
 
 /// The project of keys that administer.
@@ -35,13 +36,15 @@ pub(super) struct KeyBody {
     name: Option<String>,
     /// "inference", "usage", "admin".
     scopes: Option<Vec<String>>,
-    #[serde(default)]
-    models: Vec<String>,
+    models: Option<Vec<String>>,
     /// Seconds of Unix time.
     expires_at: Option<u64>,
     /// As OpenAI's: from now.
     expires_in_seconds: Option<u64>,
     limits: Option<LimitsBody>,
+    /// Of the workers, against those of others.
+    weight: Option<u32>,
+    priority_min: Option<i32>,
 }
 
 const EXAMPLE: &str = r#"{"name": "web", "scopes": ["inference"], "models": ["llama"], "expires_in_seconds": 86400}"#;
@@ -118,7 +121,11 @@ pub(super) async fn create_admin(
     json: Result<Json<KeyBody>, JsonRejection>,
 ) -> Answer {
     let new: KeyBody = body(json, r#"{"name": "operator"}"#)?;
-    if new.scopes.is_some() || !new.models.is_empty() {
+    if new.scopes.is_some()
+        || new.models.as_ref().is_some_and(|models| !models.is_empty())
+        || new.weight.is_some()
+        || new.priority_min.is_some()
+    {
         let message = "A key for administration has its scopes by itself, and calls no models.";
         return Err(ApiError::bad_request(message));
     }
@@ -164,16 +171,6 @@ async fn make(
         &secret[secret.len() - HINT_CHARS..]
     );
     let now_ms = unix_ms();
-    let expires_unix_ms = match (new.expires_at, new.expires_in_seconds) {
-        (None, None) => 0,
-        (Some(at), None) if at.saturating_mul(1000) > now_ms => at.saturating_mul(1000),
-        (None, Some(seconds)) if seconds > 0 => now_ms.saturating_add(seconds.saturating_mul(1000)),
-        (Some(_), Some(_)) => {
-            let message = "`expires_at` and `expires_in_seconds` are both there; keep one.";
-            return Err(ApiError::bad_request(message));
-        }
-        _ => return Err(ApiError::bad_request("The key would be expired already.")),
-    };
     let key = ApiKey {
         id: new_id("key"),
         sha256: sha256(secret.as_bytes()).to_vec().into(),
@@ -181,16 +178,79 @@ async fn make(
         name,
         project_id,
         scopes: scopes.into_iter().map(i32::from).collect(),
-        models: new.models,
-        expires_unix_ms,
+        models: new.models.unwrap_or_default(),
+        expires_unix_ms: end_of(new.expires_at, new.expires_in_seconds, now_ms)?.unwrap_or(0),
         created_unix_ms: now_ms,
         limits: new.limits.map(Limits::from),
-        weight: 1,
+        weight: weight(new.weight)?.unwrap_or(1),
+        priority_min: new.priority_min.unwrap_or(0),
         ..ApiKey::default()
     };
     let mut shown = shown(&key);
     shown["value"] = secret.into();
     accounts.change(caller, Kind::PutKey(PutKey { key: Some(key) })).await?;
+    Ok(Json(shown))
+}
+
+/// When a key ends, by what is given, in milliseconds of Unix time.
+fn end_of(at_s: Option<u64>, in_s: Option<u64>, now_ms: u64) -> Result<Option<u64>, ApiError> {
+    match (at_s, in_s) {
+        (None, None) => Ok(None),
+        (Some(at), None) if at.saturating_mul(1000) > now_ms => Ok(Some(at.saturating_mul(1000))),
+        (None, Some(seconds)) if seconds > 0 => Ok(Some(now_ms.saturating_add(seconds.saturating_mul(1000)))),
+        (Some(_), Some(_)) => {
+            let message = "`expires_at` and `expires_in_seconds` are both there; keep one.";
+            Err(ApiError::bad_request(message))
+        }
+        _ => Err(ApiError::bad_request("The key would be expired already.")),
+    }
+}
+
+fn weight(asked: Option<u32>) -> Result<Option<u32>, ApiError> {
+    match asked {
+        Some(weight) if !(1..=Share::WEIGHT_MAX).contains(&weight) => {
+            let message = format!("`weight` must be from 1 to {}.", Share::WEIGHT_MAX);
+            Err(ApiError::field("weight", message))
+        }
+        weight => Ok(weight),
+    }
+}
+
+/// `POST …/projects/{project}/api_keys/{key}`: what is given changes. What a key is, its secret and project, does not.
+pub(super) async fn update(
+    Extension(accounts): Shared,
+    Extension(caller): Calls,
+    Path((project, id)): Path<(String, String)>,
+    json: Result<Json<KeyBody>, JsonRejection>,
+) -> Answer {
+    let change: KeyBody = body(json, r#"{"weight": 3, "limits": {"requests_per_min": 600}}"#)?;
+    let mut key = find(&accounts, &id, |key| key.project_id == project)?;
+    if let Some(name) = change.name {
+        key.name = name;
+    }
+    if let Some(names) = change.scopes {
+        let scopes: Vec<Scope> = names.iter().map(|name| scope(name)).collect::<Result<_, _>>()?;
+        key.scopes = scopes.into_iter().map(i32::from).collect();
+    }
+    if let Some(models) = change.models {
+        key.models = models;
+    }
+    if let Some(end_ms) = end_of(change.expires_at, change.expires_in_seconds, unix_ms())? {
+        key.expires_unix_ms = end_ms;
+    }
+    if let Some(limits) = change.limits {
+        key.limits = Some(limits.into());
+    }
+    if let Some(weight) = weight(change.weight)? {
+        key.weight = weight;
+    }
+    if let Some(priority_min) = change.priority_min {
+        key.priority_min = priority_min;
+    }
+    let shown = shown(&key);
+    accounts
+        .change(&caller, Kind::PutKey(PutKey { key: Some(key) }))
+        .await?;
     Ok(Json(shown))
 }
 
@@ -285,6 +345,8 @@ fn shown(key: &ApiKey) -> Value {
         "scopes": key.scopes().map(scope_name).collect::<Vec<_>>(),
         "models": key.models,
         "limits": projects::limits(key.limits),
+        "weight": key.weight.max(1),
+        "priority_min": key.priority_min,
         "revoked": key.revoked,
     })
 }

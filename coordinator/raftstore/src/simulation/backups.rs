@@ -171,6 +171,6 @@ impl World {
 fn restore_to(disk: &Disk, file: &[u8]) -> Result<(), RaftStoreError> {
     contained(|| {
         let store = Store::on(disk.clone())?;
-        read_into(&mut &file[..], &store, RESTORED).map(drop)
+        read_into(&mut &file[..], &store, RESTORED, &[]).map(drop)
     })
 }

@@ -176,6 +176,7 @@ pub(super) fn kind(what: &What, state: &impl Tables, member_id: u64, voters: &[u
                 ..Register::default()
             }),
             at_unix_ms: unix_ms,
+            nonce: Default::default(),
         }),
         What::Remove(worker, epoch) => Kind::RemoveWorker(RemoveWorker {
             worker_id: worker.clone(),

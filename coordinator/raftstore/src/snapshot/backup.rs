@@ -16,7 +16,8 @@ use crate::founding::{self, Founding};
 use crate::log::term_of;
 use crate::store::FILE_NAME;
 use crate::tables::StateView;
-use baton_state::view;
+use baton_state::{keys, view};
+use std::hash::{BuildHasher, RandomState};
 use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
 
@@ -52,6 +53,8 @@ pub struct BackupInfo {
     pub state_hash: [u8; 32],
     /// BLAKE3 of the file up to its last 32 bytes, which are this.
     pub file_hash: [u8; 32],
+    /// The group that it is of; of a restoration, the new group: 16 random bytes. Empty for a group that was founded.
+    pub group: Vec<u8>,
 }
 
 /// Hashes and counts what goes through.
@@ -128,6 +131,7 @@ pub(crate) struct Saving<W> {
     source: SnapshotSource,
     out: Hashed<W>,
     state_hash: [u8; 32],
+    group: Vec<u8>,
     #[cfg(test)]
     store: Store,
 }
@@ -137,7 +141,8 @@ impl<W: Write> Saving<W> {
     pub(crate) fn begin(store: &Store, to: W) -> Result<Self, RaftStoreError> {
         let txn = store.read()?;
         let source = SnapshotSource::of(store, &txn)?;
-        let state_hash = view::hash(&StateView::of(&txn)?)?;
+        let state = StateView::of(&txn)?;
+        let (state_hash, group) = (view::hash(&state)?, view::group(&state)?);
         let header = Header {
             applied_index: source.index(),
             term: term_of(store, &txn, source.index())?,
@@ -151,6 +156,7 @@ impl<W: Write> Saving<W> {
             source,
             out,
             state_hash,
+            group,
             #[cfg(test)]
             store: store.clone(),
         })
@@ -181,6 +187,7 @@ impl<W: Write> Saving<W> {
             bytes: self.out.bytes,
             state_hash: self.state_hash,
             file_hash,
+            group: self.group,
         };
         Ok((info, self.out.inner))
     }
@@ -200,8 +207,8 @@ pub(crate) fn save(store: &Store, to: &mut dyn Write) -> Result<BackupInfo, Raft
 }
 
 /// Restores a backup into `dir`, which must hold no store, as a group whose only member is `node_id`; others join it. Blocks
-/// on the disk. The store appears only when everything was read, checked and made durable. Members of the old group must not
-/// run any more: the two would know different histories.
+/// on the disk. The store appears only when everything was read, checked and made durable. The new group has a new identity, so
+/// that coordinators refuse members of the old one. Those should not run any more: the two know different histories.
 pub fn restore(from: &mut dyn Read, dir: &Path, node_id: u64) -> Result<BackupInfo, RaftStoreError> {
     if node_id == 0 {
         return Err(RaftStoreError::Config("node ids must not be 0".into()));
@@ -218,7 +225,7 @@ pub fn restore(from: &mut dyn Read, dir: &Path, node_id: u64) -> Result<BackupIn
         Err(error) if error.kind() != ErrorKind::NotFound => return Err(io(error)),
         _ => {}
     }
-    let restored = Store::open(&partial).and_then(|store| read_into(from, &store, node_id));
+    let restored = Store::open(&partial).and_then(|store| read_into(from, &store, node_id, &new_group()));
     let finished = restored.and_then(|info| {
         std::fs::rename(&partial, &path).map_err(io)?;
         std::fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(io)?;
@@ -230,8 +237,13 @@ pub fn restore(from: &mut dyn Read, dir: &Path, node_id: u64) -> Result<BackupIn
     finished
 }
 
-/// Restores a backup into an empty store, durably.
-pub(crate) fn read_into(from: &mut dyn Read, store: &Store, node_id: u64) -> Result<BackupInfo, RaftStoreError> {
+/// Restores a backup into an empty store, durably. With the name of a new group; without one (empty) it stays the group that it is of.
+pub(crate) fn read_into(
+    from: &mut dyn Read,
+    store: &Store,
+    node_id: u64,
+    group: &[u8],
+) -> Result<BackupInfo, RaftStoreError> {
     let mut from = Hashed::new(from);
     let mut magic = [0; 8];
     from.read(&mut magic)
@@ -276,6 +288,9 @@ pub(crate) fn read_into(from: &mut dyn Read, store: &Store, node_id: u64) -> Res
         at: (header.applied_index, header.term),
     };
     founding::write(&txn, &founding)?;
+    if !group.is_empty() {
+        txn.open_table(STATE[0])?.insert(keys::GROUP, group)?;
+    }
     txn.commit()?;
     let state_hash = view::hash(&StateView::open(store)?)?;
     if header.applied_index == 0 || header.term == 0 || header.state_hash != state_hash {
@@ -287,5 +302,13 @@ pub(crate) fn read_into(from: &mut dyn Read, store: &Store, node_id: u64) -> Res
         bytes: from.bytes,
         state_hash,
         file_hash,
+        group: group.to_vec(),
     })
+}
+
+/// 16 bytes that no other restoration has: the standard library seeds its hashers from the system's random numbers.
+fn new_group() -> [u8; 16] {
+    let random = || RandomState::new().hash_one(0u8).to_le_bytes();
+    let (first, second) = (random(), random());
+    std::array::from_fn(|at| if at < 8 { first[at] } else { second[at - 8] })
 }

@@ -2,7 +2,7 @@
 
 use super::{register, settle};
 use crate::snapshot::restore;
-use crate::{Applied, RaftStore, RaftStoreConfig, RaftStoreError, SnapshotError};
+use crate::{Applied, BackupInfo, RaftStore, RaftStoreConfig, RaftStoreError, SnapshotError};
 
 #[tokio::test]
 async fn a_backup_starts_a_new_group() {
@@ -24,7 +24,18 @@ async fn a_backup_starts_a_new_group() {
 
     let target = tempfile::tempdir().unwrap();
     let restored = restore(&mut file.as_slice(), target.path(), 7).unwrap();
-    assert_eq!(restored, info);
+    assert_eq!((info.group.len(), restored.group.len()), (0, 16));
+    let elsewhere = tempfile::tempdir().unwrap();
+    let twice = restore(&mut file.as_slice(), elsewhere.path(), 7).unwrap();
+    assert_ne!(twice.group, restored.group, "each restoration is a group of its own");
+    let group = restored.group.clone();
+    assert_eq!(
+        BackupInfo {
+            group: Vec::new(),
+            ..restored
+        },
+        info
+    );
     let again = restore(&mut file.as_slice(), target.path(), 7).err();
     assert!(matches!(
         again,
@@ -35,6 +46,7 @@ async fn a_backup_starts_a_new_group() {
     let position = other.position().unwrap();
     assert_eq!((position.hash, position.settled), (at_backup.hash, 50));
     assert_eq!(other.members().voters, [7]);
+    assert_eq!(baton_state::view::group(&other.state().unwrap()).unwrap(), group);
     assert!(other.usage("later").unwrap().is_none());
     // Indices and epochs go on from the backup's.
     assert_eq!(

@@ -43,6 +43,15 @@ pub(crate) fn check(tables: &MemoryTables) {
     sums(tables, &rows);
     let audit = view::audit_after(tables, 0, 1000).unwrap();
     assert!(audit.iter().zip(1..).all(|(row, at)| row.sequence == at));
+    let due: BTreeSet<_> = entries(tables, keys::CLAIMS_DUE)
+        .into_iter()
+        .map(|(key, _)| key[1..].to_vec())
+        .collect();
+    let claims = messages::<baton_proto::state::IdempotencyClaim>(tables, keys::CLAIMS).into_iter();
+    let kept: BTreeSet<_> = claims
+        .map(|(key, claim)| [&claim.expires_unix_ms.to_be_bytes()[..], &key[1..]].concat())
+        .collect();
+    assert_eq!(due, kept, "each claim ends at its time");
     for (_, key) in messages::<baton_proto::state::ApiKey>(tables, keys::API_KEYS) {
         assert_eq!(view::key_by_hash(tables, &key.sha256).unwrap().unwrap().id, key.id);
     }

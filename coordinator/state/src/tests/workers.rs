@@ -9,11 +9,19 @@ use baton_proto::state::{
 };
 
 pub(crate) fn register(id: &str) -> Kind {
+    register_once(id, &[])
+}
+
+pub(crate) fn register_once(id: &str, nonce: &[u8]) -> Kind {
     let worker = Some(Register {
         worker_id: id.into(),
         ..Register::default()
     });
-    Kind::RegisterWorker(RegisterWorker { worker, at_unix_ms: 7 })
+    Kind::RegisterWorker(RegisterWorker {
+        worker,
+        at_unix_ms: 7,
+        nonce: nonce.to_vec().into(),
+    })
 }
 
 pub(crate) fn witness(epoch: u64, member_id: u64, lost: bool, voters: &[u64]) -> Kind {
@@ -123,7 +131,7 @@ fn members_and_deployments_are_put_once_and_audited() {
         actions,
         [
             (1, "put_member"),
-            (2, "put_deployment"),
+            (2, "create_deployment"),
             (3, "remove_member"),
             (4, "remove_deployment")
         ]
@@ -199,4 +207,28 @@ fn a_damaged_table_is_an_error() {
             let _ = view::usage(&tables, "r");
         }
     }
+}
+
+#[test]
+fn a_registration_that_comes_twice_is_one() {
+    let mut bench = Bench::new();
+    let Applied::Registered { epoch } = bench.run(register_once("w", &[1; 16])).unwrap() else {
+        panic!("registered")
+    };
+    assert_eq!(
+        bench.run(register_once("w", &[1; 16])),
+        Ok(Applied::Registered { epoch })
+    );
+    // Another attempt, and the first once the worker was removed, are new lives.
+    let next = Applied::Registered { epoch: epoch + 1 };
+    assert_eq!(bench.run(register_once("w", &[2; 16])), Ok(next));
+    let remove = Kind::RemoveWorker(RemoveWorker {
+        worker_id: "w".into(),
+        epoch: epoch + 1,
+        ..Default::default()
+    });
+    bench.run(remove).unwrap();
+    let again = Applied::Registered { epoch: epoch + 2 };
+    assert_eq!(bench.run(register_once("w", &[2; 16])), Ok(again));
+    bench.refuses(register_once("w", &[2; 15]));
 }

@@ -17,6 +17,11 @@ pub fn hash(tables: &(impl Tables + ?Sized)) -> Result<[u8; 32], TablesError> {
     }
 }
 
+/// Which group's state it is: empty for one that was founded, else what its restoration chose.
+pub fn group(tables: &(impl Tables + ?Sized)) -> Result<Vec<u8>, TablesError> {
+    Ok(tables.get(keys::GROUP)?.unwrap_or_default())
+}
+
 /// Replicated time in milliseconds of Unix time: the greatest that any command has told.
 pub fn time(tables: &(impl Tables + ?Sized)) -> Result<u64, TablesError> {
     let value = tables.get(keys::TIME)?;

@@ -107,6 +107,10 @@ pub fn idempotency(
     Ok(found.filter(|found| now_ms < found.at_unix_ms.saturating_add(IDEMPOTENCY_MS)))
 }
 
+pub(crate) fn claim_key(key_id: &str, sha256: &[u8]) -> Vec<u8> {
+    Key::of(keys::CLAIMS).text(key_id).rest(sha256).done()
+}
+
 pub(crate) fn idempotency_key(key_id: &str, sha256: &[u8]) -> Vec<u8> {
     Key::of(keys::IDEMPOTENCY).text(key_id).rest(sha256).done()
 }

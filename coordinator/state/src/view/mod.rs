@@ -9,7 +9,7 @@ mod usage_report;
 
 pub use access::{Access, access, audit_after, audited, key, key_by_hash, keys_after, project, projects_after};
 pub use cluster::{
-    deployment, deployments_after, hash, last_epoch, member, members, time, worker, workers, workers_after,
+    deployment, deployments_after, group, hash, last_epoch, member, members, time, worker, workers, workers_after,
 };
 pub use ledger::{
     Settled, checkpoint, checkpoint_over, checkpoints_after, closed_period, corrected, correction, idempotency,
@@ -21,7 +21,7 @@ pub use money::{
 pub use usage_report::{Bucket, Dimension, ReportError, UsageQuery, UsageReport, Width, usage_report};
 
 pub(crate) use access::key_hash_key;
-pub(crate) use ledger::{idempotency_key, request};
+pub(crate) use ledger::{claim_key, idempotency_key, request};
 pub(crate) use money::{slice_key, window_key};
 
 use crate::keys::{self, Key};

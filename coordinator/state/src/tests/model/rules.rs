@@ -1,7 +1,7 @@
 //! The rules, as short as they can be said, over plain maps.
 
 use super::steps::{BUDGETS, Step};
-use crate::{Applied, IDEMPOTENCY_MS, SLICE_GRACE_MS, SLICE_LEASE_MS_MAX, period_start};
+use crate::{Applied, CLAIM_MS_MAX, IDEMPOTENCY_MS, SLICE_GRACE_MS, SLICE_LEASE_MS_MAX, period_start};
 use baton_proto::state::{Correction, UsageRecord, UsageStatus, command::Kind};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -45,6 +45,10 @@ pub(super) struct Model {
     pub(super) requests: BTreeMap<String, Settled>,
     pub(super) corrections: BTreeMap<u8, (Correction, u64)>,
     pub(super) client_keys: BTreeMap<u8, (String, u8, u64, u64)>,
+    /// Of the worker's registration.
+    pub(super) nonce: u8,
+    /// Request, body and end of a claim, by key.
+    pub(super) claims: BTreeMap<u8, (u8, u8, u64)>,
     pub(super) keys: BTreeMap<u8, (u8, bool)>,
     /// Last row of the last two periods, and whether the last is signed.
     pub(super) periods: (u64, u64, bool),
@@ -125,6 +129,17 @@ impl Model {
             (Step::Settle { slices, key, .. }, Kind::SettleUsage(command)) => {
                 self.settle(command.record.as_ref().unwrap(), slices, *key)
             }
+            (Step::Claim { request, key, body, ms }, _) => self.claim(*request, *key, *body, *ms),
+            (Step::Release { request, key }, _) => {
+                let now = self.now;
+                let removed = match self.claims.get(key) {
+                    Some((known, _, _)) if known == request => {
+                        self.claims.remove(key).is_some_and(|claim| now < claim.2)
+                    }
+                    _ => false,
+                };
+                Ok(Some(Applied::Removed { removed }))
+            }
             (Step::Correct { id, .. }, Kind::CorrectUsage(command)) => {
                 self.correct(*id, command.correction.as_ref().unwrap())
             }
@@ -169,9 +184,12 @@ impl Model {
                     }
                 }
             }
-            (Step::Register, _) => {
-                self.epoch += 1;
-                self.worker = Some(BTreeSet::new());
+            (Step::Register(nonce), _) => {
+                if *nonce == 0 || self.worker.is_none() || self.nonce != *nonce {
+                    self.epoch += 1;
+                    self.worker = Some(BTreeSet::new());
+                    self.nonce = *nonce;
+                }
                 Ok(Some(Applied::Registered { epoch: self.epoch }))
             }
             (Step::Witness { member, lost, .. }, Kind::WitnessWorker(command)) => {
@@ -330,6 +348,7 @@ impl Model {
         self.rows += 1;
         let sequence = self.rows;
         if let Some((known, body)) = key {
+            self.claims.remove(&known);
             self.client_keys
                 .insert(known, (record.request_id.clone(), body, self.now, sequence));
         }
@@ -342,6 +361,38 @@ impl Model {
         };
         self.requests.insert(record.request_id.clone(), settled);
         Ok(Some(Applied::Settled { sequence }))
+    }
+
+    fn claim(&mut self, request: u8, key: u8, body: u8, ms: u64) -> Expected {
+        if ms == 0 {
+            return Err("Invalid");
+        }
+        if let Some((_, first, at, sequence)) = self.client_keys.get(&key)
+            && self.now < at + IDEMPOTENCY_MS
+        {
+            let sequence = *sequence;
+            return if *first == body {
+                Ok(Some(Applied::Settled { sequence }))
+            } else {
+                Err("IdempotencyConflict")
+            };
+        }
+        let mut expires = self.now + ms.min(CLAIM_MS_MAX);
+        if let Some((other, first, until)) = self.claims.get(&key)
+            && self.now < *until
+        {
+            if *first != body {
+                return Err("IdempotencyConflict");
+            }
+            if *other != request {
+                return Err("IdempotencyInUse");
+            }
+            expires = expires.max(*until);
+        }
+        self.claims.insert(key, (request, body, expires));
+        Ok(Some(Applied::Claimed {
+            expires_unix_ms: expires,
+        }))
     }
 
     fn correct(&mut self, id: u8, correction: &Correction) -> Expected {

@@ -1,15 +1,15 @@
 //! The random commands: few names and amounts, so that they meet.
 
 use super::super::ledger::seal;
-use super::super::workers::{register, witness};
+use super::super::workers::{register, register_once, witness};
 use super::super::{Bench, api_key, budget, lease, posting, price, put_key, record, settle};
 use super::rules::Model;
 use crate::SLICE_GRACE_MS;
 use crate::calendar::DAY_MS;
 use baton_ledger::checkpoint::SigningKey;
 use baton_proto::state::{
-    ClosePeriod, CorrectUsage, Correction, Period, ReturnSlice, RevokeKey, Tick, UsageRecord, UsageStatus,
-    command::Kind,
+    ClaimIdempotency, ClosePeriod, CorrectUsage, Correction, Period, ReleaseIdempotency, ReturnSlice, RevokeKey, Tick,
+    UsageRecord, UsageStatus, command::Kind,
 };
 use proptest::prelude::*;
 
@@ -40,6 +40,16 @@ pub(super) enum Step {
         slices: [Option<(u8, u64)>; 2],
         key: Option<(u8, u8)>,
     },
+    Claim {
+        request: u8,
+        key: u8,
+        body: u8,
+        ms: u64,
+    },
+    Release {
+        request: u8,
+        key: u8,
+    },
     Correct {
         id: u8,
         request: u8,
@@ -62,7 +72,8 @@ pub(super) enum Step {
     Seal {
         signer: u8,
     },
-    Register,
+    /// With a nonce, unless it is 0.
+    Register(u8),
     Witness {
         member: u64,
         lost: bool,
@@ -95,7 +106,9 @@ pub(super) fn step() -> impl Strategy<Value = Step> {
         1 => (0u8..4).prop_map(Step::Revoke),
         3 => prop_oneof![4 => Just(0u64), 1 => 1u64..3].prop_map(|behind| Step::Close { behind }),
         3 => (1u8..4).prop_map(|signer| Step::Seal { signer: signer.min(2) }),
-        2 => Just(Step::Register),
+        5 => (0u8..3, 0u8..3, 0u8..2, prop_oneof![1 => Just(0u64), 9 => 1u64..100_000]).prop_map(|(request, key, body, ms)| Step::Claim { request, key, body, ms }),
+        2 => (0u8..3, 0u8..3).prop_map(|(request, key)| Step::Release { request, key }),
+        3 => (0u8..3).prop_map(Step::Register),
         4 => (1u64..4, prop::bool::weighted(0.7), 0u64..2)
             .prop_map(|(member, lost, behind)| Step::Witness { member, lost, behind }),
         6 => Just(Step::Again),
@@ -167,6 +180,19 @@ pub(super) fn command(bench: &Bench, model: &Model, step: &Step) -> Kind {
                 ..record(&format!("r{request}"), *tokens)
             })
         }
+        Step::Claim { request, key, body, ms } => Kind::ClaimIdempotency(ClaimIdempotency {
+            // As of `record`.
+            key_id: record("r", 0).key_id,
+            idempotency_key_sha256: vec![*key; 32].into(),
+            request_sha256: vec![*body; 32].into(),
+            request_id: format!("r{request}"),
+            lease_ms: *ms,
+        }),
+        Step::Release { request, key } => Kind::ReleaseIdempotency(ReleaseIdempotency {
+            key_id: record("r", 0).key_id,
+            idempotency_key_sha256: vec![*key; 32].into(),
+            request_id: format!("r{request}"),
+        }),
         Step::Correct {
             id,
             request,
@@ -195,7 +221,8 @@ pub(super) fn command(bench: &Bench, model: &Model, step: &Step) -> Kind {
             after_sequence: model.periods.1.saturating_sub(*behind),
         }),
         Step::Seal { signer } => seal(bench, &SigningKey::from_seed(&[*signer; 32])),
-        Step::Register => register("w"),
+        Step::Register(0) => register("w"),
+        Step::Register(nonce) => register_once("w", &[*nonce; 16]),
         Step::Witness { member, lost, behind } => {
             witness(model.epoch.saturating_sub(*behind), *member, *lost, &[1, 2, 3])
         }
