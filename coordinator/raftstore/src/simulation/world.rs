@@ -388,7 +388,7 @@ impl World {
         let mut image = member.disk.image_after(loss, &mut self.random);
         if member.lives == 0 {
             // A store is created under another name and renamed.
-            image.clear();
+            image = Default::default();
         }
         let full = member.disk.full();
         member.power = Power::default();
@@ -407,12 +407,13 @@ impl World {
             return;
         };
         let mut image = member.disk.image_after(Loss::All, &mut self.random);
-        let at = self.random.range(0, image.len() as u64) as usize;
+        let file = self.random.range(0, 2) as usize;
+        let at = self.random.range(0, image[file].len() as u64) as usize;
         let bit = self.random.range(0, 8);
-        image[at] ^= 1 << bit;
+        image[file][at] ^= 1 << bit;
         member.disk = Disk::with(image, member.power.clone());
         member.betrayed = true;
-        self.log(|| format!("bit {bit} of byte {at} of the disk of member {id} changes"));
+        self.log(|| format!("bit {bit} of byte {at} of file {file} of member {id} changes"));
     }
 
     fn member_left(&mut self, id: u64) {
@@ -467,7 +468,7 @@ impl World {
         for id in &members.voters {
             let Some(member) = self.members.get(id) else { continue };
             let image = member.disk.image_after(Loss::All, &mut random);
-            if image.is_empty() {
+            if image[0].is_empty() {
                 continue;
             }
             let held = contained(|| {

@@ -78,7 +78,7 @@ fn a_crash_in_the_middle_leaves_the_old_state() {
         let mut group = Group::new(3, 4);
         let leader = group.wait_for_leader();
         let away = leader % 3 + 1;
-        fill(&mut group, away, 20);
+        fill(&mut group, away, 40);
         let before = group.position(away);
         group.heal();
         group.run_ms(ms);
@@ -89,10 +89,10 @@ fn a_crash_in_the_middle_leaves_the_old_state() {
             // How far it was applied may be forgotten, what it was is not replaced.
             assert_eq!((after.hash, after.settled), (before.hash, before.settled), "{ms}");
         } else {
-            assert!(after.settled == 20, "{ms}");
+            assert!(after.settled == 40, "{ms}");
         }
         group.run_ms(15_000);
-        group.assert_agreement(20);
+        group.assert_agreement(40);
     }
 }
 
@@ -104,18 +104,18 @@ fn a_failing_disk_in_the_middle_leaves_the_old_state_or_the_new() {
         let mut group = Group::new(3, 4);
         let leader = group.wait_for_leader();
         let away = leader % 3 + 1;
-        fill(&mut group, away, 12);
+        fill(&mut group, away, 40);
         group.heal();
         let disk = group.members[&away].disk.clone();
         disk.fail_at(disk.operations() + after, std::io::ErrorKind::Other);
         group.run_ms(5000);
         // Enough operations went through for all of it.
-        let whole = group.members[&away].node.is_some() && group.position(away).settled == 12;
+        let whole = group.members[&away].node.is_some() && group.position(away).settled == 40;
         group.restart(away, after).unwrap();
         let settled = group.position(away).settled;
-        assert!(settled == 0 || settled == 12, "{settled} after {after}");
+        assert!(settled == 0 || settled == 40, "{settled} after {after}");
         group.run_ms(8000);
-        group.assert_agreement(12);
+        group.assert_agreement(40);
         if whole {
             assert!(after > 10, "{after}");
             return;
