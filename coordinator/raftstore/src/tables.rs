@@ -1,11 +1,11 @@
 //! The state machine's tables: the state's file and the layers over it as one, to read one moment of them, or to apply a batch.
 //!
-//! What a batch writes is a layer of its own, which becomes visible at its end. What it reads of the file and every command asks for
-//! (prices, budgets, what is due) is kept by the [`Writer`] from batch to batch. Whoever looks at the tables through [`StateTxn`] cannot tell.
+//! A batch becomes visible at its end. What it reads of the file and every command asks for (prices, budgets, what is due) is kept by the
+//! [`Writer`] from batch to batch. Whoever looks at the tables through [`StateTxn`] cannot tell.
 
 use crate::RaftStoreError;
 use crate::database::{STATE, Store};
-use crate::overlay::{Layer, Layers, Merged};
+use crate::overlay::{Batch, Layer, Layers, Merged, Overlay};
 use baton_state::{Pair, Tables, TablesError, TablesMut, Visit, keys};
 use redb::{AccessGuard, ReadOnlyTable, ReadTransaction, ReadableTableMetadata, StorageError};
 use std::cell::RefCell;
@@ -157,7 +157,7 @@ pub(crate) struct StateView {
 impl StateView {
     /// As of the last batch.
     pub(crate) fn open(store: &Store) -> Result<Self, RaftStoreError> {
-        let (file, layers) = store.overlay().read(|_| FileTables::open(store))?;
+        let (file, layers) = store.overlay().read(|| FileTables::open(store))?;
         Ok(Self { file, layers })
     }
 
@@ -216,6 +216,15 @@ pub(crate) struct Writer {
     kept: RefCell<HashMap<Vec<u8>, Option<Vec<u8>>>>,
     /// Of tables that were asked for what is due in them: every command asks, and hardly ever is anything.
     starts: RefCell<BTreeMap<u8, Start>>,
+    /// The table that every settlement walks, if it was read.
+    prices: RefCell<Option<Kept>>,
+}
+
+/// A table of the file in memory.
+enum Kept {
+    Whole(Layer),
+    /// It has more than [`KEPT_MAX`] entries.
+    TooLarge,
 }
 
 /// Where a table starts.
@@ -228,23 +237,21 @@ struct Start {
 
 impl Writer {
     /// Begins a batch.
-    pub(crate) fn begin(&mut self, store: &Store) -> Result<StateTxn<'_>, RaftStoreError> {
-        let of = self.file.as_ref().map(|(_, generation)| *generation);
-        let (file, layers) = store.overlay().read(|generation| {
-            let same = of == Some(generation);
-            (!same).then(|| FileTables::open(store)).transpose()
-        })?;
-        if let Some(file) = file {
-            self.file = Some((file, layers.generation));
+    pub(crate) fn begin<'w>(&'w mut self, store: &Store, overlay: &'w Overlay) -> Result<StateTxn<'w>, RaftStoreError> {
+        let batch = overlay.batch();
+        let generation = batch.generation();
+        if self.file.as_ref().is_none_or(|(_, of)| *of != generation) {
+            self.file = Some((FileTables::open(store)?, generation));
             self.kept.get_mut().clear();
+            *self.prices.get_mut() = None;
         }
         let closed = || RaftStoreError::Stopped("the state's file is not open".into());
         let (file, _) = self.file.as_ref().ok_or_else(closed)?;
         Ok(StateTxn {
             file,
-            layers,
-            batch: Layer::default(),
+            batch,
             kept: &self.kept,
+            prices: &self.prices,
             starts: &self.starts,
         })
     }
@@ -253,9 +260,9 @@ impl Writer {
 /// A batch at work on the state.
 pub(crate) struct StateTxn<'w> {
     file: &'w FileTables,
-    layers: Layers,
-    batch: Layer,
+    batch: Batch<'w>,
     kept: &'w RefCell<HashMap<Vec<u8>, Option<Vec<u8>>>>,
+    prices: &'w RefCell<Option<Kept>>,
     starts: &'w RefCell<BTreeMap<u8, Start>>,
 }
 
@@ -271,13 +278,21 @@ fn asked_often(key: &[u8]) -> bool {
 }
 
 impl StateTxn<'_> {
-    /// What the batch changed, to be published.
-    pub(crate) fn finish(self) -> Layer {
-        self.batch
+    /// Makes the batch visible, which ends with an entry.
+    pub(crate) fn finish(self, applied: (u64, u64)) {
+        self.batch.end(applied);
     }
 
-    fn newest_first(&self) -> impl Iterator<Item = &Layer> {
-        std::iter::once(&self.batch).chain(self.layers.layers.iter().rev().map(Arc::as_ref))
+    /// Reads the table of prices by their start, unless it is large.
+    fn read_prices(&self) -> Result<Kept, TablesError> {
+        let (from, to) = keys::whole(keys::PRICES_BY_START);
+        let mut read = Layer::default();
+        self.file.scan(std::iter::empty(), &from, &to, &mut |key, value| {
+            read.set(key, Some(value));
+            let more = read.keys() <= KEPT_MAX;
+            Ok(if more { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+        })?;
+        Ok(if read.keys() <= KEPT_MAX { Kept::Whole(read) } else { Kept::TooLarge })
     }
 
     /// From where on a table is to be read if it is read from its start up to `to`; `None` if nothing is there.
@@ -292,7 +307,7 @@ impl StateTxn<'_> {
                 let (from, end) = keys::whole(table);
                 let from = known.map_or(from.to_vec(), |(from, _)| from);
                 let mut first = None;
-                self.file.scan(self.newest_first(), &from, &end, &mut |key, _| {
+                self.file.scan(self.batch.newest_first(), &from, &end, &mut |key, _| {
                     first = Some(key.to_vec());
                     Ok(ControlFlow::Break(()))
                 })?;
@@ -321,13 +336,13 @@ impl StateTxn<'_> {
                 _ => {}
             }
         }
-        self.batch.set(key, value.map(<[u8]>::to_vec));
+        self.batch.set(key, value);
     }
 }
 
 impl Tables for StateTxn<'_> {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, TablesError> {
-        if let Some(known) = self.newest_first().find_map(|layer| layer.get(key)) {
+        if let Some(known) = self.batch.get(key) {
             return Ok(known.map(<[u8]>::to_vec));
         }
         if !asked_often(key) {
@@ -350,15 +365,27 @@ impl Tables for StateTxn<'_> {
             && to <= keys::whole(table).1.as_slice()
         {
             return match self.start_below(table, to)? {
-                Some(from) => self.file.scan(self.newest_first(), &from, to, visit),
+                Some(from) => self.file.scan(self.batch.newest_first(), &from, to, visit),
                 None => Ok(()),
             };
         }
-        self.file.scan(self.newest_first(), from, to, visit)
+        self.file.scan(self.batch.newest_first(), from, to, visit)
     }
 
     fn last(&self, from: &[u8], to: &[u8]) -> Result<Option<Pair>, TablesError> {
-        self.file.last(self.newest_first(), from, to)
+        if from.first() == Some(&keys::PRICES_BY_START) && to.first() == from.first() {
+            let mut prices = self.prices.borrow_mut();
+            if prices.is_none() {
+                *prices = Some(self.read_prices()?);
+            }
+            if let Some(Kept::Whole(file)) = &*prices {
+                let layers = self.batch.newest_first().chain(std::iter::once(file));
+                let mut known = Merged::of(layers.map(|layer| layer.range(from, to).rev()), true);
+                let found = known.find_map(|(key, value)| Some((key.to_vec(), value?.to_vec())));
+                return Ok(found);
+            }
+        }
+        self.file.last(self.batch.newest_first(), from, to)
     }
 }
 

@@ -7,6 +7,7 @@
 use super::{AppliedEntry, Node, Progress, ProposalId, stopped};
 use crate::RaftStoreError;
 use crate::membership::Members;
+use crate::overlay::BATCH_ENTRIES_MAX;
 use crate::tables::Writer;
 use baton_state::Applied;
 use protobuf::Message as _;
@@ -18,7 +19,8 @@ impl Node {
         let mut rest = committed.as_slice();
         while !rest.is_empty() && !self.removed {
             let change = rest.iter().position(changes_members);
-            let (run, after) = rest.split_at(change.map_or(rest.len(), |at| at + 1));
+            let end = change.map_or(rest.len(), |at| at + 1);
+            let (run, after) = rest.split_at(end.min(BATCH_ENTRIES_MAX));
             self.apply_run(run, progress)?;
             rest = after;
         }
@@ -39,7 +41,7 @@ impl Node {
             .is_some_and(|(_, conf)| !Members::of(conf).contains(own_id));
         let hard_state = self.raw.raft.hard_state();
         let store = self.raw.store().store.clone();
-        let mut tables = self.writer.begin(&store)?;
+        let mut tables = self.writer.begin(&store, store.overlay())?;
         let mut answers = Vec::new();
         for entry in run {
             #[cfg(test)]
@@ -62,8 +64,7 @@ impl Node {
                 answers.push((id, outcome));
             }
         }
-        let batch = tables.finish();
-        store.overlay().publish(batch, (last.index, last.term));
+        tables.finish((last.index, last.term));
         let conf_state = change
             .as_ref()
             .map(|(_, conf)| conf)
@@ -219,9 +220,9 @@ impl Node {
             return Ok(());
         }
         let store = self.raw.store().store.clone();
-        // Its batch is never published.
+        let scratch = store.overlay().scratch();
         let mut writer = Writer::default();
-        let mut tables = writer.begin(&store)?;
+        let mut tables = writer.begin(&store, &scratch)?;
         for entry in entries {
             if let Some(id) = self.own_proposal(entry)
                 && !changes_members(entry)

@@ -39,14 +39,20 @@ impl Layer {
         self.maps[place(key)].get(key).map(Option::as_deref)
     }
 
-    pub(crate) fn set(&mut self, key: &[u8], value: Option<Vec<u8>>) {
+    pub(crate) fn set(&mut self, key: &[u8], value: Option<&[u8]>) {
         let map = &mut self.maps[place(key)];
-        let bytes = value.as_ref().map_or(0, Vec::len);
+        let bytes = value.map_or(0, <[u8]>::len);
         if let Some(known) = map.get_mut(key) {
             self.bytes = self.bytes - known.as_ref().map_or(0, Vec::len) + bytes;
-            *known = value;
+            match (known, value) {
+                (Some(known), Some(value)) => {
+                    known.clear();
+                    known.extend_from_slice(value);
+                }
+                (known, value) => *known = value.map(<[u8]>::to_vec),
+            }
         } else {
-            map.insert(key.to_vec(), value);
+            map.insert(key.to_vec(), value.map(<[u8]>::to_vec));
             self.keys += 1;
             self.bytes += key.len() + bytes + KEY_OVERHEAD_BYTES;
         }

@@ -1,8 +1,8 @@
 //! What was applied and is not in the state's file yet: layers in memory over it.
 //!
 //! ```text
-//!                    publish (once per batch)
-//!   newest   ┌─ layer ─┐◀── taken into the topmost layer, unless that is read or being flushed
+//!                    one batch after the other
+//!   newest   ┌─ layer ─┐◀── changed in place; a new one is begun if it is read or being flushed
 //!            ├─ layer ─┤
 //!            ├─ layer ─┤◀── being flushed: unchanged, and dropped once the file has it
 //!   oldest   └─ layer ─┘
@@ -14,7 +14,8 @@
 //! Invariants:
 //!
 //! 1. A batch becomes visible at once, with its index: a reader sees all of it or nothing. Layers that a reader holds are not changed,
-//!    so it sees one moment for as long as it likes, and nobody waits for it.
+//!    so it sees one moment for as long as it likes, and nobody waits for it. Whoever begins to read waits for the batch that is being
+//!    applied, some milliseconds at most ([`BATCH_ENTRIES_MAX`]). After a batch that failed there is nothing to read.
 //! 2. Layers over the file are the state at the applied index, before, during and after a flush: the layers that are flushed
 //!    are dropped only when the file has them, and seeing them over a file that has them already changes nothing.
 //! 3. Bounded: [`FLUSH_BYTES`] and as much again while a flush is under way; then applying waits for it. There are at most [`LAYERS_MAX`]
@@ -35,6 +36,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub(crate) const FLUSH_BYTES: usize = 32 << 20;
 /// Layers above those that are being flushed. Each long reader costs one; reading looks into each.
 const LAYERS_MAX: usize = 12;
+/// Entries that are applied as one batch: 64 take less than a millisecond.
+pub(crate) const BATCH_ENTRIES_MAX: usize = 64;
 /// Keys of a layer that are taken into the one below at once; larger ones are left until there are too many.
 const ABSORBED_KEYS_MAX: usize = 4096;
 
@@ -52,6 +55,8 @@ struct Stack {
     applied: (u64, u64),
     /// Index of the last entry that is durably in the file.
     flushed: u64,
+    /// A batch was begun and not ended.
+    torn: bool,
     /// Raised whenever layers are dropped because the file has them, so that a writer reads the file anew.
     generation: u64,
 }
@@ -62,8 +67,10 @@ pub(crate) struct Layers {
     pub(crate) layers: Vec<Arc<Layer>>,
     /// Index and term of the last entry in them.
     pub(crate) applied: (u64, u64),
-    pub(crate) generation: u64,
 }
+
+/// A batch at work. Dropped before its [`end`](Self::end), the member has failed.
+pub(crate) struct Batch<'o>(MutexGuard<'o, Stack>);
 
 /// Layers that are to be written into the file.
 pub(crate) struct Frozen {
@@ -110,32 +117,42 @@ impl Overlay {
     /// The layers, and what `open` finds in the file, of one moment.
     pub(crate) fn read<T>(
         &self,
-        open: impl FnOnce(u64) -> Result<T, RaftStoreError>,
+        open: impl FnOnce() -> Result<T, RaftStoreError>,
     ) -> Result<(T, Layers), RaftStoreError> {
         let stack = self.stack();
-        let file = open(stack.generation)?;
+        if stack.torn {
+            return Err(RaftStoreError::Stopped("a command was applied in part".into()));
+        }
+        let file = open()?;
         let layers = Layers {
             layers: stack.layers.clone(),
             applied: stack.applied,
-            generation: stack.generation,
         };
         Ok((file, layers))
     }
 
-    /// Makes what a batch changed visible.
-    pub(crate) fn publish(&self, batch: Layer, applied: (u64, u64)) {
+    /// Begins a batch. Readers wait until it ends.
+    pub(crate) fn batch(&self) -> Batch<'_> {
         let mut stack = self.stack();
-        stack.applied = applied;
-        if batch.keys() == 0 {
-            return;
-        }
+        stack.torn = true;
         let flushing = stack.flushing;
-        let own = &mut stack.layers[flushing..];
-        match own.last_mut().and_then(Arc::get_mut) {
-            Some(top) => top.absorb(batch),
-            None => stack.layers.push(Arc::new(batch)),
+        if stack.layers[flushing..].last_mut().and_then(Arc::get_mut).is_none() {
+            stack.layers.push(Arc::default());
         }
-        stack.fold();
+        Batch(stack)
+    }
+
+    /// Another one with the same contents, whose changes nobody sees.
+    #[cfg(test)]
+    pub(crate) fn scratch(&self) -> Self {
+        let stack = self.stack();
+        Self(Mutex::new(Stack {
+            layers: stack.layers.clone(),
+            flushing: stack.layers.len(),
+            applied: stack.applied,
+            generation: stack.generation,
+            ..Stack::default()
+        }))
     }
 
     /// Bytes of layers that no flush is under way for.
@@ -171,6 +188,42 @@ impl Overlay {
         };
         // Outside of the lock: it takes a while.
         drop(dropped);
+    }
+}
+
+impl Batch<'_> {
+    /// The layers, the newest first.
+    pub(crate) fn newest_first(&self) -> impl Iterator<Item = &Layer> {
+        self.0.layers.iter().rev().map(Arc::as_ref)
+    }
+
+    pub(crate) fn generation(&self) -> u64 {
+        self.0.generation
+    }
+
+    /// What the newest layer that knows the key says of it.
+    pub(crate) fn get(&self, key: &[u8]) -> Option<Option<&[u8]>> {
+        for layer in self.0.layers.iter().rev() {
+            let known = layer.get(key);
+            if known.is_some() {
+                return known;
+            }
+        }
+        None
+    }
+
+    pub(crate) fn set(&mut self, key: &[u8], value: Option<&[u8]>) {
+        if let Some(top) = self.0.layers.last_mut() {
+            // Nobody else has it: see `batch`.
+            Arc::make_mut(top).set(key, value);
+        }
+    }
+
+    /// The batch is whole, up to an entry.
+    pub(crate) fn end(mut self, applied: (u64, u64)) {
+        self.0.applied = applied;
+        self.0.torn = false;
+        self.0.fold();
     }
 }
 

@@ -85,7 +85,7 @@ fn play(steps: &[Step]) {
     let mut held: Vec<(StateView, MemoryTables)> = Vec::new();
     let is_end = |step: &Step| matches!(step, Step::Commit | Step::Hold | Step::Release | Step::Flush);
     for (batch, index) in steps.split_inclusive(is_end).zip(2..) {
-        let mut tables = writer.begin(&store).unwrap();
+        let mut tables = writer.begin(&store, store.overlay()).unwrap();
         for step in batch {
             match step {
                 Step::Put(key, value) => {
@@ -103,8 +103,7 @@ fn play(steps: &[Step]) {
                 Step::Commit | Step::Hold | Step::Release | Step::Flush => {}
             }
         }
-        let changes = tables.finish();
-        store.overlay().publish(changes, (index, 1));
+        tables.finish((index, 1));
         let view = StateView::open(&store).unwrap();
         same(&view, &model);
         assert_eq!((view.len().unwrap(), view.applied()), (model.0.len() as u64, (index, 1)));
