@@ -33,7 +33,8 @@ const PROPOSE_BYTES: usize = MESSAGE_BYTES_MAX as usize / 2;
 const CAMPAIGN_TRANSFER: &[u8] = b"CampaignTransfer";
 
 /// Entries between two flushes, in multiples of what the log keeps anyway: a start applies these again, in well under a second.
-const FLUSH_KEEPS: u64 = 4;
+/// Tests are to flush often.
+const FLUSH_KEEPS: u64 = if cfg!(test) { 2 } else { 8 };
 
 /// Something for another member.
 pub(crate) enum Outgoing {
@@ -112,7 +113,10 @@ impl Node {
     /// `life` must differ between lives of one member (a random number). `now_ms` is the caller's time.
     pub(crate) fn open(store: Store, config: &RaftStoreConfig, life: u64, now_ms: u64) -> Result<Self, RaftStoreError> {
         config.check()?;
-        let flusher = Flusher::new(store.clone(), config.log_entries_keep.max(1).saturating_mul(FLUSH_KEEPS));
+        let flusher = Flusher::new(
+            store.clone(),
+            config.log_entries_keep.max(1).saturating_mul(FLUSH_KEEPS),
+        );
         let (log, applied) = LogStore::open(store, config, life)?;
         let members = Members::of(log.conf_state());
         if members != Members::default() && !members.contains(config.node_id) {
@@ -438,7 +442,7 @@ impl Node {
             to = to.max(self.applied.saturating_sub(keep.max(LOG_ENTRIES_HELD_MAX)));
         }
         let log = self.raw.mut_store();
-        if !planted!(CompactsUnflushed) {
+        if !planted!(CompactsUnflushed) && !planted!(CompactsBeyondApplied) {
             to = to.min(log.store.overlay().flushed());
         }
         if (to + 1).saturating_sub(log.first_index_kept()) > keep / 4 {

@@ -212,6 +212,8 @@ const KEPT_MAX: usize = 8192;
 pub(crate) struct Writer {
     /// The file, as of a generation of the layers.
     file: Option<(FileTables, u64)>,
+    /// The last request id in it: most new ones are beyond, and need not be looked for.
+    last_request: Vec<u8>,
     /// What that file says of keys of which few are asked for by many commands.
     kept: RefCell<HashMap<Vec<u8>, Option<Vec<u8>>>>,
     /// Of tables that were asked for what is due in them: every command asks, and hardly ever is anything.
@@ -241,7 +243,11 @@ impl Writer {
         let batch = overlay.batch();
         let generation = batch.generation();
         if self.file.as_ref().is_none_or(|(_, of)| *of != generation) {
-            self.file = Some((FileTables::open(store)?, generation));
+            let file = FileTables::open(store)?;
+            let (from, to) = keys::whole(keys::REQUESTS);
+            let last = file.last(std::iter::empty(), &from, &to)?;
+            self.last_request = last.map_or(from.to_vec(), |(key, _)| key);
+            self.file = Some((file, generation));
             self.kept.get_mut().clear();
             *self.prices.get_mut() = None;
         }
@@ -249,6 +255,7 @@ impl Writer {
         let (file, _) = self.file.as_ref().ok_or_else(closed)?;
         Ok(StateTxn {
             file,
+            last_request: &self.last_request,
             batch,
             kept: &self.kept,
             prices: &self.prices,
@@ -260,6 +267,7 @@ impl Writer {
 /// A batch at work on the state.
 pub(crate) struct StateTxn<'w> {
     file: &'w FileTables,
+    last_request: &'w [u8],
     batch: Batch<'w>,
     kept: &'w RefCell<HashMap<Vec<u8>, Option<Vec<u8>>>>,
     prices: &'w RefCell<Option<Kept>>,
@@ -290,9 +298,17 @@ impl StateTxn<'_> {
         self.file.scan(std::iter::empty(), &from, &to, &mut |key, value| {
             read.set(key, Some(value));
             let more = read.keys() <= KEPT_MAX;
-            Ok(if more { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+            Ok(if more {
+                ControlFlow::Continue(())
+            } else {
+                ControlFlow::Break(())
+            })
         })?;
-        Ok(if read.keys() <= KEPT_MAX { Kept::Whole(read) } else { Kept::TooLarge })
+        Ok(if read.keys() <= KEPT_MAX {
+            Kept::Whole(read)
+        } else {
+            Kept::TooLarge
+        })
     }
 
     /// From where on a table is to be read if it is read from its start up to `to`; `None` if nothing is there.
@@ -324,7 +340,11 @@ impl StateTxn<'_> {
     }
 
     fn set(&mut self, key: &[u8], value: Option<&[u8]>) {
-        if let Some(start) = self.starts.borrow_mut().get_mut(&key.first().copied().unwrap_or_default()) {
+        if let Some(start) = self
+            .starts
+            .borrow_mut()
+            .get_mut(&key.first().copied().unwrap_or_default())
+        {
             match &start.first {
                 // What was first is gone: what is first now lies beyond it.
                 Some(Some(first)) if value.is_none() && first == key => start.first = None,
@@ -344,6 +364,9 @@ impl Tables for StateTxn<'_> {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, TablesError> {
         if let Some(known) = self.batch.get(key) {
             return Ok(known.map(<[u8]>::to_vec));
+        }
+        if key.first() == Some(&keys::REQUESTS) && key > self.last_request {
+            return Ok(None);
         }
         if !asked_often(key) {
             return self.file.get(key);

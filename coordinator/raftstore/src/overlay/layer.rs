@@ -1,7 +1,6 @@
-//! One layer: keys that were set or deleted, in order. A layer that somebody reads is never changed.
+//! One layer: keys that were set or deleted. A layer that somebody reads is never changed.
 
-use std::collections::BTreeMap;
-use std::ops::Bound;
+use super::map::Map;
 
 /// Maps of a layer: one for each table of the state, by the first byte of its keys, since comparing within a small map is
 /// cheaper than within a large one. The last is for all from there on.
@@ -9,14 +8,21 @@ const MAPS: usize = 32;
 /// About what a key takes besides its bytes and its value's: two vectors and its place in the map.
 const KEY_OVERHEAD_BYTES: usize = 64;
 
-/// A key to its value, or to nothing if it was deleted.
-type Map = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
-
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(crate) struct Layer {
     maps: [Map; MAPS],
     keys: usize,
     bytes: usize,
+}
+
+impl Default for Layer {
+    fn default() -> Self {
+        Self {
+            maps: std::array::from_fn(Map::of_table),
+            keys: 0,
+            bytes: 0,
+        }
+    }
 }
 
 fn place(key: &[u8]) -> usize {
@@ -24,6 +30,15 @@ fn place(key: &[u8]) -> usize {
 }
 
 impl Layer {
+    /// An empty one that is to become as large as this one.
+    pub(crate) fn emptied(&self) -> Self {
+        Self {
+            maps: std::array::from_fn(|at| self.maps[at].emptied()),
+            keys: 0,
+            bytes: 0,
+        }
+    }
+
     /// Keys in it, deleted ones too.
     pub(crate) fn keys(&self) -> usize {
         self.keys
@@ -52,46 +67,19 @@ impl Layer {
                 (known, value) => *known = value.map(<[u8]>::to_vec),
             }
         } else {
-            map.insert(key.to_vec(), value.map(<[u8]>::to_vec));
+            map.insert(key.into(), value.map(<[u8]>::to_vec));
             self.keys += 1;
             self.bytes += key.len() + bytes + KEY_OVERHEAD_BYTES;
         }
     }
 
     /// Puts a newer layer on top of this one.
-    pub(crate) fn absorb(&mut self, newer: Self) {
-        for (at, map) in newer.maps.into_iter().enumerate() {
-            for (key, value) in map {
-                self.absorb_one(at, key, value);
+    pub(crate) fn absorb(&mut self, newer: &Self) {
+        for (key, value) in newer.all() {
+            if planted!(OlderLayerWins) && self.get(key).is_some() {
+                continue;
             }
-        }
-    }
-
-    /// The same, of a layer that others read.
-    pub(crate) fn absorb_copy(&mut self, newer: &Self) {
-        for (at, map) in newer.maps.iter().enumerate() {
-            for (key, value) in map {
-                self.absorb_one(at, key.clone(), value.clone());
-            }
-        }
-    }
-
-    fn absorb_one(&mut self, at: usize, key: Vec<u8>, value: Option<Vec<u8>>) {
-        use std::collections::btree_map::Entry;
-        let bytes = value.as_ref().map_or(0, Vec::len);
-        match self.maps[at].entry(key) {
-            Entry::Vacant(free) => {
-                self.keys += 1;
-                self.bytes += free.key().len() + bytes + KEY_OVERHEAD_BYTES;
-                free.insert(value);
-            }
-            Entry::Occupied(mut known) => {
-                if planted!(OlderLayerWins) {
-                    return;
-                }
-                self.bytes = self.bytes - known.get().as_ref().map_or(0, Vec::len) + bytes;
-                known.insert(value);
-            }
+            self.set(key, value);
         }
     }
 
@@ -103,20 +91,19 @@ impl Layer {
     ) -> impl DoubleEndedIterator<Item = (&'l [u8], Option<&'l [u8]>)> {
         // A range that ends before it begins is empty, not a panic.
         let to = to.max(from);
-        self.maps[place(from)..=place(to)].iter().flat_map(move |map| {
-            map.range::<[u8], _>((Bound::Included(from), Bound::Excluded(to)))
-                .map(|(key, value)| (key.as_slice(), value.as_deref()))
-        })
+        self.maps[place(from)..=place(to)]
+            .iter()
+            .flat_map(move |map| map.range(from, to))
     }
 
     /// Everything that is known, in order.
     pub(crate) fn all(&self) -> impl Iterator<Item = (&[u8], Option<&[u8]>)> {
-        self.maps
-            .iter()
-            .flatten()
-            .map(|(key, value)| (key.as_slice(), value.as_deref()))
+        self.range(&[], END)
     }
 }
+
+/// Beyond every key: tables are numbered far below it.
+const END: &[u8] = &[0xff; 2];
 
 /// Layers as one, in the order of keys or against it: of each key only what the newest layer knows.
 pub(crate) struct Merged<I: Iterator> {
@@ -160,4 +147,3 @@ impl<'l, I: Iterator<Item = (&'l [u8], Option<&'l [u8]>)>> Iterator for Merged<I
         newest
     }
 }
-

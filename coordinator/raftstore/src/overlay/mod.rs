@@ -25,6 +25,7 @@
 
 pub(crate) mod flush;
 mod layer;
+mod map;
 
 pub(crate) use layer::{Layer, Merged};
 
@@ -137,7 +138,11 @@ impl Overlay {
         stack.torn = true;
         let flushing = stack.flushing;
         if stack.layers[flushing..].last_mut().and_then(Arc::get_mut).is_none() {
-            stack.layers.push(Arc::default());
+            // The first one above what is being flushed becomes as large as that; one above a reader's is soon taken into it.
+            let first = stack.layers.len() == flushing;
+            let below = stack.layers.last().filter(|_| first);
+            let layer = below.map_or_else(Layer::default, |below| below.emptied());
+            stack.layers.push(Arc::new(layer));
         }
         Batch(stack)
     }
@@ -236,17 +241,16 @@ impl Stack {
                 continue;
             }
             let upper = self.layers.remove(at);
-            match (Arc::get_mut(&mut self.layers[at - 1]), Arc::try_unwrap(upper)) {
-                (Some(lower), Ok(upper)) => lower.absorb(upper),
-                (_, Ok(upper)) => self.layers.insert(at, Arc::new(upper)),
-                (_, Err(upper)) => self.layers.insert(at, upper),
+            match Arc::get_mut(&mut self.layers[at - 1]) {
+                Some(lower) => lower.absorb(&upper),
+                None => self.layers.insert(at, upper),
             }
         }
         if self.layers.len() - flushing > LAYERS_MAX {
             let size = |at: &usize| self.layers[*at].keys() + self.layers[at - 1].keys();
             if let Some(at) = (flushing + 1..self.layers.len()).min_by_key(size) {
                 let mut both = Layer::clone(&self.layers[at - 1]);
-                both.absorb_copy(&self.layers[at]);
+                both.absorb(&self.layers[at]);
                 self.layers[at - 1] = Arc::new(both);
                 self.layers.remove(at);
             }

@@ -183,13 +183,16 @@ impl StorageBackend for File {
 
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), Error> {
         let inner = self.disk.inner();
-        let from = inner.files[self.which].current.get(offset as usize..offset as usize + out.len());
+        let from = inner.files[self.which]
+            .current
+            .get(offset as usize..offset as usize + out.len());
         out.copy_from_slice(from.ok_or(ErrorKind::UnexpectedEof)?);
         Ok(())
     }
 
     fn set_len(&self, len: u64) -> Result<(), Error> {
-        self.disk.change(self.which, Point::Resize, Change::Resize(len as usize))
+        self.disk
+            .change(self.which, Point::Resize, Change::Resize(len as usize))
     }
 
     fn sync_data(&self) -> Result<(), Error> {
@@ -215,6 +218,7 @@ impl StorageBackend for File {
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), Error> {
-        self.disk.change(self.which, Point::Write, Change::Write(offset as usize, data.to_vec()))
+        self.disk
+            .change(self.which, Point::Write, Change::Write(offset as usize, data.to_vec()))
     }
 }

@@ -401,19 +401,20 @@ impl World {
         }
     }
 
-    /// A bit of a stopped member's disk changes. Whether that is noticed depends on where.
+    /// A bit of a stopped member's log changes. Whether that is noticed depends on where. In the state's file nobody would notice: it is
+    /// not walked at a start.
     pub(super) fn flip_bit(&mut self, id: u64) {
         let Some(member) = self.members.get_mut(&id) else {
             return;
         };
         let mut image = member.disk.image_after(Loss::All, &mut self.random);
-        let file = self.random.range(0, 2) as usize;
-        let at = self.random.range(0, image[file].len() as u64) as usize;
+        let log = &mut image[0];
+        let at = self.random.range(0, log.len() as u64) as usize;
         let bit = self.random.range(0, 8);
-        image[file][at] ^= 1 << bit;
+        log[at] ^= 1 << bit;
         member.disk = Disk::with(image, member.power.clone());
         member.betrayed = true;
-        self.log(|| format!("bit {bit} of byte {at} of file {file} of member {id} changes"));
+        self.log(|| format!("bit {bit} of byte {at} of the log's file of member {id} changes"));
     }
 
     fn member_left(&mut self, id: u64) {

@@ -144,7 +144,9 @@ impl StorageBackend for File {
 
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), Error> {
         let inner = self.disk.0.lock().unwrap();
-        let from = inner.files[self.which].current.get(offset as usize..offset as usize + out.len());
+        let from = inner.files[self.which]
+            .current
+            .get(offset as usize..offset as usize + out.len());
         out.copy_from_slice(from.ok_or(ErrorKind::UnexpectedEof)?);
         Ok(())
     }
@@ -165,6 +167,10 @@ impl StorageBackend for File {
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), Error> {
-        self.disk.0.lock().unwrap().change(self.which, Change::Write(offset, data.to_vec()))
+        self.disk
+            .0
+            .lock()
+            .unwrap()
+            .change(self.which, Change::Write(offset, data.to_vec()))
     }
 }

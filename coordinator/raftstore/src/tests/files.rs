@@ -167,7 +167,10 @@ async fn files_of_two_stores_are_not_one() {
         drop(open(dir.path()).unwrap());
     }
     std::fs::copy(dirs[0].path().join("state.redb"), dirs[1].path().join("state.redb")).unwrap();
-    assert!(matches!(open(dirs[1].path()).err(), Some(RaftStoreError::Corrupt { .. })));
+    assert!(matches!(
+        open(dirs[1].path()).err(),
+        Some(RaftStoreError::Corrupt { .. })
+    ));
 }
 
 /// Up to format 4 everything was in one file.
@@ -178,11 +181,24 @@ fn an_older_file_is_refused_by_its_format() {
     let older = redb::Database::create(dir.path().join("raft.redb")).unwrap();
     let txn = older.begin_write().unwrap();
     let format = 4u64.to_le_bytes();
-    txn.open_table(META).unwrap().insert(meta::FORMAT, format.as_slice()).unwrap();
+    txn.open_table(META)
+        .unwrap()
+        .insert(meta::FORMAT, format.as_slice())
+        .unwrap();
     txn.commit().unwrap();
     drop(older);
     let refused = open(dir.path()).err();
-    assert!(matches!(refused, Some(RaftStoreError::Format { found: 4, expected: 5, .. })), "{refused:?}");
+    assert!(
+        matches!(
+            refused,
+            Some(RaftStoreError::Format {
+                found: 4,
+                expected: 5,
+                ..
+            })
+        ),
+        "{refused:?}"
+    );
 }
 
 /// More than one flush's worth, written by the thread; what came after the last one is applied again.

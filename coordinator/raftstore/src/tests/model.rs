@@ -90,7 +90,7 @@ proptest! {
                 }
             }
             // The log stays bounded: what is kept, what was not flushed yet, and the batch not yet deleted.
-            prop_assert!(node.applied() - node.first_index() <= 8 + 2 * 4 * 8 + 8 / 4 + 2);
+            prop_assert!(node.applied() - node.first_index() <= 8 + 2 * 8 * 8 + 8 / 4 + 2);
         }
         let found: BTreeMap<String, u64> = view::workers(&StateView::open(&store).unwrap()).unwrap().into_iter()
             .map(|record| (record.worker.unwrap().worker_id, record.epoch)).collect();

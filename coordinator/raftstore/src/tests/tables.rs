@@ -106,7 +106,10 @@ fn play(steps: &[Step]) {
         tables.finish((index, 1));
         let view = StateView::open(&store).unwrap();
         same(&view, &model);
-        assert_eq!((view.len().unwrap(), view.applied()), (model.0.len() as u64, (index, 1)));
+        assert_eq!(
+            (view.len().unwrap(), view.applied()),
+            (model.0.len() as u64, (index, 1))
+        );
         match batch.last() {
             Some(Step::Hold) => held.push((view, model.clone())),
             Some(Step::Release) if !held.is_empty() => drop(held.remove(held.len() / 2)),
@@ -149,7 +152,13 @@ proptest! {
 /// More readers, each of another moment, than there may be layers.
 #[test]
 fn many_readers_see_each_their_moment() {
-    let put = |n: u8| [Step::Put(vec![keys::WORKERS, n % 7], n), Step::Put(vec![keys::ROWS, n], n), Step::Hold];
+    let put = |n: u8| {
+        [
+            Step::Put(vec![keys::WORKERS, n % 7], n),
+            Step::Put(vec![keys::ROWS, n], n),
+            Step::Hold,
+        ]
+    };
     let mut steps: Vec<Step> = (0..60).flat_map(put).collect();
     steps.insert(90, Step::Flush);
     steps.extend(std::iter::repeat_n(Step::Release, 30));
