@@ -442,9 +442,11 @@ impl Node {
             to = to.max(self.applied.saturating_sub(keep.max(LOG_ENTRIES_HELD_MAX)));
         }
         let log = self.raw.mut_store();
-        if !planted!(CompactsUnflushed) && !planted!(CompactsBeyondApplied) {
-            to = to.min(log.store.overlay().flushed());
+        let mut flushed = log.store.overlay().flushed();
+        for planted in [planted!(CompactsUnflushed), planted!(CompactsBeyondApplied)] {
+            flushed = if planted { u64::MAX } else { flushed };
         }
+        to = to.min(flushed);
         if (to + 1).saturating_sub(log.first_index_kept()) > keep / 4 {
             log.compact(to)?;
         }

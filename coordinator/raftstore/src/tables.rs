@@ -224,7 +224,7 @@ pub(crate) struct Writer {
 
 /// A table of the file in memory.
 enum Kept {
-    Whole(Layer),
+    Whole(Box<Layer>),
     /// It has more than [`KEPT_MAX`] entries.
     TooLarge,
 }
@@ -305,7 +305,7 @@ impl StateTxn<'_> {
             })
         })?;
         Ok(if read.keys() <= KEPT_MAX {
-            Kept::Whole(read)
+            Kept::Whole(Box::new(read))
         } else {
             Kept::TooLarge
         })
@@ -402,7 +402,7 @@ impl Tables for StateTxn<'_> {
                 *prices = Some(self.read_prices()?);
             }
             if let Some(Kept::Whole(file)) = &*prices {
-                let layers = self.batch.newest_first().chain(std::iter::once(file));
+                let layers = self.batch.newest_first().chain(std::iter::once(file.as_ref()));
                 let mut known = Merged::of(layers.map(|layer| layer.range(from, to).rev()), true);
                 let found = known.find_map(|(key, value)| Some((key.to_vec(), value?.to_vec())));
                 return Ok(found);
