@@ -119,10 +119,24 @@ pub fn row_hash(row: &LedgerRow) -> Hash {
 
 /// Makes the row after `previous` (or after [`GENESIS`](crate::GENESIS)), with its id and hash.
 pub fn seal(previous: &Hash, sequence: u64, raft_index: u64, at_unix_ms: u64, body: Body, charge: Charge) -> LedgerRow {
+    let id = body_id(&body);
+    seal_known(previous, sequence, raft_index, at_unix_ms, id, body, charge)
+}
+
+/// The same, for who has the body's [`body_id`] already.
+pub fn seal_known(
+    previous: &Hash,
+    sequence: u64,
+    raft_index: u64,
+    at_unix_ms: u64,
+    id: Hash,
+    body: Body,
+    charge: Charge,
+) -> LedgerRow {
     let mut row = LedgerRow {
         sequence,
         raft_index,
-        id: body_id(&body).to_vec().into(),
+        id: id.to_vec().into(),
         body: Some(body),
         charge: Some(charge),
         previous_hash: previous.to_vec().into(),

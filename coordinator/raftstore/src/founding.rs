@@ -1,6 +1,6 @@
 //! The first contents of a store: of a founder, of a member that joins, and of a group that a backup starts.
 
-use crate::database::{FORMAT, LOG, META, STATE, Store, meta};
+use crate::database::{FORMAT, LOG, META, STATE, Store, meta, pair_bytes};
 use crate::log::{bytes, put, put_hard_state};
 use crate::{RaftStoreConfig, RaftStoreError};
 use raft::eraftpb::{ConfState, HardState};
@@ -29,42 +29,54 @@ impl Founding {
     }
 }
 
-/// Writes the first contents of an empty file; leaves any other as it is.
-pub(crate) fn found(store: &Store, founding: &Founding) -> Result<(), RaftStoreError> {
+/// Writes the first contents of empty files; leaves any others as they are. `store_id` is new to the world.
+pub(crate) fn found(store: &Store, founding: &Founding, store_id: u64) -> Result<(), RaftStoreError> {
     let txn = store.write_durable()?;
     let empty = txn.open_table(META)?.get(meta::FORMAT)?.is_none();
+    let foreign = txn.list_tables()?.any(|table| table.name() != META.name());
+    txn.abort()?;
     if !empty {
-        return Ok(txn.abort()?);
+        return Ok(());
     }
-    if txn.list_tables()?.any(|table| table.name() != META.name()) {
+    if foreign {
         return Err(store.corrupt("it holds another program's tables"));
     }
+    let txn = store.write_state_durable()?;
     for table in STATE {
-        txn.open_table(table)?;
+        // What a founding that was cut short wrote may be written again; nothing is ever applied to such a file.
+        if txn.open_table(table)?.first()?.is_some() {
+            return Err(store.corrupt("it is empty, while the state beside it is not"));
+        }
     }
-    write(&txn, founding)?;
-    Ok(txn.commit()?)
+    write_state(&txn, founding, store_id)?;
+    txn.commit()?;
+    write_log(store, founding, store_id)
 }
 
-/// Writes everything but the state.
-pub(crate) fn write(txn: &WriteTransaction, founding: &Founding) -> Result<(), RaftStoreError> {
+/// Writes everything of the state's file but the state.
+pub(crate) fn write_state(txn: &WriteTransaction, founding: &Founding, store_id: u64) -> Result<(), RaftStoreError> {
+    let mut conf_state = ConfState::default();
+    conf_state.set_voters(founding.voters.clone());
+    put(txn, meta::CONF_STATE, &bytes(&conf_state)?)?;
+    put(txn, meta::APPLIED, &pair_bytes(founding.at))?;
+    put(txn, meta::STORE_ID, &store_id.to_le_bytes())?;
+    put(txn, meta::FORMAT, &FORMAT.to_le_bytes())
+}
+
+/// Writes the log's file, to be called once the state's is on the disk: from then on there is a store.
+pub(crate) fn write_log(store: &Store, founding: &Founding, store_id: u64) -> Result<(), RaftStoreError> {
     let (index, term) = founding.at;
+    let txn = store.write_durable()?;
     txn.open_table(LOG)?;
     let hard_state = HardState {
         commit: index,
         term,
         ..HardState::default()
     };
-    put_hard_state(txn, &hard_state)?;
-    let mut conf_state = ConfState::default();
-    conf_state.set_voters(founding.voters.clone());
-    put(txn, meta::CONF_STATE, &bytes(&conf_state)?)?;
-    put(
-        txn,
-        meta::TRUNCATED,
-        &[index.to_le_bytes(), term.to_le_bytes()].concat(),
-    )?;
-    put(txn, meta::APPLIED, &index.to_le_bytes())?;
-    put(txn, meta::NODE_ID, &founding.node_id.to_le_bytes())?;
-    put(txn, meta::FORMAT, &FORMAT.to_le_bytes())
+    put_hard_state(&txn, &hard_state)?;
+    put(&txn, meta::TRUNCATED, &pair_bytes(founding.at))?;
+    put(&txn, meta::NODE_ID, &founding.node_id.to_le_bytes())?;
+    put(&txn, meta::STORE_ID, &store_id.to_le_bytes())?;
+    put(&txn, meta::FORMAT, &FORMAT.to_le_bytes())?;
+    Ok(txn.commit()?)
 }

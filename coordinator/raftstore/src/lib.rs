@@ -1,13 +1,13 @@
 //! The Raft group of coordinators and its durable state: who is in the cluster, and what every request cost.
 //!
-//! raft-rs' `RawNode` is driven by one thread over one redb file that holds the log, Raft's hard state and
-//! configuration, and the tables the commands build (`baton-state` says how). A command is answered after it is logged durably, committed and
-//! applied; commands that arrive while one fsync runs share the next.
+//! raft-rs' `RawNode` is driven by one thread over two redb files: the log with Raft's hard state, and the tables the commands
+//! build (`baton-state` says how), which are flushed from memory now and then. A command is answered after it is logged durably, committed
+//! and applied; commands that arrive while one fsync runs share the next.
 //!
 //! ```text
-//! RaftStore::propose ──queue──▶ thread ──▶ Node (RawNode, no clock, no channel) ──▶ one redb file
-//!        ▲                        │                                   log · hard state · state tables
-//!        └────────answer──────────┘
+//! RaftStore::propose ──queue──▶ thread ──▶ Node (RawNode, no clock, no channel) ──▶ log · hard state      one fsync
+//!        ▲                        │                                       └──────────▶ layers in memory ──▶ state tables
+//!        └────────answer──────────┘                                                              flush
 //! ```
 //!
 //! A group of one needs no network; a larger one sends through [`Peers`] and receives through [`RaftStore::receive`].
@@ -24,6 +24,7 @@ mod founding;
 mod log;
 mod membership;
 mod node;
+mod overlay;
 mod peers;
 mod queries;
 mod raft_log_drain;

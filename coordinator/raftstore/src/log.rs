@@ -1,15 +1,23 @@
 //! Raft's view of the store: log entries, hard state and configuration, as raft-rs' `Storage` wants them, and the
-//! writes of them. Small values are kept in memory; the file is the truth after a restart.
+//! writes of them. Small values are kept in memory; the files are the truth after a restart.
+//!
+//! At a start, with the state's file as of index A and the log from T (deleted) to L (last), committed to C:
+//!
+//! - T ≤ A ≤ L, and the log has A's entry or ends its deleted part with it: C becomes max(C, A), and what lies between A and C is
+//!   applied again. The commit index is written with entries, not with what is applied, and so may be older than A.
+//! - Otherwise, if the state is a snapshot that was just installed (`INSTALLED` is A): the log is made to begin after it. An
+//!   installation writes the state first, because the log may hold entries that count for a majority until the state has them.
+//! - Anything else is damage, or a lost fsync.
 
 use crate::RaftStoreError;
 use crate::config::RaftStoreConfig;
-use crate::database::{FORMAT, LOG, META, Store, meta, number};
+use crate::database::{FORMAT, LOG, META, Store, meta, number, pair, pair_bytes};
 use crate::founding::{self, Founding};
 use crate::snapshot::{SnapshotSource, Staged};
 use protobuf::Message as _;
 use raft::eraftpb::{ConfState, Entry, HardState, Snapshot};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError};
-use redb::{ReadTransaction, WriteTransaction};
+use redb::{ReadOnlyTable, WriteTransaction};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 
@@ -33,19 +41,16 @@ pub(crate) struct LogStore {
 }
 
 impl LogStore {
-    /// Reads what is there, or founds the group that `config` describes. Returns the applied index too.
-    pub(crate) fn open(store: Store, config: &RaftStoreConfig) -> Result<(Self, u64), RaftStoreError> {
-        founding::found(&store, &Founding::of(config))?;
+    /// Reads what is there, or founds the group that `config` describes, in which case `store_id` must be a new one. Returns the
+    /// applied index too.
+    pub(crate) fn open(store: Store, config: &RaftStoreConfig, store_id: u64) -> Result<(Self, u64), RaftStoreError> {
+        founding::found(&store, &Founding::of(config), store_id)?;
         let txn = store.read()?;
-        let table = txn.open_table(META)?;
-        let value = |key: &str| -> Result<Vec<u8>, RaftStoreError> {
-            let value = table.get(key)?.map(|value| value.value().to_vec());
-            value.ok_or_else(|| store.corrupt(format!("`{key}` is missing")))
+        let values = Values {
+            store: &store,
+            table: txn.open_table(META)?,
         };
-        let parse = |key: &str| -> Result<u64, RaftStoreError> {
-            number(&value(key)?).ok_or_else(|| store.corrupt(format!("`{key}` is not a number")))
-        };
-        let format = parse(meta::FORMAT)?;
+        let format = values.number(meta::FORMAT)?;
         if format != FORMAT {
             return Err(RaftStoreError::Format {
                 path: store.path().into(),
@@ -53,7 +58,7 @@ impl LogStore {
                 expected: FORMAT,
             });
         }
-        let node_id = parse(meta::NODE_ID)?;
+        let node_id = values.number(meta::NODE_ID)?;
         if node_id != config.node_id {
             return Err(RaftStoreError::OtherMember {
                 path: store.path().into(),
@@ -61,30 +66,61 @@ impl LogStore {
                 expected: config.node_id,
             });
         }
-        let hard_state = HardState::parse_from_bytes(&value(meta::HARD_STATE)?)
+        let state_values = Values {
+            store: &store,
+            table: store.read_state()?.open_table(META)?,
+        };
+        let ours = (values.number(meta::STORE_ID)?, FORMAT);
+        if (state_values.number(meta::STORE_ID)?, state_values.number(meta::FORMAT)?) != ours {
+            return Err(store.corrupt("the state's file beside it belongs to another store"));
+        }
+        let mut hard_state = HardState::parse_from_bytes(&values.bytes(meta::HARD_STATE)?)
             .map_err(|error| store.corrupt(format!("hard state: {error}")))?;
-        let conf_state = ConfState::parse_from_bytes(&value(meta::CONF_STATE)?)
+        let conf_state = ConfState::parse_from_bytes(&state_values.bytes(meta::CONF_STATE)?)
             .map_err(|error| store.corrupt(format!("configuration: {error}")))?;
-        let truncated = value(meta::TRUNCATED)?;
-        let truncated = pair(&truncated).ok_or_else(|| store.corrupt("`truncated` is not two numbers"))?;
-        let applied = parse(meta::APPLIED)?;
-        let last = match txn.open_table(LOG)?.range::<u64>(..)?.next_back() {
+        let mut truncated = values.pair(meta::TRUNCATED)?;
+        let applied = state_values.pair(meta::APPLIED)?;
+        let log = txn.open_table(LOG)?;
+        let mut last = match log.range::<u64>(..)?.next_back() {
             None => truncated,
             Some(entry) => {
                 let entry = decode(&store, entry?.1.value())?;
                 (entry.index, entry.term)
             }
         };
+        let fits = applied == truncated
+            || match log.get(applied.0)? {
+                Some(entry) => decode(&store, entry.value())?.term == applied.1,
+                None => false,
+            };
+        if !fits {
+            if state_values.optional_number(meta::INSTALLED)? != Some(applied.0) {
+                return Err(store.corrupt(format!(
+                    "a log from {} to {} does not fit a state at {}",
+                    truncated.0, last.0, applied.0
+                )));
+            }
+            if applied.1 > hard_state.term {
+                hard_state.term = applied.1;
+                hard_state.vote = 0;
+            }
+            hard_state.commit = applied.0;
+            begin_after(&store, applied, &hard_state)?;
+            (truncated, last) = (applied, applied);
+        }
+        hard_state.commit = hard_state.commit.max(applied.0);
         // raft-rs would panic on these; only damage or a lost fsync can bring them about.
-        let ordered = truncated.0 <= applied && applied <= hard_state.commit && hard_state.commit <= last.0;
+        let ordered = truncated.0 <= applied.0 && hard_state.commit <= last.0;
         if !ordered {
             return Err(store.corrupt(format!(
-                "log from {} to {}, committed to {}, applied to {applied} do not fit together",
-                truncated.0, last.0, hard_state.commit
+                "log from {} to {}, committed to {}, applied to {} do not fit together",
+                truncated.0, last.0, hard_state.commit, applied.0
             )));
         }
+        store.overlay().start(applied);
+        drop((log, values, state_values));
         let log = Self {
-            store: store.clone(),
+            store,
             hard_state,
             conf_state,
             truncated,
@@ -93,7 +129,7 @@ impl LogStore {
             recent_bytes: 0,
             sources: RefCell::default(),
         };
-        Ok((log, applied))
+        Ok((log, applied.0))
     }
 
     pub(crate) fn first_index_kept(&self) -> u64 {
@@ -101,7 +137,7 @@ impl LogStore {
     }
 
     /// Writes entries and hard state with one fsync. Entries replace any of the same or a higher index.
-    pub(crate) fn append(&mut self, entries: &[Entry], hard_state: Option<&HardState>) -> Result<(), RaftStoreError> {
+    pub(crate) fn append(&mut self, entries: &[Entry], hard_state: &HardState) -> Result<(), RaftStoreError> {
         let txn = if planted!(AppendsWithoutFsync) {
             self.store.write_derived()?
         } else {
@@ -116,18 +152,14 @@ impl LogStore {
                 log.insert(entry.index, encode(entry)?.as_slice())?;
             }
         }
-        if let Some(hard_state) = hard_state {
-            let mut hard_state = hard_state.clone();
-            if planted!(VoteNotSaved) {
-                hard_state.vote = self.hard_state.vote;
-            }
-            put_hard_state(&txn, &hard_state)?;
+        let mut saved = hard_state.clone();
+        if planted!(VoteNotSaved) {
+            saved.vote = self.hard_state.vote;
         }
+        put_hard_state(&txn, &saved)?;
         txn.commit()?;
         self.remember(entries);
-        if let Some(hard_state) = hard_state {
-            self.hard_state = hard_state.clone();
-        }
+        self.hard_state = hard_state.clone();
         Ok(())
     }
 
@@ -160,23 +192,7 @@ impl LogStore {
         &self.conf_state
     }
 
-    /// Writes how far the state is, within the transaction that changed it. Call [`applied`](Self::applied) once that is
-    /// through.
-    pub(crate) fn put_applied(
-        txn: &WriteTransaction,
-        index: u64,
-        hard_state: &HardState,
-        conf_state: Option<&ConfState>,
-    ) -> Result<(), RaftStoreError> {
-        if !planted!(AppliedNotSaved) {
-            put(txn, meta::APPLIED, &index.to_le_bytes())?;
-        }
-        if let Some(conf_state) = conf_state {
-            put(txn, meta::CONF_STATE, &bytes(conf_state)?)?;
-        }
-        put_hard_state(txn, hard_state)
-    }
-
+    /// Notes how far the state is.
     pub(crate) fn applied(&mut self, hard_state: HardState, conf_state: Option<ConfState>) {
         self.hard_state = hard_state;
         if let Some(conf_state) = conf_state {
@@ -189,7 +205,7 @@ impl LogStore {
         self.sources.borrow_mut().remove(&to)
     }
 
-    /// Deletes entries up to `index`, which must be applied.
+    /// Deletes entries up to `index`, which must be in the state's file.
     pub(crate) fn compact(&mut self, index: u64) -> Result<(), RaftStoreError> {
         if index <= self.truncated.0 {
             return Ok(());
@@ -197,17 +213,13 @@ impl LogStore {
         let term = Storage::term(self, index).map_err(RaftStoreError::from_raft)?;
         let txn = self.store.write_derived()?;
         txn.open_table(LOG)?.retain_in(..=index, |_, _| false)?;
-        put(
-            &txn,
-            meta::TRUNCATED,
-            &[index.to_le_bytes(), term.to_le_bytes()].concat(),
-        )?;
+        put(&txn, meta::TRUNCATED, &pair_bytes((index, term)))?;
         txn.commit()?;
         self.truncated = (index, term);
         Ok(())
     }
 
-    /// Replaces everything by a leader's snapshot, which stands in the staging table, with one fsync.
+    /// Replaces everything by a leader's snapshot, which stands in the staging table: first the state, then the log.
     pub(crate) fn install(
         &mut self,
         received: &Snapshot,
@@ -215,18 +227,14 @@ impl LogStore {
         hard_state: &HardState,
     ) -> Result<(), RaftStoreError> {
         let at = received.get_metadata();
-        let txn = self.store.write_durable()?;
-        txn.open_table(LOG)?.retain(|_, _| false)?;
+        let position = (at.index, at.term);
+        let txn = self.store.write_state_durable()?;
         staged.switch(&txn)?;
-        put(&txn, meta::APPLIED, &at.index.to_le_bytes())?;
-        put(
-            &txn,
-            meta::TRUNCATED,
-            &[at.index.to_le_bytes(), at.term.to_le_bytes()].concat(),
-        )?;
+        put(&txn, meta::APPLIED, &pair_bytes(position))?;
         put(&txn, meta::CONF_STATE, &bytes(at.get_conf_state())?)?;
-        put_hard_state(&txn, hard_state)?;
-        txn.commit()?;
+        put(&txn, meta::INSTALLED, &at.index.to_le_bytes())?;
+        self.store.overlay().replace(position, || Ok(txn.commit()?))?;
+        begin_after(&self.store, position, hard_state)?;
         self.truncated = (at.index, at.term);
         self.last = self.truncated;
         self.recent.clear();
@@ -318,22 +326,50 @@ impl Storage for LogStore {
         let at = made.mut_metadata();
         at.index = index;
         at.term = self.term(index)?;
-        // Of the same version as the index: both are written in one transaction, by this thread.
+        // Of the same moment as the index: this thread changes both.
         at.set_conf_state(self.conf_state.clone());
         self.sources.borrow_mut().insert(to, source);
         Ok(made)
     }
 }
 
-/// The term of an applied entry, in the version that `txn` sees.
-pub(crate) fn term_of(store: &Store, txn: &ReadTransaction, index: u64) -> Result<u64, RaftStoreError> {
-    if let Some(entry) = txn.open_table(LOG)?.get(index)? {
-        return Ok(decode(store, entry.value())?.term);
+/// Deletes the whole log; the next entry follows `position`.
+fn begin_after(store: &Store, position: (u64, u64), hard_state: &HardState) -> Result<(), RaftStoreError> {
+    let txn = store.write_durable()?;
+    txn.open_table(LOG)?.retain(|_, _| false)?;
+    put(&txn, meta::TRUNCATED, &pair_bytes(position))?;
+    put_hard_state(&txn, hard_state)?;
+    Ok(txn.commit()?)
+}
+
+/// Single values of one of the files.
+struct Values<'s> {
+    store: &'s Store,
+    table: ReadOnlyTable<&'static str, &'static [u8]>,
+}
+
+impl Values<'_> {
+    fn optional(&self, key: &str) -> Result<Option<Vec<u8>>, RaftStoreError> {
+        Ok(self.table.get(key)?.map(|value| value.value().to_vec()))
     }
-    let truncated = txn.open_table(META)?.get(meta::TRUNCATED)?;
-    match truncated.and_then(|value| pair(value.value())) {
-        Some((at, term)) if at == index => Ok(term),
-        _ => Err(store.corrupt(format!("the term of entry {index} is missing"))),
+
+    fn bytes(&self, key: &str) -> Result<Vec<u8>, RaftStoreError> {
+        let missing = || self.store.corrupt(format!("`{key}` is missing"));
+        self.optional(key)?.ok_or_else(missing)
+    }
+
+    fn number(&self, key: &str) -> Result<u64, RaftStoreError> {
+        let damaged = || self.store.corrupt(format!("`{key}` is not a number"));
+        number(&self.bytes(key)?).ok_or_else(damaged)
+    }
+
+    fn optional_number(&self, key: &str) -> Result<Option<u64>, RaftStoreError> {
+        Ok(self.optional(key)?.and_then(|value| number(&value)))
+    }
+
+    fn pair(&self, key: &str) -> Result<(u64, u64), RaftStoreError> {
+        let damaged = || self.store.corrupt(format!("`{key}` is not two numbers"));
+        pair(&self.bytes(key)?).ok_or_else(damaged)
     }
 }
 
@@ -363,9 +399,4 @@ fn encode(entry: &Entry) -> Result<Vec<u8>, RaftStoreError> {
 
 fn decode(store: &Store, value: &[u8]) -> Result<Entry, RaftStoreError> {
     Entry::parse_from_bytes(value).map_err(|error| store.corrupt(format!("a log entry: {error}")))
-}
-
-fn pair(bytes: &[u8]) -> Option<(u64, u64)> {
-    let (a, b) = bytes.split_at_checked(8)?;
-    Some((number(a)?, number(b)?))
 }

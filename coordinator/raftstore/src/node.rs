@@ -12,9 +12,11 @@ use crate::config::{
 use crate::database::Store;
 use crate::log::LogStore;
 use crate::membership::Members;
+use crate::overlay::flush::Flusher;
 use crate::raft_log_drain::logger;
 use crate::reads::{ReadId, Reads};
 use crate::snapshot::{SnapshotSource, Staged};
+use crate::tables::Writer;
 use crate::{RaftStoreError, SnapshotError};
 use baton_state::{Outcome, Refused};
 use raft::eraftpb::{Entry, EntryType, Message, MessageType};
@@ -29,6 +31,10 @@ const PROPOSE_BYTES: usize = MESSAGE_BYTES_MAX as usize / 2;
 
 /// raft-rs' mark on an election that a leader asked for.
 const CAMPAIGN_TRANSFER: &[u8] = b"CampaignTransfer";
+
+/// Entries between two flushes, in multiples of what the log keeps anyway: a start applies these again, in well under a second.
+/// Tests are to flush often.
+const FLUSH_KEEPS: u64 = if cfg!(test) { 2 } else { 8 };
 
 /// Something for another member.
 pub(crate) enum Outgoing {
@@ -68,6 +74,8 @@ pub(crate) struct Progress {
 
 pub(crate) struct Node {
     raw: RawNode<LogStore>,
+    writer: Writer,
+    flusher: Flusher,
     log_entries_keep: u64,
     tick_ms: u64,
     ticks_max: u64,
@@ -105,7 +113,11 @@ impl Node {
     /// `life` must differ between lives of one member (a random number). `now_ms` is the caller's time.
     pub(crate) fn open(store: Store, config: &RaftStoreConfig, life: u64, now_ms: u64) -> Result<Self, RaftStoreError> {
         config.check()?;
-        let (log, applied) = LogStore::open(store, config)?;
+        let flusher = Flusher::new(
+            store.clone(),
+            config.log_entries_keep.max(1).saturating_mul(FLUSH_KEEPS),
+        );
+        let (log, applied) = LogStore::open(store, config, life)?;
         let members = Members::of(log.conf_state());
         if members != Members::default() && !members.contains(config.node_id) {
             return Err(RaftStoreError::Removed);
@@ -131,6 +143,8 @@ impl Node {
         let election_ticks = config.election_ticks as u64;
         Ok(Self {
             raw,
+            writer: Writer::default(),
+            flusher,
             log_entries_keep: config.log_entries_keep.max(1),
             tick_ms,
             ticks_max: 2 * election_ticks,
@@ -337,7 +351,6 @@ impl Node {
             for state in ready.take_read_states() {
                 self.read_confirmed(&state.request_ctx, state.index);
             }
-            let hard_state = ready.hs().cloned();
             let installed = !ready.snapshot().is_empty();
             if installed {
                 self.install(ready.snapshot(), &mut progress)?;
@@ -346,9 +359,11 @@ impl Node {
                 let messages = ready.take_persisted_messages();
                 self.send(messages, send);
             }
-            if !ready.entries().is_empty() || (ready.must_sync() && hard_state.is_some()) {
+            if !ready.entries().is_empty() || (ready.must_sync() && ready.hs().is_some()) {
                 let entries = ready.take_entries();
-                self.raw.mut_store().append(&entries, hard_state.as_ref())?;
+                // Whole, and not only if it changed, so that the commit index on the disk is at most one batch old.
+                let hard_state = self.raw.raft.hard_state();
+                self.raw.mut_store().append(&entries, &hard_state)?;
                 #[cfg(test)]
                 if planted!(RepliesBeforeCommit) {
                     self.reply_early(&entries, &mut progress)?;
@@ -381,6 +396,9 @@ impl Node {
         };
         progress.reads = self.reads.take(readable);
         progress.removed = self.removed;
+        let applied = self.applied;
+        let conf_state = self.raw.store().conf_state();
+        self.flusher.turn(applied, conf_state)?;
         self.compact()?;
         Ok(progress)
     }
@@ -403,7 +421,7 @@ impl Node {
         }
     }
 
-    /// Deletes applied entries in batches of a quarter of what is kept. Members that are connected keep what they lack, so
+    /// Deletes applied and flushed entries in batches of a quarter of what is kept. Members that are connected keep what they lack, so
     /// that one which receives a snapshot finds the log where the snapshot ends.
     fn compact(&mut self) -> Result<(), RaftStoreError> {
         let keep = self.log_entries_keep;
@@ -424,10 +442,26 @@ impl Node {
             to = to.max(self.applied.saturating_sub(keep.max(LOG_ENTRIES_HELD_MAX)));
         }
         let log = self.raw.mut_store();
+        let mut flushed = log.store.overlay().flushed();
+        for planted in [planted!(CompactsUnflushed), planted!(CompactsBeyondApplied)] {
+            flushed = if planted { u64::MAX } else { flushed };
+        }
+        to = to.min(flushed);
         if (to + 1).saturating_sub(log.first_index_kept()) > keep / 4 {
             log.compact(to)?;
         }
         Ok(())
+    }
+
+    /// Lets flushes be written by threads of their own.
+    pub(crate) fn flush_by_threads(&mut self) {
+        self.flusher.use_threads();
+    }
+
+    /// Writes everything that was applied into the state's file: a start then need not apply it again.
+    pub(crate) fn flush(&mut self) -> Result<(), RaftStoreError> {
+        let conf_state = self.raw.store().conf_state();
+        self.flusher.flush(conf_state)
     }
 
     pub(crate) fn leads(&self) -> bool {

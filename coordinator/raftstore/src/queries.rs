@@ -1,7 +1,7 @@
 //! How far a member is, read at one moment.
 
 use crate::RaftStoreError;
-use crate::database::{META, Store, meta, number};
+use crate::database::Store;
 use crate::tables::StateView;
 use baton_state::view;
 
@@ -17,13 +17,10 @@ pub struct Position {
 }
 
 pub(crate) fn position(store: &Store) -> Result<Position, RaftStoreError> {
-    let txn = store.read()?;
-    let applied = txn.open_table(META)?.get(meta::APPLIED)?;
-    let applied = applied.and_then(|value| number(value.value()));
-    let tables = StateView::of(&txn)?;
+    let state = StateView::open(store)?;
     Ok(Position {
-        applied_index: applied.ok_or_else(|| store.corrupt("`applied` is missing"))?,
-        hash: view::hash(&tables)?,
-        settled: view::settled(&tables)?,
+        applied_index: state.applied().0,
+        hash: view::hash(&state)?,
+        settled: view::settled(&state)?,
     })
 }

@@ -124,12 +124,12 @@ impl Runner {
             let first = match queue.recv_timeout(wait) {
                 Ok(input) => Some(input),
                 Err(RecvTimeoutError::Timeout) => None,
-                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+                Err(RecvTimeoutError::Disconnected) => return self.node.flush(),
             };
             // Everything that queued while the last batch was written shares this one's fsync.
             let inputs = first.into_iter().chain(queue.try_iter().take(BATCH_MAX)).collect();
             if self.turn(start.elapsed(), inputs)? == Turn::Stop {
-                return Ok(());
+                return self.node.flush();
             }
         }
     }

@@ -26,8 +26,6 @@ use tokio::sync::{broadcast, oneshot, watch};
 const QUEUE_MAX: usize = 8192;
 /// Changes that a follower of the state may lag behind before it must read everything again.
 const FOLLOWED_MAX: usize = 1024;
-/// Name of the file inside the data directory.
-pub(crate) const FILE_NAME: &str = "raft.redb";
 
 /// How the member is doing, as of the last batch.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -80,7 +78,7 @@ pub enum Consistency {
 }
 
 /// A member of the Raft group. Cheap to clone; [`close`](Self::close), or the last clone to go, stops the thread and
-/// closes the file.
+/// closes the files.
 #[derive(Clone)]
 pub struct RaftStore {
     shared: Arc<Shared>,
@@ -106,13 +104,13 @@ impl RaftStore {
     pub fn open_with_peers(dir: &Path, config: &RaftStoreConfig, peers: impl Peers) -> Result<Self, RaftStoreError> {
         config.check()?;
         std::fs::create_dir_all(dir).map_err(|error| RaftStoreError::from_io(&error))?;
-        let path = dir.join(FILE_NAME);
-        Self::start(Store::open(&path)?, config, peers)
+        Self::start(Store::open(dir)?, config, peers)
     }
 
     pub(crate) fn start(store: Store, config: &RaftStoreConfig, peers: impl Peers) -> Result<Self, RaftStoreError> {
         let life = RandomState::new().hash_one(std::process::id());
-        let (node, staging) = open_member(&store, config, life)?;
+        let (mut node, staging) = open_member(&store, config, life)?;
+        node.flush_by_threads();
         let (inputs, queue) = sync_channel(QUEUE_MAX);
         let board = Board {
             status: watch::Sender::default(),

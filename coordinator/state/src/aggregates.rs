@@ -8,7 +8,7 @@
 use crate::calendar::{DAY_MS, HOUR_MS, MINUTE_MS};
 use crate::keys;
 use crate::machine::Machine;
-use crate::sums::{Dimensions, Sums};
+use crate::sums::{Dimensions, Sums, set_bucket};
 use crate::tables::{Tables as _, TablesError, TablesMut as _};
 use baton_proto::state::{Charge, Correction, LedgerRow, UsageRecord, ledger_row::Body};
 use std::ops::ControlFlow;
@@ -43,15 +43,17 @@ pub(crate) fn add_correction(
 }
 
 fn add(machine: &mut Machine<'_>, dimensions: &Dimensions, sums: &Sums) -> Result<(), TablesError> {
+    let mut keys = dimensions.keys();
     for (table, width_ms, with_user) in TABLES {
         let start = machine.now_ms - machine.now_ms % width_ms;
-        let key = dimensions.key(table, start, with_user);
-        let mut total = match machine.get(&key)? {
+        let key = &mut keys[usize::from(with_user)];
+        set_bucket(key, table, start);
+        let mut total = match machine.get(key)? {
             Some(bytes) => Sums::decode(&bytes)?,
             None => Sums::default(),
         };
         total.add(sums);
-        machine.put(&key, &total.encode())?;
+        machine.put(key, &total.encode())?;
     }
     Ok(())
 }

@@ -101,7 +101,10 @@ pub(crate) struct Key(Vec<u8>);
 
 impl Key {
     pub(crate) fn of(table: u8) -> Self {
-        Self(vec![table])
+        // Most keys fit.
+        let mut bytes = Vec::with_capacity(128);
+        bytes.push(table);
+        Self(bytes)
     }
 
     /// A text, with its length before it. Texts of commands are far shorter than 64 KiB.

@@ -4,9 +4,13 @@
 use crate::outcome::{Applied, Refused};
 use crate::tables::{Pair, Tables, TablesError, TablesMut, Visit};
 
+/// About what a settlement writes.
+const WRITES_BYTES: usize = 3072;
+
 pub(crate) struct Machine<'a> {
     tables: &'a mut dyn TablesMut,
-    writes: blake3::Hasher,
+    /// Everything written so far, to be hashed at once: there are dozens of short pieces.
+    writes: Vec<u8>,
     /// Log index of the command.
     pub(crate) index: u64,
     /// Replicated time.
@@ -48,7 +52,7 @@ impl<'a> Machine<'a> {
     ) -> Self {
         Self {
             tables,
-            writes: blake3::Hasher::new(),
+            writes: Vec::with_capacity(WRITES_BYTES),
             index,
             now_ms,
             command,
@@ -58,7 +62,7 @@ impl<'a> Machine<'a> {
 
     /// The hash of all writes so far, in order.
     pub(crate) fn written(&self) -> [u8; 32] {
-        *self.writes.finalize().as_bytes()
+        *blake3::hash(&self.writes).as_bytes()
     }
 
     pub(crate) fn put_message(&mut self, key: &[u8], message: &impl prost::Message) -> Result<(), TablesError> {
@@ -66,9 +70,9 @@ impl<'a> Machine<'a> {
     }
 
     fn record(&mut self, tag: u8, bytes: &[u8]) {
-        self.writes.update(&[tag]);
-        self.writes.update(&(bytes.len() as u64).to_le_bytes());
-        self.writes.update(bytes);
+        self.writes.push(tag);
+        self.writes.extend_from_slice(&(bytes.len() as u64).to_le_bytes());
+        self.writes.extend_from_slice(bytes);
     }
 }
 

@@ -44,10 +44,23 @@ pub(crate) fn put_head(machine: &mut Machine<'_>, head: &Head) -> Result<(), Tab
 
 /// Appends a row and returns it.
 pub(crate) fn append(machine: &mut Machine<'_>, body: Body, charge: Charge) -> Result<LedgerRow, TablesError> {
-    let mut head = head(machine)?;
+    let (head, id) = (head(machine)?, row::body_id(&body));
+    append_after(machine, head, id, body, charge)
+}
+
+/// The same, for who has read the end of the ledger and hashed the body already.
+pub(crate) fn append_after(
+    machine: &mut Machine<'_>,
+    mut head: Head,
+    id: Hash,
+    body: Body,
+    charge: Charge,
+) -> Result<LedgerRow, TablesError> {
     head.sequence += 1;
-    let row = row::seal(&head.hash, head.sequence, machine.index, machine.now_ms, body, charge);
-    head.hash = row::row_hash(&row);
+    let (index, now_ms) = (machine.index, machine.now_ms);
+    let row = row::seal_known(&head.hash, head.sequence, index, now_ms, id, body, charge);
+    let hash = row.hash.as_ref().try_into();
+    head.hash = hash.map_err(|_| TablesError::Corrupt("a row's hash is not one".into()))?;
     head.frontier.push(&head.hash);
     machine.put_message(&keys::numbered(keys::ROWS, head.sequence), &row)?;
     put_head(machine, &head)?;

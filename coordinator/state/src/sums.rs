@@ -101,18 +101,24 @@ pub struct Dimensions {
 }
 
 impl Dimensions {
-    /// The key of a bucket that starts at `start_unix_ms`.
-    pub(crate) fn key(&self, table: u8, start_unix_ms: u64, with_user: bool) -> Vec<u8> {
-        let key = Key::of(table)
-            .number(start_unix_ms)
+    /// The keys of a bucket, without and with the user: table and start are to be filled in by [`set_bucket`].
+    pub(crate) fn keys(&self) -> [Vec<u8>; 2] {
+        let key = Key::of(0)
+            .number(0)
             .text(&self.project_id)
             .text(&self.key_id)
             .text(&self.model)
             .text(&self.service_tier)
             .text(&self.currency);
-        let user = if with_user { self.user.as_bytes() } else { &[] };
-        key.rest(user).done()
+        let with_user = key.clone().rest(self.user.as_bytes());
+        [key.done(), with_user.done()]
     }
+}
+
+/// Makes a key of [`Dimensions::keys`] that of a table's bucket.
+pub(crate) fn set_bucket(key: &mut [u8], table: u8, start_unix_ms: u64) {
+    key[0] = table;
+    key[1..9].copy_from_slice(&start_unix_ms.to_be_bytes());
 }
 
 /// [`Dimensions`] as they stand in a key, as bytes: reports look at a million of them.

@@ -43,6 +43,7 @@ pub(crate) fn settle(machine: &mut Machine<'_>, command: SettleUsage) -> Handled
             Err(Refused::IdempotencyConflict { request_id }.into())
         };
     }
+    let (status, pinned) = (record.status, record.price_id.clone());
     let price = price(machine, &record)?;
     record.price_id = price.as_ref().map(|price| price.id.clone()).unwrap_or_default();
     let mut charge = charged(&record, price.as_ref())?;
@@ -54,9 +55,13 @@ pub(crate) fn settle(machine: &mut Machine<'_>, command: SettleUsage) -> Handled
         }
     }
     aggregates::add_usage(machine, &record, &charge)?;
-    let sequence = rows::head(machine)?.sequence + 1;
+    let head = rows::head(machine)?;
+    let sequence = head.sequence + 1;
     idempotency::remember(machine, &record, sequence)?;
-    rows::append(machine, Body::Usage(record), charge)?;
+    let unchanged = (record.status, &record.price_id) == (status, &pinned);
+    let body = Body::Usage(record);
+    let id = if unchanged { handed_in } else { row::body_id(&body) };
+    rows::append_after(machine, head, id, body, charge)?;
     let entry = [&sequence.to_le_bytes()[..], &handed_in].concat();
     machine.put(&keys::named(keys::REQUESTS, &request_id), &entry)?;
     Ok(Applied::Settled { sequence })

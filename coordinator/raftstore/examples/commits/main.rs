@@ -144,8 +144,12 @@ fn main() -> Result<(), Failure> {
     drop(leader);
     channels.close();
     for id in ids {
-        let bytes = std::fs::metadata(dir.join(id.to_string()).join("raft.redb"))?.len();
-        eprintln!("member {id}: {} MiB", bytes >> 20);
+        let length = |name| std::fs::metadata(dir.join(id.to_string()).join(name)).map(|file| file.len() >> 20);
+        eprintln!(
+            "member {id}: log {} MiB, state {} MiB",
+            length("raft.redb")?,
+            length("state.redb")?
+        );
     }
     std::fs::remove_dir_all(&dir)?;
     result

@@ -1,5 +1,5 @@
 //! A member's store with a large ledger: how fast it fills, what it takes on disk and in memory, and how fast it answers, is
-//! saved, restored and started then. A group of one, the real file, the real path of every command.
+//! saved, restored and started then. A group of one, the real files, the real path of every command.
 //!
 //! ```console
 //! $ cargo build --release -p baton-raftstore --example ledger_scale
@@ -106,8 +106,8 @@ fn size(dir: &str) {
 }
 
 fn file_mib(dir: &str) -> f64 {
-    let file = std::fs::metadata(Path::new(dir).join("raft.redb"));
-    file.map_or(0.0, |file| file.len() as f64 / f64::from(1 << 20))
+    let length = |name| std::fs::metadata(Path::new(dir).join(name)).map_or(0, |file| file.len());
+    (length("raft.redb") + length("state.redb")) as f64 / f64::from(1 << 20)
 }
 
 /// What Linux says of this process; silent elsewhere.

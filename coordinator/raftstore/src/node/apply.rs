@@ -1,13 +1,14 @@
 //! From committed entries to the tables: commands, changes of the membership, and snapshots.
 //!
-//! One transaction holds what entries did, the applied index, and the membership if they changed it. A change ends its
-//! transaction, because what follows it is judged by the new membership.
+//! One batch holds what entries did and the applied index, and becomes visible at once, in memory. A change of the membership ends its
+//! batch, because what follows it is judged by the new membership, and is flushed: nobody will tell a member again that it was
+//! removed, and who was removed is told when this is on the disk.
 
 use super::{AppliedEntry, Node, Progress, ProposalId, stopped};
 use crate::RaftStoreError;
-use crate::log::LogStore;
 use crate::membership::Members;
-use crate::tables::StateTxn;
+use crate::overlay::BATCH_ENTRIES_MAX;
+use crate::tables::Writer;
 use baton_state::Applied;
 use protobuf::Message as _;
 use raft::Changer;
@@ -18,7 +19,8 @@ impl Node {
         let mut rest = committed.as_slice();
         while !rest.is_empty() && !self.removed {
             let change = rest.iter().position(changes_members);
-            let (run, after) = rest.split_at(change.map_or(rest.len(), |at| at + 1));
+            let end = change.map_or(rest.len(), |at| at + 1);
+            let (run, after) = rest.split_at(end.min(BATCH_ENTRIES_MAX));
             self.apply_run(run, progress)?;
             rest = after;
         }
@@ -39,13 +41,7 @@ impl Node {
             .is_some_and(|(_, conf)| !Members::of(conf).contains(own_id));
         let hard_state = self.raw.raft.hard_state();
         let store = self.raw.store().store.clone();
-        // Nobody will tell a member again that it was removed; and who was removed is told when this is on the disk.
-        let txn = if change.is_some() {
-            store.write_durable()?
-        } else {
-            store.write_derived()?
-        };
-        let mut tables = StateTxn::open(&txn)?;
+        let mut tables = self.writer.begin(&store, store.overlay())?;
         let mut answers = Vec::new();
         for entry in run {
             #[cfg(test)]
@@ -64,18 +60,19 @@ impl Node {
                     applied: applied.clone(),
                 });
             }
-            if let Some(id) = self.own_proposal(entry) {
+            if let Some(id) = own_proposal(self.life, entry) {
                 answers.push((id, outcome));
             }
         }
-        tables.finish()?;
+        tables.finish((last.index, last.term));
         let conf_state = change
             .as_ref()
             .map(|(_, conf)| conf)
             .filter(|_| !planted!(MembershipNotSaved));
-        LogStore::put_applied(&txn, last.index, &hard_state, conf_state)?;
-        txn.commit()?;
         self.raw.mut_store().applied(hard_state, conf_state.cloned());
+        if change.is_some() {
+            self.flush()?;
+        }
         if let Some((change, conf_state)) = change {
             self.raw.apply_conf_change(&change).map_err(stopped)?;
             self.members = Members::of(&conf_state);
@@ -127,8 +124,7 @@ impl Node {
     }
 
     fn own_proposal(&self, entry: &Entry) -> Option<ProposalId> {
-        let (life, id) = entry.context.split_at_checked(8)?;
-        (life == self.life.to_le_bytes() || planted!(AnswersOtherLives)).then(|| crate::database::number(id))?
+        own_proposal(self.life, entry)
     }
 
     /// The change that an entry makes, and the membership after it; `None` if it cannot be made, which every member finds.
@@ -170,6 +166,8 @@ impl Node {
         let hard_state = self.raw.raft.hard_state();
         let staged = self.staged.take();
         let staged = staged.ok_or_else(|| RaftStoreError::Stopped("a snapshot came without its state".into()))?;
+        self.flusher.finish()?;
+        self.writer = Writer::default();
         self.raw.mut_store().install(snapshot, &staged, &hard_state)?;
         let at = snapshot.get_metadata();
         self.applied = at.index;
@@ -180,6 +178,12 @@ impl Node {
         self.orphan_older(at.term, progress);
         Ok(())
     }
+}
+
+/// The id of a proposal that was made in this life.
+fn own_proposal(own_life: u64, entry: &Entry) -> Option<ProposalId> {
+    let (life, id) = entry.context.split_at_checked(8)?;
+    (life == own_life.to_le_bytes() || planted!(AnswersOtherLives)).then(|| crate::database::number(id))?
 }
 
 #[cfg(not(test))]
@@ -217,19 +221,19 @@ impl Node {
         if !self.leads() {
             return Ok(());
         }
-        let txn = self.raw.store().store.clone().write_derived()?;
-        {
-            let mut tables = StateTxn::open(&txn)?;
-            for entry in entries {
-                if let Some(id) = self.own_proposal(entry)
-                    && !changes_members(entry)
-                    && self.open.remove(&id).is_some()
-                {
-                    let outcome = baton_state::apply(&mut tables, entry.index, &entry.data)?;
-                    progress.answers.push((id, outcome));
-                }
+        let store = self.raw.store().store.clone();
+        let scratch = store.overlay().scratch();
+        let mut writer = Writer::default();
+        let mut tables = writer.begin(&store, &scratch)?;
+        for entry in entries {
+            if let Some(id) = self.own_proposal(entry)
+                && !changes_members(entry)
+                && self.open.remove(&id).is_some()
+            {
+                let outcome = baton_state::apply(&mut tables, entry.index, &entry.data)?;
+                progress.answers.push((id, outcome));
             }
         }
-        Ok(txn.abort()?)
+        Ok(())
     }
 }

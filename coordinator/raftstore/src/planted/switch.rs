@@ -47,6 +47,14 @@ bugs! {
     KeepsOldTail,
     /// The log is deleted beyond what is applied.
     CompactsBeyondApplied,
+    /// The log is deleted before the state's file has what is in it.
+    CompactsUnflushed,
+    /// Where two layers know a key, the older one wins.
+    OlderLayerWins,
+    /// A flush leaves deleted keys in the file.
+    DeletionsNotFlushed,
+    /// Layers of the old state stay over a snapshot.
+    LayersOutliveSnapshot,
     /// A leader answers reads without asking anybody.
     OldLeaderAnswersReads,
     /// A read lease lasts four times as long.

@@ -106,11 +106,11 @@ impl World {
         if self.random.chance(25) {
             power.fail_after(self.random.range(0, 200));
         }
-        let mut disk = Disk::with(Vec::new(), power.clone());
+        let mut disk = Disk::with(Default::default(), power.clone());
         let mut restored = restore_to(&disk, file);
         if restored.is_err() && power.off() {
             // What was restored so far is thrown away, as a file of another name is.
-            disk = Disk::with(Vec::new(), Power::default());
+            disk = Disk::with(Default::default(), Power::default());
             restored = restore_to(&disk, file);
         }
         restored.map_err(failed)?;
@@ -133,7 +133,7 @@ impl World {
         } else {
             file.truncate(at);
         }
-        match restore_to(&Disk::with(Vec::new(), Power::default()), &file) {
+        match restore_to(&Disk::with(Default::default(), Power::default()), &file) {
             Err(RaftStoreError::Snapshot(_)) => Ok(()),
             other => violation(format!("a backup damaged at {at} was restored: {other:?}")),
         }

@@ -1,6 +1,7 @@
 //! A disk that loses what was not synced, tears what was being written, fills up, lies and forgets bits.
 
 use super::power::{Point, Power, Random};
+use crate::database::Medium;
 use redb::StorageBackend;
 use std::io::{Error, ErrorKind};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -24,12 +25,20 @@ pub(super) enum Loss {
     Some,
 }
 
+/// What the files of a member hold.
+pub(super) type Image = [Vec<u8>; 2];
+
 #[derive(Debug, Default)]
-struct Inner {
+struct Contents {
     current: Vec<u8>,
     durable: Vec<u8>,
     /// Since the last sync, in order.
     pending: Vec<Change>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    files: [Contents; 2],
     full: bool,
     /// Something was refused because it was full.
     refused: bool,
@@ -44,11 +53,31 @@ pub(super) struct Disk {
     power: Power,
 }
 
+/// One of its files.
+#[derive(Debug)]
+pub(super) struct File {
+    disk: Disk,
+    which: usize,
+}
+
+impl Medium for Disk {
+    type File = File;
+
+    fn file(&self, which: usize) -> File {
+        let disk = self.clone();
+        File { disk, which }
+    }
+}
+
 impl Disk {
-    pub(super) fn with(image: Vec<u8>, power: Power) -> Self {
+    pub(super) fn with(image: Image, power: Power) -> Self {
+        let files = image.map(|bytes| Contents {
+            durable: bytes.clone(),
+            current: bytes,
+            pending: Vec::new(),
+        });
         let inner = Inner {
-            durable: image.clone(),
-            current: image,
+            files,
             ..Inner::default()
         };
         Self {
@@ -80,16 +109,47 @@ impl Disk {
     }
 
     /// What is on the disk after the power was off.
-    pub(super) fn image_after(&self, loss: Loss, random: &mut Random) -> Vec<u8> {
+    pub(super) fn image_after(&self, loss: Loss, random: &mut Random) -> Image {
         let inner = self.inner();
+        let [log, state] = &inner.files;
+        [log, state].map(|file| file.image_after(loss, random))
+    }
+
+    fn change(&self, which: usize, point: Point, change: Change) -> Result<(), Error> {
+        let alive = self.power.point(point);
+        let mut inner = self.inner();
+        if inner.full {
+            inner.refused = true;
+            return Err(ErrorKind::StorageFull.into());
+        }
+        if !alive {
+            // What was on its way when the power went may be there in part.
+            if self.power.went_off_at() == Some(point) && !inner.ended {
+                inner.ended = true;
+                inner.files[which].pending.push(change);
+            }
+            return Err(Error::other("the power is off"));
+        }
+        let file = &mut inner.files[which];
+        match &change {
+            Change::Resize(length) => file.current.resize(*length, 0),
+            Change::Write(at, bytes) => write(&mut file.current, *at, bytes),
+        }
+        file.pending.push(change);
+        Ok(())
+    }
+}
+
+impl Contents {
+    fn image_after(&self, loss: Loss, random: &mut Random) -> Vec<u8> {
         match loss {
-            Loss::Nothing => return inner.current.clone(),
-            Loss::All => return inner.durable.clone(),
+            Loss::Nothing => return self.current.clone(),
+            Loss::All => return self.durable.clone(),
             Loss::Some => {}
         }
-        let mut image = inner.durable.clone();
+        let mut image = self.durable.clone();
         let torn_percent = random.range(0, 60);
-        for change in &inner.pending {
+        for change in &self.pending {
             match change {
                 // A file's length is metadata, which journals keep in order.
                 Change::Resize(length) => image.resize(*length, 0),
@@ -106,29 +166,6 @@ impl Disk {
         }
         image
     }
-
-    fn change(&self, point: Point, change: Change) -> Result<(), Error> {
-        let alive = self.power.point(point);
-        let mut inner = self.inner();
-        if inner.full {
-            inner.refused = true;
-            return Err(ErrorKind::StorageFull.into());
-        }
-        if !alive {
-            // What was on its way when the power went may be there in part.
-            if self.power.went_off_at() == Some(point) && !inner.ended {
-                inner.ended = true;
-                inner.pending.push(change);
-            }
-            return Err(Error::other("the power is off"));
-        }
-        match &change {
-            Change::Resize(length) => inner.current.resize(*length, 0),
-            Change::Write(at, bytes) => write(&mut inner.current, *at, bytes),
-        }
-        inner.pending.push(change);
-        Ok(())
-    }
 }
 
 fn write(image: &mut Vec<u8>, at: usize, bytes: &[u8]) {
@@ -139,27 +176,30 @@ fn write(image: &mut Vec<u8>, at: usize, bytes: &[u8]) {
     image[at..end].copy_from_slice(bytes);
 }
 
-impl StorageBackend for Disk {
+impl StorageBackend for File {
     fn len(&self) -> Result<u64, Error> {
-        Ok(self.inner().current.len() as u64)
+        Ok(self.disk.inner().files[self.which].current.len() as u64)
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), Error> {
-        let inner = self.inner();
-        let from = inner.current.get(offset as usize..offset as usize + out.len());
+        let inner = self.disk.inner();
+        let from = inner.files[self.which]
+            .current
+            .get(offset as usize..offset as usize + out.len());
         out.copy_from_slice(from.ok_or(ErrorKind::UnexpectedEof)?);
         Ok(())
     }
 
     fn set_len(&self, len: u64) -> Result<(), Error> {
-        self.change(Point::Resize, Change::Resize(len as usize))
+        self.disk
+            .change(self.which, Point::Resize, Change::Resize(len as usize))
     }
 
     fn sync_data(&self) -> Result<(), Error> {
-        if !self.power.point(Point::Sync) {
+        if !self.disk.power.point(Point::Sync) {
             return Err(Error::other("the power is off"));
         }
-        let mut inner = self.inner();
+        let mut inner = self.disk.inner();
         if inner.full {
             inner.refused = true;
             return Err(ErrorKind::StorageFull.into());
@@ -167,16 +207,18 @@ impl StorageBackend for Disk {
         if inner.lies {
             return Ok(());
         }
-        for change in std::mem::take(&mut inner.pending) {
+        let file = &mut inner.files[self.which];
+        for change in std::mem::take(&mut file.pending) {
             match change {
-                Change::Resize(length) => inner.durable.resize(length, 0),
-                Change::Write(at, bytes) => write(&mut inner.durable, at, &bytes),
+                Change::Resize(length) => file.durable.resize(length, 0),
+                Change::Write(at, bytes) => write(&mut file.durable, at, &bytes),
             }
         }
         Ok(())
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), Error> {
-        self.change(Point::Write, Change::Write(offset as usize, data.to_vec()))
+        self.disk
+            .change(self.which, Point::Write, Change::Write(offset as usize, data.to_vec()))
     }
 }

@@ -87,7 +87,7 @@ impl Member {
         let power = Power::default();
         Self {
             config,
-            disk: Disk::with(Vec::new(), power.clone()),
+            disk: Disk::with(Default::default(), power.clone()),
             power,
             life: None,
             lives: 0,

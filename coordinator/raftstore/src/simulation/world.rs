@@ -403,7 +403,7 @@ impl World {
         let mut image = member.disk.image_after(loss, &mut self.random);
         if member.lives == 0 {
             // A store is created under another name and renamed.
-            image.clear();
+            image = Default::default();
         }
         let full = member.disk.full();
         member.power = Power::default();
@@ -416,18 +416,20 @@ impl World {
         }
     }
 
-    /// A bit of a stopped member's disk changes. Whether that is noticed depends on where.
+    /// A bit of a stopped member's log changes. Whether that is noticed depends on where. In the state's file nobody would notice: it is
+    /// not walked at a start.
     pub(super) fn flip_bit(&mut self, id: u64) {
         let Some(member) = self.members.get_mut(&id) else {
             return;
         };
         let mut image = member.disk.image_after(Loss::All, &mut self.random);
-        let at = self.random.range(0, image.len() as u64) as usize;
+        let log = &mut image[0];
+        let at = self.random.range(0, log.len() as u64) as usize;
         let bit = self.random.range(0, 8);
-        image[at] ^= 1 << bit;
+        log[at] ^= 1 << bit;
         member.disk = Disk::with(image, member.power.clone());
         member.betrayed = true;
-        self.log(|| format!("bit {bit} of byte {at} of the disk of member {id} changes"));
+        self.log(|| format!("bit {bit} of byte {at} of the log's file of member {id} changes"));
     }
 
     fn member_left(&mut self, id: u64) {
@@ -478,7 +480,7 @@ impl World {
         for (id, member) in &self.members {
             let voter = |members: &&Members| members.voters.contains(id) || members.voters_outgoing.contains(id);
             let image = member.disk.image_after(Loss::All, &mut random);
-            if image.is_empty() || !majorities.iter().any(|members| voter(&members)) {
+            if image[0].is_empty() || !majorities.iter().any(|members| voter(&members)) {
                 continue;
             }
             let held = contained(|| {

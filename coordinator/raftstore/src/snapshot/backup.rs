@@ -11,10 +11,8 @@ use super::chunk::Tally;
 use super::staging::{CHUNKS_PER_SYNC, write_pairs};
 use super::{CHUNK_MESSAGE_BYTES_MAX, SnapshotChunk, SnapshotError, SnapshotSource};
 use crate::RaftStoreError;
-use crate::database::{STATE, Store};
+use crate::database::{LOG_FILE_NAME, STATE, STATE_FILE_NAME, Store};
 use crate::founding::{self, Founding};
-use crate::log::term_of;
-use crate::store::FILE_NAME;
 use crate::tables::StateView;
 use baton_state::{keys, view};
 use std::hash::{BuildHasher, RandomState};
@@ -26,8 +24,8 @@ const MAGIC: &[u8; 8] = b"BATONBAK";
 const VERSION: u32 = 1;
 /// Far above any header; bounds what a damaged length makes us read.
 const HEADER_BYTES_MAX: u32 = 4096;
-/// Name of the file while it is restored.
-const PARTIAL_NAME: &str = "raft.redb.partial";
+/// Name's end of a file while it is restored.
+const PARTIAL: &str = "partial";
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct Header {
@@ -139,13 +137,11 @@ pub(crate) struct Saving<W> {
 impl<W: Write> Saving<W> {
     /// Of the newest version; writes what comes before its pairs.
     pub(crate) fn begin(store: &Store, to: W) -> Result<Self, RaftStoreError> {
-        let txn = store.read()?;
-        let source = SnapshotSource::of(store, &txn)?;
-        let state = StateView::of(&txn)?;
-        let (state_hash, group) = (view::hash(&state)?, view::group(&state)?);
+        let source = SnapshotSource::open(store)?;
+        let (state_hash, group) = (view::hash(source.state())?, view::group(source.state())?);
         let header = Header {
             applied_index: source.index(),
-            term: term_of(store, &txn, source.index())?,
+            term: source.term(),
             state_hash: state_hash.to_vec(),
         };
         let mut out = Hashed::new(to);
@@ -215,24 +211,32 @@ pub fn restore(from: &mut dyn Read, dir: &Path, node_id: u64) -> Result<BackupIn
     }
     let io = |error: std::io::Error| RaftStoreError::from_io(&error);
     std::fs::create_dir_all(dir).map_err(io)?;
-    let path = dir.join(FILE_NAME);
-    if path.exists() {
-        return Err(SnapshotError::NotEmpty(path).into());
+    let paths = [LOG_FILE_NAME, STATE_FILE_NAME].map(|name| dir.join(name));
+    if let Some(path) = paths.iter().find(|path| path.exists()) {
+        return Err(SnapshotError::NotEmpty(path.clone()).into());
     }
-    let partial = dir.join(PARTIAL_NAME);
+    let partial = paths.clone().map(|path| path.with_added_extension(PARTIAL));
     // Left by a restoration that was cut off.
-    match std::fs::remove_file(&partial) {
-        Err(error) if error.kind() != ErrorKind::NotFound => return Err(io(error)),
-        _ => {}
+    for path in &partial {
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(io(error)),
+            _ => {}
+        }
     }
-    let restored = Store::open(&partial).and_then(|store| read_into(from, &store, node_id, &new_group()));
+    let [log, state] = &partial;
+    let restored = Store::open_files(log, state).and_then(|store| read_into(from, &store, node_id, &new_group()));
     let finished = restored.and_then(|info| {
-        std::fs::rename(&partial, &path).map_err(io)?;
+        // A store that lacks one of its files is refused.
+        for (partial, path) in partial.iter().zip(&paths) {
+            std::fs::rename(partial, path).map_err(io)?;
+        }
         std::fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(io)?;
         Ok(info)
     });
     if finished.is_err() {
-        let _ = std::fs::remove_file(&partial);
+        for path in &partial {
+            let _ = std::fs::remove_file(path);
+        }
     }
     finished
 }
@@ -262,9 +266,9 @@ pub(crate) fn read_into(
             .check(&chunk)
             .map_err(|_| SnapshotError::DamagedBackup("its contents are not what was hashed"))?;
         let txn = if chunk.number.is_multiple_of(CHUNKS_PER_SYNC) {
-            store.write_durable()?
+            store.write_state_durable()?
         } else {
-            store.write_derived()?
+            store.write_state_derived()?
         };
         write_pairs(&txn, STATE, &chunk)?;
         txn.commit()?;
@@ -278,7 +282,7 @@ pub(crate) fn read_into(
     if !matches!(from.inner.read(&mut [0]), Ok(0)) {
         return Err(SnapshotError::DamagedBackup("something follows its end").into());
     }
-    let txn = store.write_durable()?;
+    let txn = store.write_state_durable()?;
     for table in STATE {
         txn.open_table(table)?;
     }
@@ -287,11 +291,13 @@ pub(crate) fn read_into(
         voters: vec![node_id],
         at: (header.applied_index, header.term),
     };
-    founding::write(&txn, &founding)?;
+    let store_id = RandomState::new().hash_one(std::process::id());
+    founding::write_state(&txn, &founding, store_id)?;
     if !group.is_empty() {
         txn.open_table(STATE[0])?.insert(keys::GROUP, group)?;
     }
     txn.commit()?;
+    founding::write_log(store, &founding, store_id)?;
     let state_hash = view::hash(&StateView::open(store)?)?;
     if header.applied_index == 0 || header.term == 0 || header.state_hash != state_hash {
         return Err(SnapshotError::DamagedBackup("its header does not fit its contents").into());

@@ -51,7 +51,7 @@ impl OutgoingSnapshot {
         self.source.chunk_bytes = bytes;
     }
 
-    /// Pairs read so far, and in all.
+    /// Pairs read so far, and in all: 0 before the first chunk.
     pub fn progress(&self) -> (u64, u64) {
         self.source.progress()
     }

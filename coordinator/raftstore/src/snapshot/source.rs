@@ -1,21 +1,22 @@
-//! Reads the state of one version of the file, chunk by chunk.
+//! Reads the state of one moment, chunk by chunk.
 
 use super::SnapshotChunk;
 use super::chunk::{CHUNK_BYTES, SnapshotPair, Tally};
 use crate::RaftStoreError;
-use crate::database::{META, Store, meta, number};
+use crate::database::Store;
 use crate::tables::StateView;
 use baton_state::Tables as _;
-use redb::ReadTransaction;
 use std::ops::ControlFlow;
 
 /// Beyond every key: tables are numbered below it.
 const END: &[u8] = &[0xff];
 
-/// One version of the state. While it lives, the file keeps that version's pages, so it should not live for long.
+/// One moment of the state. While it lives, the file keeps that version's pages, and memory the layers over it, so it should not live
+/// for long.
 pub(crate) struct SnapshotSource {
     state: StateView,
     index: u64,
+    term: u64,
     pairs_total: u64,
     /// From how many bytes on a chunk is full.
     pub(crate) chunk_bytes: usize,
@@ -23,25 +24,18 @@ pub(crate) struct SnapshotSource {
 }
 
 impl SnapshotSource {
-    /// Of the newest version.
+    /// As of the last batch.
     pub(crate) fn open(store: &Store) -> Result<Self, RaftStoreError> {
-        Self::of(store, &store.read()?)
-    }
-
-    /// Of the version that `txn` sees.
-    pub(crate) fn of(store: &Store, txn: &ReadTransaction) -> Result<Self, RaftStoreError> {
-        let applied = txn.open_table(META)?.get(meta::APPLIED)?;
-        let applied = applied.and_then(|value| number(value.value()));
-        let mut index = applied.ok_or_else(|| store.corrupt("`applied` is not a number"))?;
+        let state = StateView::open(store)?;
+        let (mut index, term) = state.applied();
         if planted!(AppliesTwiceAfterSnapshot) {
             index -= 1;
         }
-        let state = StateView::of(txn)?;
-        let pairs_total = state.len()?;
         Ok(Self {
             state,
             index,
-            pairs_total,
+            term,
+            pairs_total: 0,
             chunk_bytes: CHUNK_BYTES,
             tally: Tally::new(index),
         })
@@ -54,12 +48,22 @@ impl SnapshotSource {
         Ok(())
     }
 
+    /// What it reads.
+    pub(crate) fn state(&self) -> &StateView {
+        &self.state
+    }
+
+    /// Term of the last command in it.
+    pub(crate) fn term(&self) -> u64 {
+        self.term
+    }
+
     /// Log index of the last command in it.
     pub(crate) fn index(&self) -> u64 {
         self.index
     }
 
-    /// Pairs read so far, and in all.
+    /// Pairs read so far, and in all: 0 before the first chunk.
     pub(crate) fn progress(&self) -> (u64, u64) {
         (self.tally.pairs, self.pairs_total)
     }
@@ -68,6 +72,9 @@ impl SnapshotSource {
     pub(crate) fn next_chunk(&mut self) -> Result<Option<SnapshotChunk>, RaftStoreError> {
         if self.tally.ended {
             return Ok(None);
+        }
+        if self.tally.chunks == 0 {
+            self.pairs_total = self.state.len()?;
         }
         // The first key after another is that with a zero byte more.
         let from = self

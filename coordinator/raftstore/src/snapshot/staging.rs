@@ -42,12 +42,12 @@ impl Staging {
     /// Drops what an earlier life left in the table.
     pub(crate) fn open(store: Store) -> Result<Self, RaftStoreError> {
         let left = {
-            let txn = store.read()?;
+            let txn = store.read_state()?;
             txn.list_tables()?
                 .any(|table| STAGING.iter().any(|staging| staging.name() == table.name()))
         };
         if left {
-            let txn = store.write_derived()?;
+            let txn = store.write_state_derived()?;
             for table in STAGING {
                 txn.delete_table(table)?;
             }
@@ -69,7 +69,7 @@ impl Staging {
         if let Turn::Staged(_) = turn.0 {
             return Err(SnapshotError::Busy.into());
         }
-        let txn = self.store.write_derived()?;
+        let txn = self.store.write_state_derived()?;
         for table in STAGING {
             if !planted!(StagingNotEmptied) {
                 txn.delete_table(table)?;
@@ -88,9 +88,9 @@ impl Staging {
             return Err(SnapshotError::Superseded.into());
         }
         let txn = if chunk.number.is_multiple_of(CHUNKS_PER_SYNC) {
-            self.store.write_durable()?
+            self.store.write_state_durable()?
         } else {
-            self.store.write_derived()?
+            self.store.write_state_derived()?
         };
         write_pairs(&txn, STAGING, chunk)?;
         Ok(txn.commit()?)

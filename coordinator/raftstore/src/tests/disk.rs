@@ -1,17 +1,26 @@
 //! A disk in memory that loses what was not synced and can fail at any operation.
 
+use crate::database::Medium;
 use redb::StorageBackend;
 use std::io::{Error, ErrorKind};
 use std::sync::{Arc, Mutex};
 
+/// What the files of a member hold.
+pub(crate) type Image = [Vec<u8>; 2];
+
 #[derive(Debug, Default)]
-struct Inner {
+struct Contents {
     /// As the running process sees it.
     current: Vec<u8>,
     /// As of the last sync.
     durable: Vec<u8>,
     /// Changes since the last sync.
     pending: Vec<Change>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    files: [Contents; 2],
     operations: u64,
     syncs: u64,
     fail_at: Option<(u64, ErrorKind)>,
@@ -26,11 +35,31 @@ enum Change {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Disk(Arc<Mutex<Inner>>);
 
+/// One of its files.
+#[derive(Debug)]
+pub(crate) struct File {
+    disk: Disk,
+    which: usize,
+}
+
+impl Medium for Disk {
+    type File = File;
+
+    fn file(&self, which: usize) -> File {
+        let disk = self.clone();
+        File { disk, which }
+    }
+}
+
 impl Disk {
-    pub(crate) fn with(image: Vec<u8>) -> Self {
+    pub(crate) fn with(image: Image) -> Self {
+        let files = image.map(|bytes| Contents {
+            current: bytes.clone(),
+            durable: bytes,
+            pending: Vec::new(),
+        });
         Self(Arc::new(Mutex::new(Inner {
-            current: image.clone(),
-            durable: image,
+            files,
             ..Inner::default()
         })))
     }
@@ -50,17 +79,24 @@ impl Disk {
     }
 
     /// What a power loss now leaves: all that was synced, and any of what was not, in whole writes.
-    pub(crate) fn crash_image(&self, mut choice: u64) -> Vec<u8> {
+    pub(crate) fn crash_image(&self, mut choice: u64) -> Image {
         let inner = self.0.lock().unwrap();
-        let mut image = inner.durable.clone();
-        for change in &inner.pending {
-            choice = choice
+        let [log, state] = &inner.files;
+        [log, state].map(|file| file.crash_image(&mut choice))
+    }
+}
+
+impl Contents {
+    fn crash_image(&self, choice: &mut u64) -> Vec<u8> {
+        let mut image = self.durable.clone();
+        for change in &self.pending {
+            *choice = choice
                 .wrapping_mul(6_364_136_223_846_793_005)
                 .wrapping_add(1_442_695_040_888_963_407);
             // A file's length is metadata that journals keep in order; contents are not.
             match change {
                 Change::SetLen(_) => change.apply(&mut image),
-                Change::Write(..) if choice >> 63 == 0 => change.apply(&mut image),
+                Change::Write(..) if *choice >> 63 == 0 => change.apply(&mut image),
                 Change::Write(..) => {}
             }
         }
@@ -92,41 +128,49 @@ impl Inner {
         }
     }
 
-    fn change(&mut self, change: Change) -> Result<(), Error> {
+    fn change(&mut self, which: usize, change: Change) -> Result<(), Error> {
         self.operate()?;
-        change.apply(&mut self.current);
-        self.pending.push(change);
+        let file = &mut self.files[which];
+        change.apply(&mut file.current);
+        file.pending.push(change);
         Ok(())
     }
 }
 
-impl StorageBackend for Disk {
+impl StorageBackend for File {
     fn len(&self) -> Result<u64, Error> {
-        Ok(self.0.lock().unwrap().current.len() as u64)
+        Ok(self.disk.0.lock().unwrap().files[self.which].current.len() as u64)
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), Error> {
-        let inner = self.0.lock().unwrap();
-        let from = inner.current.get(offset as usize..offset as usize + out.len());
+        let inner = self.disk.0.lock().unwrap();
+        let from = inner.files[self.which]
+            .current
+            .get(offset as usize..offset as usize + out.len());
         out.copy_from_slice(from.ok_or(ErrorKind::UnexpectedEof)?);
         Ok(())
     }
 
     fn set_len(&self, len: u64) -> Result<(), Error> {
-        self.0.lock().unwrap().change(Change::SetLen(len))
+        self.disk.0.lock().unwrap().change(self.which, Change::SetLen(len))
     }
 
     fn sync_data(&self) -> Result<(), Error> {
-        let mut inner = self.0.lock().unwrap();
+        let mut inner = self.disk.0.lock().unwrap();
         inner.operate()?;
         inner.syncs += 1;
-        for change in std::mem::take(&mut inner.pending) {
-            change.apply(&mut inner.durable);
+        let file = &mut inner.files[self.which];
+        for change in std::mem::take(&mut file.pending) {
+            change.apply(&mut file.durable);
         }
         Ok(())
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Result<(), Error> {
-        self.0.lock().unwrap().change(Change::Write(offset, data.to_vec()))
+        self.disk
+            .0
+            .lock()
+            .unwrap()
+            .change(self.which, Change::Write(offset, data.to_vec()))
     }
 }

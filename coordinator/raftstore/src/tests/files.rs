@@ -68,7 +68,7 @@ async fn a_closed_store_says_so_and_leaves_the_file_to_the_next() {
     assert_eq!(open(dir.path()).unwrap().position().unwrap().settled, 1);
 }
 
-/// A copy of the file of a running store is what a killed process leaves.
+/// A copy of the files of a running store is what a killed process leaves.
 #[tokio::test]
 async fn a_copy_taken_at_any_answer_holds_all_before_it() {
     let dir = tempfile::tempdir().unwrap();
@@ -76,7 +76,9 @@ async fn a_copy_taken_at_any_answer_holds_all_before_it() {
     for i in 0..20 {
         store.propose(settle(&format!("r{i}"), i)).await.unwrap();
         let copy = tempfile::tempdir().unwrap();
-        std::fs::copy(dir.path().join("raft.redb"), copy.path().join("raft.redb")).unwrap();
+        for name in ["raft.redb", "state.redb"] {
+            std::fs::copy(dir.path().join(name), copy.path().join(name)).unwrap();
+        }
         let copied = open(copy.path()).unwrap();
         assert_eq!(copied.position().unwrap().settled, u64::from(i) + 1);
         assert_eq!(copied.position().unwrap().hash, store.position().unwrap().hash);
@@ -129,21 +131,104 @@ async fn a_file_in_use_or_damaged_is_one_sentence() {
         })
     ));
 
-    let path = dir.path().join("raft.redb");
-    let whole = std::fs::read(&path).unwrap();
-    std::fs::write(&path, b"this is a text file").unwrap();
-    assert!(matches!(open(dir.path()).err(), Some(RaftStoreError::Corrupt { .. })));
-    std::fs::write(&path, &whole[..whole.len() / 2]).unwrap();
-    assert!(open(dir.path()).is_err());
-    // Damage anywhere is an error or is harmless; it never brings the process down.
-    for at in (0..whole.len()).step_by(whole.len() / 40) {
-        let mut damaged = whole.clone();
-        damaged[at..(at + 64).min(whole.len())].fill(0xa5);
-        std::fs::write(&path, &damaged).unwrap();
-        if let Ok(store) = open(dir.path()) {
-            let _ = store.propose(settle("s", 1)).await;
+    for name in ["raft.redb", "state.redb"] {
+        let path = dir.path().join(name);
+        let whole = std::fs::read(&path).unwrap();
+        std::fs::write(&path, b"this is a text file").unwrap();
+        assert!(matches!(open(dir.path()).err(), Some(RaftStoreError::Corrupt { .. })));
+        std::fs::write(&path, &whole[..whole.len() / 2]).unwrap();
+        assert!(open(dir.path()).is_err());
+        // Damage anywhere is an error or is harmless; it never brings the process down.
+        let copy = tempfile::tempdir().unwrap();
+        for at in (0..whole.len()).step_by(whole.len() / 40) {
+            for name in ["raft.redb", "state.redb"] {
+                std::fs::copy(dir.path().join(name), copy.path().join(name)).unwrap();
+            }
+            let mut damaged = whole.clone();
+            damaged[at..(at + 64).min(whole.len())].fill(0xa5);
+            std::fs::write(copy.path().join(name), &damaged).unwrap();
+            if let Ok(store) = open(copy.path()) {
+                let _ = store.propose(settle("s", 1)).await;
+            }
         }
+        // One without the other is not a store, and no reason to begin a new one.
+        std::fs::remove_file(&path).unwrap();
+        assert!(matches!(open(dir.path()).err(), Some(RaftStoreError::Corrupt { .. })));
+        assert!(!path.exists());
+        std::fs::write(&path, &whole).unwrap();
+        assert_eq!(open(dir.path()).unwrap().position().unwrap().settled, 1);
     }
-    std::fs::write(&path, &whole).unwrap();
-    assert_eq!(open(dir.path()).unwrap().position().unwrap().settled, 1);
+}
+
+#[tokio::test]
+async fn files_of_two_stores_are_not_one() {
+    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    for dir in &dirs {
+        drop(open(dir.path()).unwrap());
+    }
+    std::fs::copy(dirs[0].path().join("state.redb"), dirs[1].path().join("state.redb")).unwrap();
+    assert!(matches!(
+        open(dirs[1].path()).err(),
+        Some(RaftStoreError::Corrupt { .. })
+    ));
+}
+
+/// Up to format 4 everything was in one file.
+#[test]
+fn an_older_file_is_refused_by_its_format() {
+    use crate::database::{META, meta};
+    let dir = tempfile::tempdir().unwrap();
+    let older = redb::Database::create(dir.path().join("raft.redb")).unwrap();
+    let txn = older.begin_write().unwrap();
+    let format = 4u64.to_le_bytes();
+    txn.open_table(META)
+        .unwrap()
+        .insert(meta::FORMAT, format.as_slice())
+        .unwrap();
+    txn.commit().unwrap();
+    drop(older);
+    let refused = open(dir.path()).err();
+    assert!(
+        matches!(
+            refused,
+            Some(RaftStoreError::Format {
+                found: 4,
+                expected: 5,
+                ..
+            })
+        ),
+        "{refused:?}"
+    );
+}
+
+/// More than one flush's worth, written by the thread; what came after the last one is applied again.
+#[tokio::test]
+async fn what_a_thread_flushed_is_found_by_a_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = RaftStoreConfig {
+        log_entries_keep: 8,
+        ..RaftStoreConfig::single()
+    };
+    let store = RaftStore::open(dir.path(), &config).unwrap();
+    let old = store.state().unwrap();
+    for i in 0..150 {
+        store.propose(settle(&format!("r{i}"), i)).await.unwrap();
+    }
+    assert!(store.status().first_index > 20, "{:?}", store.status());
+    assert_eq!(baton_state::view::settled(&old).unwrap(), 0);
+    assert_eq!(store.usage_after(0, 1000).unwrap().len(), 150);
+    let copy = tempfile::tempdir().unwrap();
+    for name in ["raft.redb", "state.redb"] {
+        std::fs::copy(dir.path().join(name), copy.path().join(name)).unwrap();
+    }
+    let copied = RaftStore::open(copy.path(), &config).unwrap();
+    assert_eq!(copied.position().unwrap().hash, store.position().unwrap().hash);
+    assert_eq!(copied.usage_after(0, 1000).unwrap().len(), 150);
+    for i in 0..150 {
+        let sequence = u64::from(i) + 1;
+        assert_eq!(
+            copied.propose(settle(&format!("r{i}"), i)).await.unwrap(),
+            Applied::Settled { sequence }
+        );
+    }
 }

@@ -21,7 +21,7 @@ fn a_member_far_behind_gets_a_snapshot() {
     let leader = group.wait_for_leader();
     let away = leader % 3 + 1;
     group.commit(&register("w"));
-    fill(&mut group, away, 30);
+    fill(&mut group, away, 60);
     let leader = group.wait_for_leader();
     let last_seen = group.position(away).applied_index;
     assert!(
@@ -30,12 +30,12 @@ fn a_member_far_behind_gets_a_snapshot() {
     );
     group.heal();
     group.run_ms(12_000);
-    group.assert_agreement(30);
+    group.assert_agreement(60);
     assert!(group.chunks_max > 5, "it came in pieces");
     // And it goes on from there.
     assert_eq!(group.commit(&register("w")), Applied::Registered { epoch: 2 });
     group.run_ms(500);
-    group.assert_agreement(30);
+    group.assert_agreement(60);
 }
 
 /// Writers go on while a snapshot travels; the log it ends in is kept for it.
@@ -44,13 +44,13 @@ fn a_slow_snapshot_is_of_one_moment_and_need_not_start_over() {
     let mut group = Group::new(3, 4);
     let leader = group.wait_for_leader();
     let away = leader % 3 + 1;
-    fill(&mut group, away, 30);
+    fill(&mut group, away, 60);
     group.heal();
     for i in 0..60 {
         group.commit(&settle(&format!("s{i}"), i));
     }
     group.run_ms(10_000);
-    group.assert_agreement(90);
+    group.assert_agreement(120);
     assert_eq!((group.streams_begun, group.replaced[&away]), (1, 1));
 }
 
@@ -60,13 +60,13 @@ fn lost_chunks_and_cut_streams_are_sent_again() {
         let mut group = Group::new(3, 4).with_seed(seed * 104_729);
         let leader = group.wait_for_leader();
         let away = leader % 3 + 1;
-        fill(&mut group, away, 30);
+        fill(&mut group, away, 60);
         group.heal();
         group.loss_percent = 10;
         group.run_ms(20_000);
         group.loss_percent = 0;
         group.run_ms(15_000);
-        group.assert_agreement(30);
+        group.assert_agreement(60);
         assert!(group.replaced[&away] >= 1);
     }
 }
@@ -78,7 +78,7 @@ fn a_crash_in_the_middle_leaves_the_old_state() {
         let mut group = Group::new(3, 4);
         let leader = group.wait_for_leader();
         let away = leader % 3 + 1;
-        fill(&mut group, away, 20);
+        fill(&mut group, away, 40);
         let before = group.position(away);
         group.heal();
         group.run_ms(ms);
@@ -89,10 +89,10 @@ fn a_crash_in_the_middle_leaves_the_old_state() {
             // How far it was applied may be forgotten, what it was is not replaced.
             assert_eq!((after.hash, after.settled), (before.hash, before.settled), "{ms}");
         } else {
-            assert!(after.settled == 20, "{ms}");
+            assert!(after.settled == 40, "{ms}");
         }
         group.run_ms(15_000);
-        group.assert_agreement(20);
+        group.assert_agreement(40);
     }
 }
 
@@ -104,18 +104,18 @@ fn a_failing_disk_in_the_middle_leaves_the_old_state_or_the_new() {
         let mut group = Group::new(3, 4);
         let leader = group.wait_for_leader();
         let away = leader % 3 + 1;
-        fill(&mut group, away, 12);
+        fill(&mut group, away, 40);
         group.heal();
         let disk = group.members[&away].disk.clone();
         disk.fail_at(disk.operations() + after, std::io::ErrorKind::Other);
         group.run_ms(5000);
         // Enough operations went through for all of it.
-        let whole = group.members[&away].node.is_some() && group.position(away).settled == 12;
+        let whole = group.members[&away].node.is_some() && group.position(away).settled == 40;
         group.restart(away, after).unwrap();
         let settled = group.position(away).settled;
-        assert!(settled == 0 || settled == 12, "{settled} after {after}");
+        assert!(settled == 0 || settled == 40, "{settled} after {after}");
         group.run_ms(8000);
-        group.assert_agreement(12);
+        group.assert_agreement(40);
         if whole {
             assert!(after > 10, "{after}");
             return;

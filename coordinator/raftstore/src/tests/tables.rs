@@ -1,10 +1,14 @@
-//! The state in the file, with what a transaction keeps in memory, against a map: nobody can tell them apart.
+//! The state in the file, in the layers over it and in a batch, against a map: nobody can tell them apart, however long he reads.
 
 use super::disk::Disk;
-use crate::database::{STATE, Store};
-use crate::tables::{StateTxn, StateView};
+use crate::RaftStoreConfig;
+use crate::database::Store;
+use crate::founding::{Founding, found};
+use crate::overlay::flush::Flusher;
+use crate::tables::{StateView, Writer};
 use baton_state::{MemoryTables, Pair, Tables, TablesMut, keys};
 use proptest::prelude::*;
+use raft::eraftpb::ConfState;
 use std::ops::ControlFlow;
 
 #[derive(Debug, Clone)]
@@ -17,6 +21,10 @@ enum Step {
     Due(Vec<u8>),
     Last(Vec<u8>, Vec<u8>),
     Commit,
+    /// Also ends a batch. What is read then must stay as it is.
+    Hold,
+    Release,
+    Flush,
 }
 
 /// Tables on both sides of every seam between the redb tables, kept in memory and not.
@@ -47,7 +55,10 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (key(), key()).prop_map(|(from, to)| Step::Scan(from, to)),
         3 => key().prop_map(Step::Due),
         2 => (key(), key()).prop_map(|(from, to)| Step::Last(from, to)),
-        1 => Just(Step::Commit),
+        2 => Just(Step::Commit),
+        2 => Just(Step::Hold),
+        1 => Just(Step::Release),
+        2 => Just(Step::Flush),
     ]
 }
 
@@ -63,16 +74,18 @@ fn pairs(tables: &impl Tables, from: &[u8], to: &[u8]) -> Vec<Pair> {
 }
 
 fn play(steps: &[Step]) {
-    let store = Store::on(Disk::default()).unwrap();
-    let txn = store.write_durable().unwrap();
-    for table in STATE {
-        txn.open_table(table).unwrap();
-    }
-    txn.commit().unwrap();
+    let disk = Disk::default();
+    let store = Store::on(disk.clone()).unwrap();
+    let founding = Founding::of(&RaftStoreConfig::single());
+    found(&store, &founding, 1).unwrap();
+    store.overlay().start(founding.at);
+    let (mut writer, mut flusher) = (Writer::default(), Flusher::new(store.clone(), 1));
+    let conf_state = ConfState::default();
     let mut model = MemoryTables::default();
-    for batch in steps.split_inclusive(|step| matches!(step, Step::Commit)) {
-        let txn = store.write_derived().unwrap();
-        let mut tables = StateTxn::open(&txn).unwrap();
+    let mut held: Vec<(StateView, MemoryTables)> = Vec::new();
+    let is_end = |step: &Step| matches!(step, Step::Commit | Step::Hold | Step::Release | Step::Flush);
+    for (batch, index) in steps.split_inclusive(is_end).zip(2..) {
+        let mut tables = writer.begin(&store, store.overlay()).unwrap();
         for step in batch {
             match step {
                 Step::Put(key, value) => {
@@ -87,21 +100,68 @@ fn play(steps: &[Step]) {
                 Step::Scan(from, to) => assert_eq!(pairs(&tables, from, to), pairs(&model, from, to)),
                 Step::Due(to) => assert_eq!(pairs(&tables, &to[..1], to), pairs(&model, &to[..1], to)),
                 Step::Last(from, to) => assert_eq!(tables.last(from, to).unwrap(), model.last(from, to).unwrap()),
-                Step::Commit => {}
+                Step::Commit | Step::Hold | Step::Release | Step::Flush => {}
             }
         }
-        tables.finish().unwrap();
-        txn.commit().unwrap();
+        tables.finish((index, 1));
         let view = StateView::open(&store).unwrap();
-        assert_eq!(pairs(&view, &[], &[0xff]), pairs(&model, &[], &[0xff]));
-        assert_eq!(view.len().unwrap(), model.0.len() as u64);
+        same(&view, &model);
+        assert_eq!(
+            (view.len().unwrap(), view.applied()),
+            (model.0.len() as u64, (index, 1))
+        );
+        match batch.last() {
+            Some(Step::Hold) => held.push((view, model.clone())),
+            Some(Step::Release) if !held.is_empty() => drop(held.remove(held.len() / 2)),
+            // What was begun by one is written by the next.
+            Some(Step::Flush) => flusher.turn(index, &conf_state).unwrap(),
+            _ => {}
+        }
+        for (view, model) in &held {
+            same(view, model);
+        }
+    }
+    flusher.flush(&conf_state).unwrap();
+    for (view, model) in &held {
+        same(view, model);
+    }
+    same(&StateView::open(&store).unwrap(), &model);
+    // The file has it all.
+    drop((held, writer, flusher, store));
+    same(&StateView::open(&Store::on(disk).unwrap()).unwrap(), &model);
+}
+
+fn same(view: &StateView, model: &MemoryTables) {
+    assert_eq!(pairs(view, &[], &[0xff]), pairs(model, &[], &[0xff]));
+    for to in [keys::MEMBERS, keys::ROWS, keys::USAGE_MINUTES] {
+        assert_eq!(view.last(&[0], &[to]).unwrap(), model.last(&[0], &[to]).unwrap());
+    }
+    for key in model.0.keys() {
+        assert_eq!(view.get(key).unwrap(), model.get(key).unwrap());
     }
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
     #[test]
-    fn the_file_is_a_map(steps in prop::collection::vec(step(), 1..80)) {
+    fn layers_and_file_are_a_map(steps in prop::collection::vec(step(), 1..120)) {
         play(&steps);
     }
+}
+
+/// More readers, each of another moment, than there may be layers.
+#[test]
+fn many_readers_see_each_their_moment() {
+    let put = |n: u8| {
+        [
+            Step::Put(vec![keys::WORKERS, n % 7], n),
+            Step::Put(vec![keys::ROWS, n], n),
+            Step::Hold,
+        ]
+    };
+    let mut steps: Vec<Step> = (0..60).flat_map(put).collect();
+    steps.insert(90, Step::Flush);
+    steps.extend(std::iter::repeat_n(Step::Release, 30));
+    steps.extend((60..90).flat_map(put));
+    play(&steps);
 }
