@@ -209,7 +209,7 @@ pub(crate) struct Arriving {
 
 impl Arriving {
     /// `first` is the time that even an empty body may take.
-    pub fn new(body: Incoming, first: Duration) -> Body {
+    pub fn body(body: Incoming, first: Duration) -> Body {
         if body.is_end_stream() {
             return Body::empty();
         }

@@ -292,7 +292,7 @@ fn answer(
         (_, None) => Some("Your address already has as many requests in work here as it may; retry."),
     };
     let attended = attendance.request(request.method(), (place, own));
-    let mut request = request.map(|body| Arriving::new(body, body_timeout));
+    let mut request = request.map(|body| Arriving::body(body, body_timeout));
     if let Some(message) = refusal {
         let error = ApiError::overloaded("queue_full", message, 1);
         request.extensions_mut().insert(Refusal(error));
