@@ -178,7 +178,10 @@ pub(crate) fn address_book(config: &CoordinatorConfig, bound: &Ready) -> Address
             id: config.node_id,
             name: config.name.clone(),
             cluster_addr: bound.cluster_addr.to_string(),
-            api_url: format!("http://{}", bound.http_addr),
+            api_url: match config.gateway.tls {
+                None => format!("http://{}", bound.http_addr),
+                Some(_) => format!("https://{}", bound.http_addr),
+            },
             ..Member::default()
         },
         member,

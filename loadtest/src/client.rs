@@ -3,6 +3,7 @@
 
 use crate::sse::SseParser;
 use crate::target::Target;
+use crate::tls::Trust;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
@@ -12,6 +13,7 @@ use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -117,6 +119,7 @@ pub struct Client {
     target: Target,
     api_key: Option<String>,
     request_timeout: Duration,
+    trust: Trust,
     /// Kept-alive connections not in use; never more than were in flight at once.
     idle: Mutex<Vec<Connection>>,
 }
@@ -128,8 +131,14 @@ impl Client {
             target,
             api_key,
             request_timeout,
+            trust: Trust::default(),
             idle: Mutex::default(),
         }
+    }
+
+    /// Believes this instead of the system's roots.
+    pub fn trusting(self, trust: Trust) -> Self {
+        Self { trust, ..self }
     }
 
     /// Sends one streaming chat request. Times count from `intended`, which may lie in the past.
@@ -295,12 +304,17 @@ impl Client {
         };
         // Small packets must leave at once, or the kernel's delay would be measured.
         stream.set_nodelay(true).map_err(|e| refused(e.to_string()))?;
-        let (sender, driver) = handshake(TokioIo::new(stream))
-            .await
-            .map_err(|e| refused(e.to_string()))?;
-        // Ends with the connection: when the server closes it or `sender` is dropped.
-        tokio::spawn(driver);
-        Ok(sender)
+        if !self.target.tls {
+            return drive(stream).await.map_err(refused);
+        }
+        let name = rustls::pki_types::ServerName::try_from(self.target.host.clone());
+        let name = name.map_err(|_| refused("its name cannot be in a certificate".into()))?;
+        let shaken = self.trust.connector().map_err(refused)?.connect(name, stream);
+        match timeout(CONNECT_TIMEOUT, shaken).await {
+            Ok(Ok(stream)) => drive(stream).await.map_err(refused),
+            Ok(Err(error)) => Err(refused(error.to_string())),
+            Err(_) => Err(refused("no TLS handshake in time".into())),
+        }
     }
 
     fn request(&self, method: &Method, path: &str, body: &Bytes) -> Result<Request<Full<Bytes>>, Failure> {
@@ -319,6 +333,13 @@ impl Client {
             .body(Full::new(body.clone()))
             .map_err(|e| Failure::new(FailureKind::Malformed, format!("the request cannot be sent: {e}")))
     }
+}
+
+/// Speaks HTTP over a stream until the server closes it or the sender is dropped.
+async fn drive(stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> Result<Connection, String> {
+    let (sender, driver) = handshake(TokioIo::new(stream)).await.map_err(|e| e.to_string())?;
+    tokio::spawn(driver);
+    Ok(sender)
 }
 
 fn status_failure(status: StatusCode, body: &[u8]) -> Failure {

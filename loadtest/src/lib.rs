@@ -9,7 +9,7 @@
 //! [`simulate`] replays a trace against a whole cluster in virtual time instead. Both make their prompts in one place,
 //! `trace_prompts`, and say what an infinite cache would have hit.
 //!
-//! Deliberately absent: TLS (measure the server, not a proxy: only `http://`), HTTP/2 (one connection per request in
+//! Deliberately absent: TLS in measurements (measure the server, not its TLS; [`Client`] speaks it for administration), HTTP/2 (one connection per request in
 //! flight is what OpenAI clients do and keeps requests independent), and, outside of [`simulate`], any knowledge of
 //! baton's own internals.
 #![forbid(unsafe_code)]
@@ -26,6 +26,7 @@ pub mod simulate;
 mod sse;
 mod tally;
 mod target;
+mod tls;
 mod trace;
 mod trace_prompts;
 pub mod word_model;
@@ -37,5 +38,6 @@ pub use report::{ErrorCount, Latency, Report};
 pub use run::run;
 pub use sse::{SseError, SseParser};
 pub use target::Target;
+pub use tls::Trust;
 pub use trace::{Trace, TraceFormat, TraceRequest, parse_trace};
 pub use trace_prompts::CacheBound;

@@ -26,6 +26,12 @@ const BODIES_AHEAD: usize = 64;
 pub async fn run(options: BenchOptions, stop: impl Future<Output = ()>) -> Result<Report, BenchError> {
     options.check()?;
     let target = Target::parse(&options.url)?;
+    if target.tls {
+        return Err(BenchError::Url {
+            url: options.url.clone(),
+            reason: "https is not measured, so that the server is and not its TLS; give its http:// address".into(),
+        });
+    }
     let client = Client::new(target, options.api_key.clone(), options.request_timeout);
     let model = match &options.model {
         Some(model) => model.clone(),

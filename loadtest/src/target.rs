@@ -8,6 +8,8 @@ use hyper::Uri;
 pub struct Target {
     /// Host name or address to connect to, without brackets.
     pub host: String,
+    /// Whether to speak TLS.
+    pub tls: bool,
     /// TCP port.
     pub port: u16,
     /// The `host[:port]` for the `Host` header.
@@ -17,7 +19,7 @@ pub struct Target {
 }
 
 impl Target {
-    /// Reads `http://host[:port][/prefix][/v1]`.
+    /// Reads `http://host[:port][/prefix][/v1]`, or `https://`.
     pub fn parse(url: &str) -> Result<Self, BenchError> {
         let refuse = |reason: &str| BenchError::Url {
             url: url.into(),
@@ -27,15 +29,11 @@ impl Target {
             .trim()
             .parse()
             .map_err(|_| refuse("it is not a URL; give something like http://127.0.0.1:8080"))?;
-        match uri.scheme_str() {
-            Some("http") => {}
-            Some("https") => {
-                return Err(refuse(
-                    "https is not supported here, so that the server is measured and not a TLS proxy; give its http:// address",
-                ));
-            }
-            _ => return Err(refuse("it must start with http://")),
-        }
+        let tls = match uri.scheme_str() {
+            Some("http") => false,
+            Some("https") => true,
+            _ => return Err(refuse("it must start with http:// or https://")),
+        };
         let authority = uri.authority().ok_or_else(|| refuse("it names no host"))?;
         let host = authority.host().trim_start_matches('[').trim_end_matches(']');
         if host.is_empty() {
@@ -47,7 +45,8 @@ impl Target {
         let path = uri.path().trim_end_matches('/');
         Ok(Self {
             host: host.into(),
-            port: authority.port_u16().unwrap_or(80),
+            tls,
+            port: authority.port_u16().unwrap_or(if tls { 443 } else { 80 }),
             authority: authority.as_str().into(),
             prefix: path.strip_suffix("/v1").unwrap_or(path).into(),
         })
@@ -65,10 +64,11 @@ mod tests {
         assert_eq!(parts("http://127.0.0.1:8080"), expect("127.0.0.1", 8080, ""));
         assert_eq!(parts("http://localhost/v1/"), expect("localhost", 80, ""));
         assert_eq!(parts("http://[::1]:9/a/v1"), expect("::1", 9, "/a"));
+        assert_eq!(parts("https://h/v1"), expect("h", 443, ""));
+        assert!(Target::parse("https://h").is_ok_and(|target| target.tls));
         for bad in [
             "",
             "127.0.0.1:8080",
-            "https://a",
             "ftp://a",
             "http://",
             "http://u:p@h",

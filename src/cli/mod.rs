@@ -183,6 +183,12 @@ pub struct UpArgs {
     /// repeated
     #[arg(long = "tenant", value_name = "NAME[:WEIGHT]=KEY", value_parser = tenant::parse)]
     pub tenants: Vec<tenant::Tenant>,
+    /// Serve HTTPS with this certificate: a PEM file with the chain, read again when it changes
+    #[arg(long, value_name = "FILE.pem", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// Private key of --tls-cert, PEM
+    #[arg(long, value_name = "FILE.pem", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
     /// Refuse requests whose first token would take longer, in milliseconds, unless they say otherwise
     #[arg(long, value_name = "MS")]
     pub ttft_target_ms: Option<u64>,

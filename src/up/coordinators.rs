@@ -21,12 +21,15 @@ pub struct Seat {
     pub http_addr: SocketAddr,
     /// Members and workers.
     pub cluster_addr: SocketAddr,
+    /// Whether the API speaks TLS.
+    pub tls: bool,
 }
 
 impl Seat {
     /// Base URL of its API, as this machine reaches it.
     pub fn url(&self) -> String {
-        format!("http://{}", reachable(self.http_addr))
+        let scheme = if self.tls { "https" } else { "http" };
+        format!("{scheme}://{}", reachable(self.http_addr))
     }
 }
 
@@ -58,6 +61,7 @@ pub async fn start(
                 seats[index] = Seat {
                     http_addr,
                     cluster_addr,
+                    tls: plan.tls.is_some(),
                 };
                 progress.done(&name(index), &format!("listening on {http_addr}"));
                 serving += 1;
@@ -100,6 +104,7 @@ fn seats(plan: &Plan) -> anyhow::Result<Vec<Seat>> {
         return Ok(vec![Seat {
             http_addr: plan.http_addr,
             cluster_addr: loopback,
+            tls: plan.tls.is_some(),
         }]);
     }
     // Held until all are chosen, so that they differ.
@@ -124,6 +129,7 @@ fn seats(plan: &Plan) -> anyhow::Result<Vec<Seat>> {
             Ok(Seat {
                 http_addr: choose(http_addr)?,
                 cluster_addr: choose(loopback)?,
+                tls: plan.tls.is_some(),
             })
         })
         .collect()
@@ -164,7 +170,10 @@ fn config(plan: &Plan, data: &DataDir, seats: &[Seat], index: usize) -> Value {
     if !plan.tenants.is_empty() {
         let tenant = |t: &Tenant| json!({"name": t.name, "api_key": t.api_key, "weight": t.weight});
         let tenants: Vec<Value> = plan.tenants.iter().map(tenant).collect();
-        config["gateway"] = json!({"tenants": tenants});
+        config["gateway"]["tenants"] = json!(tenants);
+    }
+    if let Some((cert, key)) = &plan.tls {
+        config["gateway"]["tls"] = json!({"cert_file": utf8(cert), "key_file": utf8(key)});
     }
     let targets = [
         ("ttft_target_ms", plan.ttft_target_ms),

@@ -8,12 +8,13 @@ use super::announce::{Ready, ReadyProcess};
 use super::data_dir::DataDir;
 use super::progress::{self, Progress, say};
 use super::supervisor::{Event, Supervisor};
-use super::{COORDINATOR, COORDINATOR_START_MAX, child, coordinator_serves, is_ready, reachable, utf8};
+use super::{COORDINATOR, COORDINATOR_START_MAX, READY_MAX, child, coordinator_serves, is_ready, reachable, utf8};
 use crate::cli::mock::MockArgs;
 use crate::process::StopSignals;
 use crate::{demo, model_dir};
 use anyhow::{Context, anyhow, bail};
 use baton_identity::{Authority, Role};
+use baton_loadtest::{Client, Target};
 use baton_model::gguf::gguf_file;
 use baton_worker::{Startup, WorkerConfig, WorkerError, WorkerRole};
 use serde_json::json;
@@ -184,7 +185,8 @@ async fn serve(args: &MockArgs, data: &DataDir, processes: &mut Supervisor, host
     }
     registered(hosted, processes, &mut display, workers.len()).await?;
     let url = format!("http://{}", reachable(http_addr));
-    is_ready(&url, None, processes).await?;
+    let client = Client::new(Target::parse(&url)?, None, READY_MAX);
+    is_ready(client, processes).await?;
     display.close();
 
     let ready = Ready {

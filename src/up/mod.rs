@@ -30,7 +30,7 @@ use crate::process::{Report, StopSignals};
 use announce::{Ready, ReadyProcess};
 use anyhow::{Context, anyhow, bail};
 use baton_identity::{Authority, Role as IdentityRole};
-use baton_loadtest::{Client, Target};
+use baton_loadtest::{Client, Target, Trust};
 use child::ChildSpec;
 use data_dir::{DataDir, write_private};
 use log_file::LogFile;
@@ -140,7 +140,7 @@ async fn start_and_serve(
 
     let url = seats[0].url();
     for seat in &seats {
-        is_ready(&seat.url(), plan.api_key.clone(), supervisor).await?;
+        is_ready(client(&seat.url(), plan)?, supervisor).await?;
     }
     progress.close();
 
@@ -270,8 +270,18 @@ async fn workers_register(
 }
 
 /// Waits until the coordinator itself says that it takes requests.
-async fn is_ready(url: &str, api_key: Option<String>, supervisor: &mut Supervisor) -> anyhow::Result<()> {
-    let client = Client::new(Target::parse(url)?, api_key, READY_MAX);
+/// Asks a coordinator just started.
+fn client(url: &str, plan: &Plan) -> anyhow::Result<Client> {
+    let mut client = Client::new(Target::parse(url)?, plan.api_key.clone(), READY_MAX);
+    if let Some((cert, _)) = &plan.tls {
+        // Whose root and which names are the user's business; that it is the server just started is all to know here.
+        let pem = std::fs::read(cert).with_context(|| format!("cannot read {}", cert.display()))?;
+        client = client.trusting(Trust::pinned(&pem).map_err(anyhow::Error::msg)?);
+    }
+    Ok(client)
+}
+
+async fn is_ready(client: Client, supervisor: &mut Supervisor) -> anyhow::Result<()> {
     let deadline = Instant::now() + READY_MAX;
     loop {
         let failure = tokio::select! {

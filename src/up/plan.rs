@@ -82,6 +82,8 @@ pub struct Plan {
     pub kv_object_url: Option<String>,
     /// Key that clients must send.
     pub api_key: Option<String>,
+    /// The API's certificate and its key, if it speaks TLS.
+    pub tls: Option<(PathBuf, PathBuf)>,
     /// Further keys, of tenants.
     pub tenants: Vec<Tenant>,
     /// Targets of requests without their own, in milliseconds.
@@ -202,6 +204,7 @@ impl Plan {
             kv_disk_bytes: args.kv_disk.unwrap_or(0),
             kv_object_url: args.kv_object.clone(),
             api_key: args.api_key.clone(),
+            tls: tls(args)?,
             tenants: args.tenants.clone(),
             ttft_target_ms: args.ttft_target_ms,
             itl_target_ms: args.itl_target_ms,
@@ -210,6 +213,15 @@ impl Plan {
                 .or(args.model.is_none().then_some(demo::PREFILL_THRESHOLD_TOKENS)),
         })
     }
+}
+
+/// Absolute, because children may be started elsewhere.
+fn tls(args: &UpArgs) -> anyhow::Result<Option<(PathBuf, PathBuf)>> {
+    let (Some(cert), Some(key)) = (&args.tls_cert, &args.tls_key) else {
+        return Ok(None);
+    };
+    let absolute = |path: &Path| std::path::absolute(path).with_context(|| format!("{} is no path", path.display()));
+    Ok(Some((absolute(cert)?, absolute(key)?)))
 }
 
 fn resolve(spec: &str, progress: &mut Progress) -> anyhow::Result<PathBuf> {

@@ -4,6 +4,7 @@
 
 mod accounts;
 mod admission;
+mod attacks;
 mod bad_input;
 mod clients;
 mod disaggregated;
@@ -11,6 +12,7 @@ mod drain;
 mod failures;
 mod gguf;
 mod group;
+mod https;
 mod mock;
 mod proof;
 mod serving;

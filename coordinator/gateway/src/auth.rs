@@ -37,6 +37,8 @@ impl Scopes {
     /// Metrics, workers, coordinators.
     pub const CLUSTER: Self = Self(8);
     const ALL: Self = Self(15);
+    /// What a route needs that nobody has thought about: everything.
+    pub const UNNAMED: Self = Self::ALL;
 
     const fn and(self, other: Self) -> Self {
         Self(self.0 | other.0)

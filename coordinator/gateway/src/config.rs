@@ -10,7 +10,9 @@ use baton_state::SLICE_LEASE_MS_MAX;
 use serde::Deserialize;
 
 use crate::auth::DEFAULT_TENANT;
+use crate::clients::ClientRange;
 use crate::error::GatewayError;
+use crate::tls::TlsConfig;
 
 /// Shortest API key taken: 16 characters, so that nobody guards a cluster with a word.
 pub const API_KEY_CHARS_MIN: usize = 16;
@@ -53,27 +55,45 @@ pub struct GatewayConfig {
     pub api_key: Option<String>,
     /// Further keys, each of a tenant with a share and a prefix cache of its own.
     pub tenants: Vec<TenantConfig>,
+    /// Serves HTTPS, and nothing else on that port. Without it the API is plain HTTP: for loopback, and behind a proxy.
+    pub tls: Option<TlsConfig>,
+    /// Addresses, as ranges, that the limits per client do not count: proxies and load balancers, and this machine. They
+    /// give no rights.
+    pub trusted_clients: Vec<ClientRange>,
     /// Largest request body in bytes. 4 MiB is a prompt of about a million tokens.
     pub body_bytes_max: usize,
     /// Bytes of request bodies in memory at once, at least one largest body. One more is answered 429.
     pub bodies_bytes_max: usize,
     /// Open connections. Each costs a task and a few KiB; one more is answered 503 and closed.
     pub connections_max: usize,
+    /// Connections of one client: an IPv4 address, or an IPv6 network of 64 bits. By default three quarters of all, so that
+    /// no single one takes the last place.
+    pub connections_per_client_max: usize,
+    /// Requests in work at once, of whatever route, until their answers are taken. One more is answered 429; probes of
+    /// `/health` and `/ready` are always answered.
+    pub requests_max: usize,
+    /// Requests in work at once of one client. One more is answered 429.
+    pub requests_per_client_max: usize,
     /// Chat requests in work at once, from tokenising to the settled record. One more is answered 429.
     pub in_flight_max: usize,
     /// Messages in one request.
     pub messages_max: usize,
-    /// Time for a request's headers, and for an idle connection to send its next request, in milliseconds.
+    /// Time for a TLS handshake, for a request's headers, and for an idle connection to send its next request, in
+    /// milliseconds.
     pub header_timeout_ms: u64,
     /// Time for a whole request body, in milliseconds.
     pub body_timeout_ms: u64,
-    /// A connection that takes no byte of a response for this long, in milliseconds, is cut.
+    /// A client that takes no byte of a response for this long, in milliseconds, is cut: the connection if that is stuck, or
+    /// the one HTTP/2 stream.
     pub write_stall_ms_max: u64,
     /// Silence on a stream after which a comment is sent to keep proxies from closing it, in milliseconds.
     pub keep_alive_ms: u64,
     /// How long a stream's status line waits for the first token, so that an early failure is an HTTP error and not
     /// an error event, in milliseconds.
     pub first_token_wait_ms: u64,
+    /// How long a stream whose client asked to resume it (`x-stream-resume: true`) is kept after its connection broke or its
+    /// end, in milliseconds.
+    pub stream_resume_ms: u64,
     /// At shutdown, how long running requests may go on, in milliseconds; and then, again, how long their usage
     /// records may take to be settled.
     pub drain_ms_max: u64,
@@ -88,9 +108,14 @@ impl Default for GatewayConfig {
         Self {
             api_key: None,
             tenants: Vec::new(),
+            tls: None,
+            trusted_clients: ClientRange::loopback(),
             body_bytes_max: 4 << 20,
             bodies_bytes_max: 256 << 20,
             connections_max: 4096,
+            connections_per_client_max: 3072,
+            requests_max: 2048,
+            requests_per_client_max: 1536,
             in_flight_max: 1024,
             messages_max: 2048,
             header_timeout_ms: 30_000,
@@ -98,6 +123,7 @@ impl Default for GatewayConfig {
             write_stall_ms_max: 30_000,
             keep_alive_ms: 10_000,
             first_token_wait_ms: 1_000,
+            stream_resume_ms: 15_000,
             drain_ms_max: 5_000,
             budget_lease_ms: 30_000,
         }
@@ -127,10 +153,14 @@ impl GatewayConfig {
                 problem: format!("must be from {BUDGET_LEASE_MS_MIN} to {SLICE_LEASE_MS_MAX}"),
             });
         }
-        let positive: [(&'static str, u64); 11] = [
+        let positive: [(&'static str, u64); 16] = [
             ("body_bytes_max", self.body_bytes_max as u64),
             ("bodies_bytes_max", self.bodies_bytes_max as u64),
             ("connections_max", self.connections_max as u64),
+            ("connections_per_client_max", self.connections_per_client_max as u64),
+            ("requests_max", self.requests_max as u64),
+            ("requests_per_client_max", self.requests_per_client_max as u64),
+            ("tls.reload_ms", self.tls.as_ref().map_or(1, |tls| tls.reload_ms)),
             ("in_flight_max", self.in_flight_max as u64),
             ("messages_max", self.messages_max as u64),
             ("header_timeout_ms", self.header_timeout_ms),
@@ -138,6 +168,7 @@ impl GatewayConfig {
             ("write_stall_ms_max", self.write_stall_ms_max),
             ("keep_alive_ms", self.keep_alive_ms),
             ("first_token_wait_ms", self.first_token_wait_ms),
+            ("stream_resume_ms", self.stream_resume_ms),
             ("drain_ms_max", self.drain_ms_max),
         ];
         for (name, value) in positive {
@@ -202,6 +233,10 @@ impl GatewayConfig {
 
     pub(crate) fn body_timeout(&self) -> Duration {
         Duration::from_millis(self.body_timeout_ms)
+    }
+
+    pub(crate) fn write_stall(&self) -> Duration {
+        Duration::from_millis(self.write_stall_ms_max)
     }
 
     pub(crate) fn keep_alive(&self) -> Duration {
@@ -280,6 +315,24 @@ mod tests {
             vec![tenant("a", a, 1001)],
         ] {
             assert!(matches!(check(wrong), Err(GatewayError::Setting { .. })));
+        }
+    }
+
+    /// serde's complaint about an unknown field lists the known ones.
+    #[test]
+    fn every_setting_is_documented() {
+        let page = include_str!("../../../docs/hardening.md");
+        let unknown = serde_json::from_str::<GatewayConfig>(r#"{"?": 1}"#)
+            .err()
+            .unwrap()
+            .to_string();
+        let names: Vec<&str> = unknown.split('`').skip(3).step_by(2).collect();
+        assert!(names.contains(&"connections_max") && names.len() > 15, "{unknown}");
+        for name in names {
+            assert!(
+                page.contains(&format!("`{name}`")),
+                "docs/hardening.md does not name `{name}`"
+            );
         }
     }
 

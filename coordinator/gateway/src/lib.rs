@@ -3,10 +3,13 @@
 #![forbid(unsafe_code)]
 
 mod accounts;
+mod activity;
 mod api_error;
+mod attended;
 mod auth;
 pub mod backend;
 mod chat;
+mod clients;
 mod config;
 mod coordinators;
 mod detokenizer;
@@ -14,6 +17,7 @@ mod drain;
 mod error;
 mod fields;
 mod gateway;
+mod json;
 mod messages;
 mod metrics;
 mod model;
@@ -22,6 +26,7 @@ mod prompt;
 mod reader;
 mod request;
 mod response;
+mod resume;
 mod routes;
 mod run;
 mod segment_cache;
@@ -35,6 +40,7 @@ mod template;
 #[cfg(test)]
 mod test_support;
 mod tier_metrics;
+mod tls;
 mod trace;
 
 pub use accounts::idempotency::{IDEMPOTENCY_KEY_HEADER, REPLAYED_HEADER};
@@ -45,11 +51,14 @@ pub use backend::{
     Backend, BackendError, ClusterSnapshot, Generation, GenerationEvent, GenerationSender, Job, LatencyTargets,
     ModelInfo, Placement, Share, Track, WorkerRole, WorkerState, WorkerStatus,
 };
+pub use clients::ClientRange;
 pub use config::{API_KEY_CHARS_MIN, GatewayConfig, TenantConfig};
 pub use coordinators::{CoordinatorGroup, CoordinatorRole, CoordinatorStatus, GroupChange, NewCoordinator};
 pub use error::GatewayError;
 pub use fields::{FIELDS, Field, FieldSupport};
 pub use model::ServedModel;
+pub use resume::{STREAM_ID_HEADER, STREAM_RESUME_HEADER};
 pub use server::serve;
 pub use targets::{ITL_TARGET_HEADER, TTFT_TARGET_HEADER};
 pub use tier_metrics::{KvTierStatus, KvTiersStatus};
+pub use tls::TlsConfig;

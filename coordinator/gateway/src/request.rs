@@ -5,6 +5,7 @@ use serde_json::{Map, Value as Json};
 
 use crate::api_error::ApiError;
 use crate::fields::{Field, FieldSupport};
+use crate::json;
 use crate::messages;
 
 /// Stop strings in one request, as OpenAI's limit.
@@ -42,12 +43,7 @@ pub(crate) struct ChatRequest {
 impl ChatRequest {
     /// Parses and checks a body.
     pub fn parse(body: &[u8], messages_max: usize) -> Result<Self, ApiError> {
-        let text = std::str::from_utf8(body).map_err(|error| {
-            ApiError::bad_request(format!("The body is not UTF-8: byte {} is wrong.", error.valid_up_to()))
-        })?;
-        // serde_json bounds the nesting itself.
-        let parsed: Json = serde_json::from_str(text)
-            .map_err(|error| ApiError::bad_request(format!("The body is not valid JSON: {error}.")))?;
+        let parsed = json::parse(body)?;
         let Json::Object(mut fields) = parsed else {
             return Err(ApiError::bad_request("The body must be a JSON object."));
         };

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Extension, MatchedPath, Path, Request, State};
+use axum::extract::{DefaultBodyLimit, Extension, MatchedPath, Path, Request, State};
 use axum::http::{HeaderValue, Method, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -19,14 +19,26 @@ use crate::drain;
 use crate::gateway::Gateway;
 use crate::organization;
 use crate::response::{ModelCard, ModelList};
+use crate::resume::{self, Streams};
 use crate::snapshot;
 use crate::trace::RequestNames;
 
 /// Open without a key: load balancers and orchestrators ask them, and they tell nothing but yes or no.
-const OPEN_ROUTES: [&str; 2] = ["/health", "/ready"];
+pub(crate) const OPEN_ROUTES: [&str; 2] = ["/health", "/ready"];
+
+/// Every key opens these: what is served here, and the answer for paths that do not exist.
+const ANY_KEY_ROUTES: [&str; 4] = ["/", "/v1/models", "/v1/models/{*id}", UNKNOWN];
+
+/// Stands for all paths without a route.
+const UNKNOWN: &str = "other";
+
+/// Bytes of a body that an extractor reads by itself: settings, not prompts. Handlers that read more do so within limits of
+/// their own.
+const SMALL_BODY_BYTES_MAX: usize = 256 << 10;
 
 const INDEX: &str = "baton: an OpenAI-compatible API.\n\n\
     POST /v1/chat/completions   chat, whole or streamed (\"stream\": true)\n\
+    GET  /v1/streams/{id}       the rest of a stream that broke off\n\
     GET  /v1/models             the models served here\n\
     GET  /health                is this process alive?\n\
     GET  /ready                 can requests be taken?\n\
@@ -43,10 +55,11 @@ const INDEX: &str = "baton: an OpenAI-compatible API.\n\n\
     /v1/organization/projects, /admin_api_keys, /prices, /budgets, ...     administration\n";
 
 /// The whole application.
-pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>) -> Router {
+pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>, streams: Arc<Streams>) -> Router {
     Router::new()
         .route("/", get(index))
         .route("/v1/chat/completions", post(chat::completions::<B>))
+        .route("/v1/streams/{id}", get(resume::resume::<B>))
         .route("/v1/models", get(models::<B>))
         .route("/v1/models/{*id}", get(model::<B>))
         .route("/health", get(health))
@@ -64,9 +77,15 @@ pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>) -> Router {
         .route("/cluster/snapshot", get(snapshot::save::<B>))
         .fallback(unknown)
         .method_not_allowed_fallback(wrong_method)
+        .layer(DefaultBodyLimit::max(SMALL_BODY_BYTES_MAX))
         .layer(middleware::from_fn_with_state(gateway.clone(), envelope::<B>))
+        .layer(Extension(streams))
         .with_state(gateway)
 }
+
+/// A request that was refused before it came here: what it is answered, once it has its names.
+#[derive(Clone)]
+pub(crate) struct Refusal(pub ApiError);
 
 /// Around every request, the unknown ones too.
 async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut request: Request, next: Next) -> Response {
@@ -74,9 +93,11 @@ async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut reques
     let route = request
         .extensions()
         .get::<MatchedPath>()
-        .map_or("other", MatchedPath::as_str)
+        .map_or(UNKNOWN, MatchedPath::as_str)
         .to_owned();
-    let caller = if OPEN_ROUTES.contains(&route.as_str()) {
+    let caller = if let Some(Refusal(error)) = request.extensions_mut().remove() {
+        Err(error)
+    } else if OPEN_ROUTES.contains(&route.as_str()) {
         Ok(Caller::anonymous())
     } else {
         auth::caller(gateway.keys.as_ref(), gateway.accounts.as_ref(), request.headers())
@@ -90,8 +111,8 @@ async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut reques
     let mut response = match caller {
         Ok(caller) => {
             let account = caller.account.clone();
-            request.extensions_mut().insert(caller);
-            let mut response = next.run(request).await;
+            request.extensions_mut().insert(caller.clone());
+            let mut response = shaped(resumable(&gateway, &names, &caller, request, next).await);
             if let (Some(accounts), Some(account)) = (&gateway.accounts, account) {
                 accounts.rates.headers(&account, response.headers_mut());
             }
@@ -111,10 +132,52 @@ async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut reques
     response
 }
 
-/// What a route needs of a key. The list of models is for all.
+/// Errors that an extractor made by itself (a path that is no UTF-8, a query that cannot be read) are text for people; clients
+/// are told in the one shape.
+fn shaped(response: Response) -> Response {
+    let status = response.status();
+    let kind = response.headers().get(header::CONTENT_TYPE);
+    let json = kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/json"));
+    if json || !(status.is_client_error() || status.is_server_error()) {
+        return response;
+    }
+    let message = match status.is_client_error() {
+        true => "The request's path, query or body cannot be read.",
+        false => return ApiError::internal().into_response(),
+    };
+    ApiError {
+        status,
+        ..ApiError::bad_request(message)
+    }
+    .into_response()
+}
+
+/// Has a request answered, and its stream kept if it asks for that.
+async fn resumable<B: Backend>(
+    gateway: &Gateway<B>,
+    names: &RequestNames,
+    caller: &Caller,
+    request: Request,
+    next: Next,
+) -> Response {
+    let streams = request.extensions().get::<Arc<Streams>>().cloned();
+    let streams = match (resume::wanted(request.headers()), streams) {
+        (Err(refused), _) => return refused.into_response(),
+        (Ok(false), _) | (_, None) => return next.run(request).await,
+        (Ok(true), Some(streams)) => streams,
+    };
+    let response = next.run(request).await;
+    let backend = &*gateway.ledger.backend;
+    streams.keep(response, &names.request_id, caller, backend).await
+}
+
+/// What a route needs of a key. One that is not named here needs the most: whoever adds a route and forgets it finds it
+/// closed, and a test that reads the routes' source says so.
 fn needed(method: &Method, route: &str) -> Option<Scopes> {
     let under = |prefix: &str| route.starts_with(prefix);
-    if under("/v1/chat/") {
+    if OPEN_ROUTES.contains(&route) || ANY_KEY_ROUTES.contains(&route) {
+        None
+    } else if under("/v1/chat/") || under("/v1/streams/") {
         Some(Scopes::INFERENCE)
     } else if under("/v1/organization/usage/") || route == "/v1/organization/costs" {
         Some(Scopes::USAGE)
@@ -130,7 +193,7 @@ fn needed(method: &Method, route: &str) -> Option<Scopes> {
     } else if under("/cluster/") || route == "/metrics" {
         Some(Scopes::CLUSTER)
     } else {
-        None
+        Some(Scopes::UNNAMED)
     }
 }
 
@@ -188,4 +251,27 @@ async fn unknown(method: Method, uri: Uri) -> ApiError {
 
 async fn wrong_method(method: Method, uri: Uri) -> ApiError {
     ApiError::method_not_allowed(method.as_str(), uri.path())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_support::route_list;
+
+    /// Whoever adds a route says in [`needed`] who may use it.
+    #[test]
+    fn every_route_says_what_it_needs() {
+        let routes = route_list::routes();
+        assert!(
+            routes.len() > 20 && routes.contains("/v1/chat/completions"),
+            "{routes:?}"
+        );
+        for route in routes {
+            for method in [Method::GET, Method::POST, Method::DELETE] {
+                assert_ne!(needed(&method, &route), Some(Scopes::UNNAMED), "{method} {route}");
+            }
+        }
+        let unnamed = needed(&Method::GET, "/v1/new").unwrap();
+        assert!(unnamed.hold(Scopes::ADMIN) && unnamed.hold(Scopes::INFERENCE));
+    }
 }

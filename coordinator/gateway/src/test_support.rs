@@ -6,6 +6,9 @@ use tokenizers::Tokenizer;
 #[path = "../tests/support/model_files.rs"]
 mod model_files;
 
+#[path = "../tests/support/route_list.rs"]
+pub(crate) mod route_list;
+
 pub(crate) use model_files::{CHATML, byte_level_json, write_model};
 
 pub(crate) fn byte_level_tokenizer() -> Tokenizer {

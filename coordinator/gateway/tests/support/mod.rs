@@ -1,8 +1,10 @@
 //! A scripted cluster, a gateway on a free loopback port, and a small HTTP/1.1 client that shows what is on the wire.
 #![allow(dead_code)]
 
+pub mod h2;
 pub mod memory_store;
 pub mod model_files;
+pub mod route_list;
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -477,9 +479,24 @@ impl Wire {
         }
     }
 
+    /// What was read and not taken.
+    pub fn seen(&self) -> String {
+        String::from_utf8_lossy(&self.buffer).into_owned()
+    }
+
     /// Throws away what was read.
     pub fn forget(&mut self) {
         self.buffer.clear();
+    }
+
+    /// Reads one answer, unless the server closes without one.
+    pub async fn try_answer(&mut self) -> Option<Answer> {
+        while find(&self.buffer, b"\r\n\r\n").is_none() {
+            if self.fill().await == 0 {
+                return None;
+            }
+        }
+        Some(self.answer().await)
     }
 
     /// Reads one answer, by its length or its chunks.
@@ -498,6 +515,9 @@ impl Wire {
             headers,
             body: Vec::new(),
         };
+        if matches!(status, 100 | 204) {
+            return answer;
+        }
         if let Some(length) = answer.header("content-length") {
             let length: usize = length.parse().unwrap();
             while self.buffer.len() < length {
