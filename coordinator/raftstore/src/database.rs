@@ -18,7 +18,7 @@ use crate::RaftStoreError;
 use crate::overlay::Overlay;
 use redb::{Database, Durability, ReadTransaction, ReadableDatabase, TableDefinition, WriteTransaction};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// Name of the log's file inside the data directory.
 pub(crate) const LOG_FILE_NAME: &str = "raft.redb";
@@ -79,6 +79,8 @@ pub(crate) struct Store {
     log: Arc<Database>,
     state: Arc<Database>,
     overlay: Arc<Overlay>,
+    /// Why the disk refused what another than the node wrote: nothing if it is full, else the words of the error.
+    failed: Arc<OnceLock<Option<String>>>,
     path: PathBuf,
 }
 
@@ -137,6 +139,7 @@ impl Store {
             log: Arc::new(log),
             state: Arc::new(state),
             overlay: Arc::default(),
+            failed: Arc::default(),
             path: path.into(),
         }
     }
@@ -161,6 +164,27 @@ impl Store {
     /// What was applied and is not in the state's file yet.
     pub(crate) fn overlay(&self) -> &Overlay {
         &self.overlay
+    }
+
+    /// Notes a failure of the disk in `result`. The files take nothing more after one, and whoever met it may only drop what it
+    /// did: the node is told by [`check`](Self::check), so that the member stops and does not live on without ever writing.
+    pub(crate) fn noted<T>(&self, result: Result<T, RaftStoreError>) -> Result<T, RaftStoreError> {
+        let why = match &result {
+            Err(RaftStoreError::DiskFull) => None,
+            Err(RaftStoreError::Disk(why)) => Some(why.clone()),
+            _ => return result,
+        };
+        let _ = self.failed.set(why);
+        result
+    }
+
+    /// Fails if [`noted`](Self::noted) saw a failure.
+    pub(crate) fn check(&self) -> Result<(), RaftStoreError> {
+        match self.failed.get() {
+            None => Ok(()),
+            Some(None) => Err(RaftStoreError::DiskFull),
+            Some(Some(why)) => Err(RaftStoreError::Disk(why.clone())),
+        }
     }
 
     /// A version of the log's file.

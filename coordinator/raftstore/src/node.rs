@@ -335,6 +335,7 @@ impl Node {
     /// a leader's entries are sent before they are on its own disk, what a follower says after. After an error the node must
     /// be dropped: the store decides, on the next start, what happened.
     pub(crate) fn process(&mut self, send: &mut dyn FnMut(Outgoing)) -> Result<Progress, RaftStoreError> {
+        self.raw.store().store.check()?;
         self.propose_queued();
         let mut progress = Progress {
             dropped: std::mem::take(&mut self.dropped),

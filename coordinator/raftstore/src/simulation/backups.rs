@@ -7,6 +7,7 @@ use super::oracle::{Checked, Violation, violation};
 use super::power::{Power, Random};
 use super::world::{Event, World};
 use crate::database::Store;
+use crate::node::Node;
 use crate::planted;
 use crate::runner::contained;
 use crate::snapshot::{Saving, read_into};
@@ -142,6 +143,8 @@ impl World {
     /// Opens what was restored, and lets it apply a command. Says what is wrong.
     fn go_on(&self, disk: Disk, index: u64) -> Result<Option<String>, RaftStoreError> {
         let store = Store::on(disk)?;
+        let config = RaftStoreConfig::member(RESTORED, vec![RESTORED]);
+        let mut node = Node::open(store.clone(), &config, 1, 0)?;
         let position = queries::position(&store)?;
         let Some(expected) = self.oracle.at(index) else {
             return Ok(Some("it is of an entry that nobody applied".to_owned()));
@@ -152,8 +155,8 @@ impl World {
         if digest(&StateView::open(&store)?) != Some(expected.digest) {
             return Ok(Some("it has other tables".to_owned()));
         }
-        let config = RaftStoreConfig::member(RESTORED, vec![RESTORED]);
-        let (mut node, _staging) = crate::store::open_member(&store, &config, 1)?;
+        node.campaign_if_alone()?;
+        node.process(&mut |_| {})?;
         let tick = Command {
             at_unix_ms: self.unix_ms(),
             actor: "restored".into(),

@@ -65,6 +65,10 @@ impl Staging {
 
     /// Empties the table for a new stream and returns its number.
     pub(super) fn begin(&self) -> Result<u64, RaftStoreError> {
+        self.store.noted(self.try_begin())
+    }
+
+    fn try_begin(&self) -> Result<u64, RaftStoreError> {
         let mut turn = self.turn();
         if let Turn::Staged(_) = turn.0 {
             return Err(SnapshotError::Busy.into());
@@ -83,6 +87,10 @@ impl Staging {
     }
 
     pub(super) fn write(&self, stream: u64, chunk: &SnapshotChunk) -> Result<(), RaftStoreError> {
+        self.store.noted(self.try_write(stream, chunk))
+    }
+
+    fn try_write(&self, stream: u64, chunk: &SnapshotChunk) -> Result<(), RaftStoreError> {
         let turn = self.turn();
         if turn.0 != Turn::Receiving(stream) {
             return Err(SnapshotError::Superseded.into());
