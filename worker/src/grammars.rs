@@ -5,10 +5,10 @@
 //! loaded with the first grammar: a worker that is never asked for one pays nothing.
 
 use baton_engine::{AdmitError, SamplingError};
-use baton_grammar::vocabulary::eos_ids;
 use baton_grammar::{COMPILE_STACK_BYTES, GrammarCompiler, GrammarError, TokenMatcher, Vocabulary, VocabularyError};
+use baton_model::gguf;
 use baton_proto::worker::Grammar;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{OnceCell, Semaphore, oneshot};
@@ -122,7 +122,7 @@ impl Grammars {
     async fn load(&self) -> Result<Arc<GrammarCompiler>, String> {
         let path = self.model_path.clone()?;
         let load = move || {
-            let vocabulary = Vocabulary::load(&path, &eos_ids(&path))?;
+            let vocabulary = vocabulary(&path)?;
             Ok::<_, VocabularyError>(Arc::new(GrammarCompiler::new(vocabulary)?))
         };
         let loaded = tokio::task::spawn_blocking(load).await;
@@ -132,6 +132,19 @@ impl Grammars {
             format!("this model cannot follow grammars: {error}")
         })
     }
+}
+
+/// Of a model directory, or of what a GGUF file says in its place.
+fn vocabulary(model_path: &Path) -> Result<Vocabulary, VocabularyError> {
+    let Ok(Some(file)) = gguf::gguf_file(model_path) else {
+        return Vocabulary::load(model_path);
+    };
+    let files = gguf::text_files(&file).map_err(|error| VocabularyError::Read(error.to_string()))?;
+    Vocabulary::from_files(|wanted| {
+        let file = files.iter().find(|(name, _)| *name == wanted);
+        let (_, text) = file.ok_or_else(|| "it is not in the GGUF file".to_owned())?;
+        Ok(text.clone().into_bytes())
+    })
 }
 
 #[cfg(test)]

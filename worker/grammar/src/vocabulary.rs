@@ -32,30 +32,47 @@ enum Spelling {
 }
 
 impl Vocabulary {
-    /// Reads `tokenizer.json` of a model directory. `eos_ids` end a text. Takes up to seconds for a large vocabulary.
+    /// Of a model directory as Hugging Face lays it out. Takes up to seconds for a large vocabulary.
     ///
     /// # Errors
-    /// The file is unreadable, or its decoder is none that is known here.
-    pub fn load(dir: &Path, eos_ids: &[u32]) -> Result<Self, VocabularyError> {
-        let path = dir.join("tokenizer.json");
-        let read = |error: std::io::Error| VocabularyError::Read(error.to_string());
-        let bytes = std::fs::metadata(&path).map_err(read)?.len();
-        if bytes > FILE_BYTES_MAX {
-            return Err(VocabularyError::Read(format!(
-                "it has {bytes} bytes; at most {FILE_BYTES_MAX} are read"
-            )));
-        }
-        let json = std::fs::read(&path).map_err(read)?;
-        Self::from_tokenizer(&json, eos_ids)
+    /// `tokenizer.json` is unreadable, its decoder is none that is known here, or nothing says which token ends a text.
+    pub fn load(dir: &Path) -> Result<Self, VocabularyError> {
+        Self::from_files(|name| {
+            let path = dir.join(name);
+            let bytes = std::fs::metadata(&path).map_err(|error| error.to_string())?.len();
+            if bytes > FILE_BYTES_MAX {
+                return Err(format!("it has {bytes} bytes; at most {FILE_BYTES_MAX} are read"));
+            }
+            std::fs::read(&path).map_err(|error| error.to_string())
+        })
     }
 
-    /// The same from the file's bytes.
+    /// The same from the content of such files: `tokenizer.json`, and of those that say what ends a text
+    /// (`generation_config.json`, `config.json`, `tokenizer_config.json`) the ones that are there.
     ///
     /// # Errors
     /// As of [`load`](Self::load).
-    pub fn from_tokenizer(json: &[u8], eos_ids: &[u32]) -> Result<Self, VocabularyError> {
+    pub fn from_files(read: impl Fn(&str) -> Result<Vec<u8>, String>) -> Result<Self, VocabularyError> {
+        let json = read("tokenizer.json").map_err(VocabularyError::Read)?;
+        let config = |name| -> Json {
+            let text = read(name).unwrap_or_default();
+            serde_json::from_slice(&text).unwrap_or_default()
+        };
+        let mut eos_ids = Vec::new();
+        for file in ["generation_config.json", "config.json"] {
+            match &config(file)["eos_token_id"] {
+                Json::Array(several) => eos_ids.extend(several.iter().filter_map(Json::as_u64)),
+                one => eos_ids.extend(one.as_u64()),
+            }
+        }
+        let mut eos_ids: Vec<u32> = eos_ids.into_iter().filter_map(|id| u32::try_from(id).ok()).collect();
         let unusable = |error: &dyn std::fmt::Display| VocabularyError::Unusable(detail(error));
-        let tokenizer = Tokenizer::from_bytes(json).map_err(|error| unusable(&error))?;
+        let tokenizer = Tokenizer::from_bytes(&json).map_err(|error| unusable(&error))?;
+        let named = &config("tokenizer_config.json")["eos_token"];
+        let named = named.as_str().or_else(|| named["content"].as_str());
+        eos_ids.extend(named.and_then(|name| tokenizer.token_to_id(name)));
+        eos_ids.sort_unstable();
+        eos_ids.dedup();
         let decoder = serde_json::to_value(tokenizer.get_decoder()).map_err(|error| unusable(&error))?;
         let spelling = spelling(&decoder)
             .ok_or_else(|| unusable(&"its decoder is neither byte-level nor one with byte fallback"))?;
@@ -76,7 +93,7 @@ impl Vocabulary {
             })
         };
         let words: Vec<Vec<u8>> = (0..len as u32).map(|id| text(id).unwrap_or_default()).collect();
-        Self::from_words(words, eos_ids)
+        Self::from_words(words, &eos_ids)
     }
 
     /// A vocabulary of these texts; an empty one is a token that no text has.
@@ -145,26 +162,6 @@ impl Vocabulary {
     }
 }
 
-/// Ids of the tokens that end a turn, as the model's `generation_config.json` and `config.json` say.
-pub fn eos_ids(dir: &Path) -> Vec<u32> {
-    let mut ids = Vec::new();
-    for file in ["generation_config.json", "config.json"] {
-        let path = dir.join(file);
-        let small = std::fs::metadata(&path).is_ok_and(|file| file.len() <= FILE_BYTES_MAX);
-        let json = small.then(|| std::fs::read(&path).ok()).flatten();
-        let json: Option<Json> = json.and_then(|bytes| serde_json::from_slice(&bytes).ok());
-        match json.as_ref().and_then(|json| json.get("eos_token_id")) {
-            Some(Json::Array(several)) => ids.extend(several.iter().filter_map(Json::as_u64)),
-            Some(one) => ids.extend(one.as_u64()),
-            None => {}
-        }
-    }
-    let mut ids: Vec<u32> = ids.into_iter().filter_map(|id| u32::try_from(id).ok()).collect();
-    ids.sort_unstable();
-    ids.dedup();
-    ids
-}
-
 fn spelling(decoder: &Json) -> Option<Spelling> {
     match decoder.get("type")?.as_str()? {
         "ByteLevel" => Some(Spelling::ByteLevel),
@@ -230,6 +227,7 @@ mod tests {
     fn what_has_no_end_or_no_decoder_is_refused() {
         assert!(Vocabulary::from_words(vec![b"a".to_vec()], &[7]).is_err());
         assert!(Vocabulary::from_words(Vec::new(), &[]).is_err());
-        assert!(Vocabulary::from_tokenizer(b"{}", &[0]).is_err());
+        assert!(Vocabulary::from_files(|_| Ok(b"{}".to_vec())).is_err());
+        assert!(Vocabulary::from_files(|_| Err("gone".to_owned())).is_err());
     }
 }

@@ -4,7 +4,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
-use baton_grammar::vocabulary::eos_ids;
 use baton_grammar::{COMPILE_STACK_BYTES, GrammarCompiler, GrammarError, TokenMatcher, Vocabulary};
 use baton_proto::worker::Grammar;
 use baton_proto::worker::grammar::Kind;
@@ -16,7 +15,7 @@ use serde_json::{Value as Json, json};
 /// Over the vocabulary of the model in the repository.
 pub static DEMO: LazyLock<GrammarCompiler> = LazyLock::new(|| {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo/model");
-    let vocabulary = Vocabulary::load(&dir, &eos_ids(&dir)).expect("the demo model has a byte-level tokenizer");
+    let vocabulary = Vocabulary::load(&dir).expect("the demo model has a byte-level tokenizer");
     GrammarCompiler::new(vocabulary).expect("usable")
 });
 
