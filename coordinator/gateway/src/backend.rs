@@ -230,8 +230,11 @@ pub(crate) fn whole_seconds(time: Duration) -> u64 {
 pub struct GenerationEvent {
     /// New tokens, in order; never repeated and never lost, across workers too. May be empty.
     pub tokens: Vec<u32>,
+    /// One for each of `tokens` where the job asks for them (`Sampling::top_logprobs`), else none.
+    pub logprobs: Vec<worker::TokenLogprobs>,
     /// Set exactly once, on the last event. Its counts are those of the whole request, whatever the number of
-    /// workers it took; its reason is never `PREFILLED`.
+    /// workers it took; its reason is never `PREFILLED`. With a
+    /// non-empty `invalid_field` no worker can serve the request as it is: the client's fault, in a sentence for it.
     pub finish: Option<worker::Finish>,
 }
 

@@ -10,7 +10,7 @@ use baton_proto::cluster::{
 use baton_proto::worker::worker_server::{Worker, WorkerServer};
 use baton_proto::worker::{
     Finish, FinishReason, FromWorker, Generate, HelloReply, Pulse, ReadAhead, SequenceDelta, StepOutput, ToWorker,
-    from_worker, to_worker,
+    TokenLogprobs, from_worker, to_worker,
 };
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -67,6 +67,10 @@ pub(super) struct Controls {
     pub(super) refuse: AtomicBool,
     /// Says that it sampled one token more than it sends.
     pub(super) miscounts: AtomicBool,
+    /// Tells [`logprobs`] of each token, asked or not.
+    pub(super) tells_logprobs: AtomicBool,
+    /// Answers every request as one that names a grammar nobody can follow.
+    pub(super) refuses_grammars: AtomicBool,
     /// Whether it greets as one that pulses, and does so every 50 ms while requests are open.
     pub(super) pulsing: AtomicBool,
     /// Stands still as a stopped process does: takes nothing in that would show, sends nothing; connections stand.
@@ -352,6 +356,14 @@ async fn sequence(generate: Generate, controls: Arc<Controls>, outbound: Outboun
         };
         return send(&controls, &outbound, id, vec![], Some(refusal)).await;
     }
+    if controls.refuses_grammars.load(Ordering::SeqCst) {
+        let refusal = Finish {
+            error: "the grammar is not usable".into(),
+            invalid_field: "grammar".into(),
+            ..finish(&controls, FinishReason::Error)
+        };
+        return send(&controls, &outbound, id, vec![], Some(refusal)).await;
+    }
     let seed = generate.sampling.map_or(0, |sampling| sampling.seed);
     let mut sequence = generate.prompt;
     for count in 1..=generate.max_tokens {
@@ -406,6 +418,15 @@ async fn pulses(controls: Arc<Controls>, outbound: Outbound, taken: Arc<AtomicU6
     }
 }
 
+/// What a worker tells of a token.
+pub(super) fn logprobs(token: u32) -> TokenLogprobs {
+    TokenLogprobs {
+        logprob: -(token as f32),
+        top_ids: vec![token],
+        top_logprobs: vec![-0.5],
+    }
+}
+
 fn finish(controls: &Controls, reason: FinishReason) -> Finish {
     Finish {
         reason: reason.into(),
@@ -416,12 +437,18 @@ fn finish(controls: &Controls, reason: FinishReason) -> Finish {
 }
 
 async fn send(controls: &Controls, outbound: &Outbound, id: u64, token_ids: Vec<u32>, finish: Option<Finish>) {
+    let told = controls.tells_logprobs.load(Ordering::SeqCst);
+    let logprobs = token_ids
+        .iter()
+        .filter(|_| told)
+        .map(|token| logprobs(*token))
+        .collect();
     let deltas = vec![SequenceDelta {
         id,
         token_ids,
         finish,
         cached_tokens: Some(controls.cached()),
-        logprobs: Vec::new(),
+        logprobs,
     }];
     let step = from_worker::Kind::Step(StepOutput { deltas });
     let _ = outbound.send(Ok(FromWorker { kind: Some(step) })).await;

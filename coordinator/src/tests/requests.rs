@@ -1,6 +1,6 @@
 //! Requests: streamed, cancelled, and carried on when their worker is lost.
 
-use super::fake_worker::{CACHED, STOP, STOP_AT, expected};
+use super::fake_worker::{CACHED, STOP, STOP_AT, expected, logprobs};
 use super::{Coordinator, job, read, until};
 use baton_gateway::{Backend, BackendError};
 use baton_proto::cluster::Role;
@@ -154,6 +154,55 @@ async fn a_killed_worker_is_a_pause_and_nothing_else() {
     assert_eq!((replayed.prompt.len(), replayed.max_tokens), (4 + 7, 43));
     coordinator.wait_lost("a").await;
     until("a removed", || coordinator.cluster.store.workers().unwrap().len() == 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn logprobs_come_one_for_each_token_across_workers() {
+    let coordinator = Coordinator::start().await;
+    let first = coordinator.stalling("a", Role::Decode, 7);
+    coordinator.wait_ready("a").await;
+    // This one tells none although it is asked: what it sends is void, and the next goes on.
+    let _silent = coordinator.worker("b", Role::Decode);
+    coordinator.wait_ready("b").await;
+    let third = coordinator.worker("c", Role::Decode);
+    coordinator.wait_ready("c").await;
+    for worker in [&first, &third] {
+        worker.controls.tells_logprobs.store(true, Ordering::SeqCst);
+    }
+    let mut asking = job(&PROMPT, 30);
+    asking.sampling.top_logprobs = Some(1);
+    let mut generation = coordinator.backend.generate(asking).await.unwrap();
+    let (mut tokens, mut told) = (Vec::new(), Vec::new());
+    let reading = async {
+        let mut killed = Some(first);
+        while let Some(event) = generation.next().await {
+            assert_eq!(event.tokens.len(), event.logprobs.len());
+            tokens.extend(event.tokens);
+            told.extend(event.logprobs);
+            if tokens.len() >= 7
+                && let Some(first) = killed.take()
+            {
+                first.kill();
+            }
+        }
+    };
+    tokio::time::timeout(super::PATIENCE, reading).await.expect("an end");
+    assert_eq!(tokens, expected(&PROMPT, 30));
+    assert_eq!(told, tokens.iter().map(|token| logprobs(*token)).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_no_worker_can_take_is_not_tried_again() {
+    let coordinator = Coordinator::start().await;
+    let worker = coordinator.worker("w", Role::Decode);
+    coordinator.wait_ready("w").await;
+    worker.controls.refuses_grammars.store(true, Ordering::SeqCst);
+    let mut generation = coordinator.backend.generate(job(&PROMPT, 5)).await.unwrap();
+    let (tokens, finish) = read(&mut generation, usize::MAX).await;
+    let finish = finish.unwrap();
+    assert!(tokens.is_empty() && finish.reason() == FinishReason::Error);
+    assert_eq!((&finish.invalid_field[..], finish.retryable), ("grammar", false));
+    assert_eq!(worker.controls.generates.lock().unwrap().len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
