@@ -13,14 +13,17 @@ mod coordinators;
 mod detokenizer;
 mod drain;
 mod error;
+mod family;
 mod fields;
 mod gateway;
 mod generation;
+mod grammar;
 mod messages;
 mod metrics;
 mod model;
 mod model_card;
 mod organization;
+mod params;
 mod prompt;
 mod reader;
 mod routes;
@@ -34,6 +37,7 @@ mod template;
 #[cfg(test)]
 mod test_support;
 mod tier_metrics;
+mod tool_text;
 mod trace;
 mod turn;
 
@@ -48,6 +52,7 @@ pub use backend::{
 pub use config::{API_KEY_CHARS_MIN, GatewayConfig, TenantConfig};
 pub use coordinators::{CoordinatorGroup, CoordinatorRole, CoordinatorStatus, GroupChange, NewCoordinator};
 pub use error::GatewayError;
+pub use family::ParserChoice;
 pub use fields::{FIELDS, Field, FieldSupport};
 pub use model::ServedModel;
 pub use server::serve;
