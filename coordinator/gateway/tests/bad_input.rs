@@ -136,7 +136,7 @@ async fn a_prompt_that_does_not_fit_is_told_both_numbers() {
         assert_eq!(error["code"], "context_length_exceeded");
         let message = error["message"].as_str().unwrap();
         let tokens = (words + "user\n\nassistant\n".len() + 3).to_string();
-        // 256 is what the workers allow; the model's files would allow 512.
+        // 256 is what the workers allow; the model's files would allow 4096.
         assert!(message.contains("256 tokens") && message.contains(&tokens), "{message}");
     }
     gateway.is_well().await;
