@@ -167,10 +167,13 @@ fn body_rules(format: &OutputFormat) -> (String, String) {
     match format {
         OutputFormat::Text => ("TEXT".into(), "TEXT: /(?s:.*)/\n".into()),
         OutputFormat::JsonObject => {
-            let object = tuned(&json!({"type": "object"}));
+            let object = tuned(&json!({"type": "object"}), JSON_WHITESPACE);
             ("body".into(), format!("body: %json {object}\n"))
         }
-        OutputFormat::JsonSchema { schema, .. } => ("body".into(), format!("body: %json {}\n", tuned(schema))),
+        OutputFormat::JsonSchema { schema, .. } => (
+            "body".into(),
+            format!("body: %json {}\n", tuned(schema, JSON_WHITESPACE)),
+        ),
         OutputFormat::Regex(regex) => {
             let regex = slashed(regex);
             ("BODY".into(), format!("BODY: /{regex}/\n"))
@@ -209,11 +212,14 @@ fn slashed(regex: &str) -> String {
 /// model that has lost its way likes best. Alone, schemas get the same from the workers.
 const JSON_WHITESPACE: &str = r"[ \n\r\t]{1,40}";
 
+/// The same within calls, which models write on one line: every blank is a token that the caller waits and pays for.
+const CALL_WHITESPACE: &str = r"[ \n]{1,2}";
+
 /// With our options; the client's own are not taken.
-fn tuned(schema: &Json) -> Json {
+fn tuned(schema: &Json, whitespace: &str) -> Json {
     let mut schema = schema.clone();
     if let Some(fields) = schema.as_object_mut() {
-        fields.insert("x-guidance".into(), json!({"whitespace_pattern": JSON_WHITESPACE}));
+        fields.insert("x-guidance".into(), json!({"whitespace_pattern": whitespace}));
     }
     schema
 }
@@ -282,7 +288,7 @@ fn one_of(tools: &[Tool], arguments: &str) -> Json {
             "required": ["name", arguments], "additionalProperties": false}));
         definitions.insert(name, parameters);
     }
-    tuned(&json!({"anyOf": calls, "$defs": definitions}))
+    tuned(&json!({"anyOf": calls, "$defs": definitions}), CALL_WHITESPACE)
 }
 
 /// The schema of a list of calls.
@@ -296,7 +302,7 @@ fn list_of(calls: &CallRules<'_>, arguments: &str) -> Json {
     if calls.single {
         list["maxItems"] = 1.into();
     }
-    tuned(&list)
+    tuned(&list, CALL_WHITESPACE)
 }
 
 /// Lets references within a schema find their targets where the schema now stands.

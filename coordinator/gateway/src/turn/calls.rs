@@ -88,15 +88,17 @@ impl Calls {
         }
     }
 
-    /// The turn is over.
-    pub fn finish(&mut self, out: &mut Vec<Delta>) {
+    /// The turn is over. One that was cut short keeps the arguments that came: completing them would invent some.
+    pub fn finish(&mut self, cut_short: bool, out: &mut Vec<Delta>) {
         if !self.pending.is_empty() {
             self.parse(out);
         }
         if self.broken {
             return;
         }
-        for call in self.parser.get_unstreamed_tool_args().unwrap_or_default() {
+        let complete = !cut_short;
+        let rest = complete.then(|| self.parser.get_unstreamed_tool_args()).flatten();
+        for call in rest.unwrap_or_default() {
             self.call(call.tool_index, call.name, &call.parameters, out);
         }
         let rest = self.parser.take_unstreamed_normal_text();
@@ -206,7 +208,7 @@ mod tests {
         for piece in chars.chunks(len) {
             calls.push(&piece.iter().collect::<String>(), &mut deltas);
         }
-        calls.finish(&mut deltas);
+        calls.finish(false, &mut deltas);
         let mut choice = Choice::default();
         choice.take(Piece {
             deltas,
@@ -267,9 +269,30 @@ mod tests {
         let mut calls = Calls::new(&Family::of("tools <tool_call>").tool_format(), &tools(), true).unwrap();
         let mut deltas = Vec::new();
         calls.push(&format!("{call}\n{call}"), &mut deltas);
-        calls.finish(&mut deltas);
+        calls.finish(false, &mut deltas);
         let begun = deltas.iter().filter(|delta| matches!(delta, Delta::ToolCall { .. }));
         assert_eq!(begun.count(), 1);
+    }
+
+    #[test]
+    fn what_is_cut_short_is_not_completed() {
+        let mut calls = Calls::new(&Family::of("tools <tool_call>").tool_format(), &tools(), false).unwrap();
+        let mut deltas = Vec::new();
+        for character in "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\":   ".chars() {
+            calls.push(&character.to_string(), &mut deltas);
+        }
+        calls.finish(true, &mut deltas);
+        let mut choice = Choice::default();
+        choice.take(Piece {
+            deltas,
+            ..Piece::default()
+        });
+        assert_eq!(choice.tool_calls.len(), 1);
+        let arguments = &choice.tool_calls[0].arguments;
+        assert!(
+            serde_json::from_str::<serde_json::Value>(arguments).is_err(),
+            "{arguments}"
+        );
     }
 
     #[test]
@@ -292,7 +315,7 @@ mod tests {
         for piece in text.as_bytes().chunks(4) {
             calls.push(std::str::from_utf8(piece).unwrap(), &mut deltas);
         }
-        calls.finish(&mut deltas);
+        calls.finish(false, &mut deltas);
         let mut choice = Choice::default();
         let pieces = deltas.len();
         choice.take(Piece {
