@@ -16,6 +16,7 @@ use crate::auth::{Caller, Keys};
 use crate::backend::{Backend, Job, LatencyTargets, ModelInfo};
 use crate::config::GatewayConfig;
 use crate::error::GatewayError;
+use crate::files::Files;
 use crate::metrics::Metrics;
 use crate::model::{ConversationError, ServedModel};
 use crate::prompt::PromptError;
@@ -31,6 +32,8 @@ pub(crate) struct Gateway<B> {
     pub config: GatewayConfig,
     pub keys: Option<Keys>,
     pub accounts: Option<Arc<Accounts>>,
+    /// Where there is a replicated state and a place for chunks.
+    pub files: Option<Arc<Files>>,
     pub ledger: Arc<Ledger<B>>,
     /// One permit per chat request in work.
     pub in_flight: Arc<Semaphore>,
@@ -98,6 +101,10 @@ impl<B: Backend> Gateway<B> {
         let accounts = backend
             .accounts()
             .map(|store| Accounts::start(store, config.budget_lease_ms, over.clone()));
+        let files = accounts
+            .clone()
+            .zip(backend.chunks())
+            .map(|(accounts, chunks)| Files::new(accounts, chunks, config.files.clone()));
         let mut registry = prometheus_client::registry::Registry::default();
         backend.register_metrics(&mut registry);
         let ledger = Ledger {
@@ -110,6 +117,7 @@ impl<B: Backend> Gateway<B> {
         Ok(Self {
             keys: Keys::new(&config),
             accounts,
+            files,
             over,
             ledger: Arc::new(ledger),
             in_flight: Arc::new(Semaphore::new(config.in_flight_max)),
@@ -190,7 +198,7 @@ impl<B: Backend> Gateway<B> {
             },
             cache_salt,
             tenant: origin.caller.tenant.clone(),
-            priority: -request.priority,
+            priority: origin.caller.priority(-request.priority),
             targets: origin.targets,
         };
         let reader = TokenReader::new(model.detokenizer(), request.stop);
