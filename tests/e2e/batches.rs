@@ -307,7 +307,7 @@ async fn a_lone_coordinator_is_killed_in_the_middle() {
     let id = client.begin(&lines(LINES, 24)).await;
     let before = client.progress(&id, 2).await;
     assert!(before < LINES as u64, "it was over before it could be killed");
-    let old = cluster.pid("coordinator");
+    let old = cluster.pid("coordinator-0");
     signal(old, Signal::KILL);
     eventually("another process serves", LONG, || async {
         let ready = cluster.ready()?;
