@@ -6,6 +6,7 @@ mod accounts;
 mod admission;
 mod attacks;
 mod bad_input;
+mod batches;
 mod clients;
 mod disaggregated;
 mod drain;

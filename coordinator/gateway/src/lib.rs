@@ -8,6 +8,7 @@ mod api_error;
 mod attended;
 mod auth;
 pub mod backend;
+mod batches;
 mod chat;
 mod clients;
 mod clock;
@@ -18,6 +19,7 @@ mod drain;
 mod error;
 mod family;
 mod fields;
+mod files;
 mod gateway;
 mod generation;
 mod grammar;
@@ -55,12 +57,14 @@ pub use backend::{
     Backend, BackendError, ClusterSnapshot, Generation, GenerationEvent, GenerationSender, Job, LatencyTargets,
     ModelInfo, Placement, Share, Track, WorkerRole, WorkerState, WorkerStatus,
 };
+pub use batches::BatchesConfig;
 pub use clients::ClientRange;
 pub use config::{API_KEY_CHARS_MIN, GatewayConfig, TenantConfig};
 pub use coordinators::{CoordinatorGroup, CoordinatorRole, CoordinatorStatus, GroupChange, NewCoordinator};
 pub use error::GatewayError;
 pub use family::ParserChoice;
 pub use fields::{FIELDS, Field, FieldSupport};
+pub use files::{ChunkError, ChunkHash, ChunkStore, Chunked, FilesConfig};
 pub use model::ServedModel;
 pub use resume::{STREAM_ID_HEADER, STREAM_RESUME_HEADER};
 pub use server::serve;

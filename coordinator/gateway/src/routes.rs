@@ -13,9 +13,11 @@ use axum::{Json, Router};
 use crate::api_error::ApiError;
 use crate::auth::{self, Caller, Scopes};
 use crate::backend::{Backend, WorkerStatus};
+use crate::batches::{self, Internal};
 use crate::chat;
 use crate::coordinators;
 use crate::drain;
+use crate::files;
 use crate::gateway::Gateway;
 use crate::model_card::{ModelCard, ModelList};
 use crate::organization;
@@ -40,6 +42,7 @@ const INDEX: &str = "baton: an OpenAI-compatible API.\n\n\
     POST /v1/chat/completions   chat, whole or streamed (\"stream\": true)\n\
     GET  /v1/streams/{id}       the rest of a stream that broke off\n\
     GET  /v1/models             the models served here\n\
+    /v1/files, /v1/batches      files of requests, run in idle capacity at half the price\n\
     GET  /health                is this process alive?\n\
     GET  /ready                 can requests be taken?\n\
     GET  /metrics               Prometheus metrics\n\
@@ -68,6 +71,8 @@ pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>, streams: Arc<Streams>
         .route("/cluster/workers", get(workers::<B>))
         .route("/cluster/workers/{id}/drain", post(drain::drain::<B>))
         .merge(organization::routes(gateway.accounts.as_ref()))
+        .merge(files::routes(gateway.files.as_ref()))
+        .merge(batches::routes(gateway.files.as_ref(), &gateway.config.batches))
         .route(
             "/cluster/coordinators",
             get(coordinators::list::<B>).post(coordinators::add::<B>),
@@ -97,6 +102,8 @@ async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut reques
         .to_owned();
     let caller = if let Some(Refusal(error)) = request.extensions_mut().remove() {
         Err(error)
+    } else if let Some(Internal(caller)) = request.extensions_mut().remove() {
+        Ok(caller)
     } else if OPEN_ROUTES.contains(&route.as_str()) {
         Ok(Caller::anonymous())
     } else {
@@ -177,7 +184,7 @@ fn needed(method: &Method, route: &str) -> Option<Scopes> {
     let under = |prefix: &str| route.starts_with(prefix);
     if OPEN_ROUTES.contains(&route) || ANY_KEY_ROUTES.contains(&route) {
         None
-    } else if under("/v1/chat/") || under("/v1/streams/") {
+    } else if under("/v1/chat/") || under("/v1/streams/") || under("/v1/files") || under("/v1/batches") {
         Some(Scopes::INFERENCE)
     } else if under("/v1/organization/usage/") || route == "/v1/organization/costs" {
         Some(Scopes::USAGE)

@@ -29,6 +29,7 @@ use crate::activity::{Activity, Verdict};
 use crate::api_error::ApiError;
 use crate::attended::{Arriving, Attendance, Outgoing};
 use crate::backend::Backend;
+use crate::batches::{self, Batches};
 use crate::clients::{Clients, Peer};
 use crate::config::GatewayConfig;
 use crate::error::GatewayError;
@@ -74,8 +75,10 @@ pub async fn serve<B: Backend>(
     let gateway = Arc::new(Gateway::new(config, backend, models)?);
     let config = &gateway.config;
     let streams = Streams::new(Duration::from_millis(config.stream_resume_ms));
+    let router = routes::router(gateway.clone(), streams.clone());
     let server = Server {
-        router: routes::router(gateway.clone(), streams.clone()),
+        batches: batches::start(&gateway, router.clone(), shutdown.child_token()),
+        router,
         streams,
         connections: Arc::new(Semaphore::new(config.connections_max)),
         requests: Arc::new(Semaphore::new(config.requests_max)),
@@ -101,10 +104,11 @@ pub async fn serve<B: Backend>(
     Ok(())
 }
 
-struct Server<B> {
+struct Server<B: Backend> {
     gateway: Arc<Gateway<B>>,
     router: Router,
     streams: Arc<Streams>,
+    batches: Option<Arc<Batches<B>>>,
     connections: Arc<Semaphore>,
     /// One permit per request in work, of whatever route.
     requests: Arc<Semaphore>,
@@ -203,6 +207,10 @@ impl<B: Backend> Server<B> {
             self.aborting.cancel();
             // Immediate: each connection's task only has to be dropped.
             self.tasks.wait().await;
+        }
+        if let Some(batches) = &self.batches {
+            // They were told with the connections, so most of the time is over.
+            batches.drain(wait).await;
         }
         let settling = &self.gateway.ledger.settling;
         settling.close();

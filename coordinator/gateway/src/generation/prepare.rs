@@ -167,7 +167,7 @@ pub(crate) fn prepare<B: Backend>(
             cache_salt: cache_salt.clone(),
             tenant: Arc::clone(&origin.caller.tenant),
             share: origin.caller.share.clone(),
-            priority: -request.priority,
+            priority: origin.caller.priority(-request.priority),
             targets: origin.targets,
         });
     }
