@@ -6,6 +6,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "proto/cluster.proto",
         "proto/state.proto",
         "proto/raft.proto",
+        "proto/files.proto",
     ];
     for file in files {
         println!("cargo:rerun-if-changed={file}");

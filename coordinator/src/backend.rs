@@ -3,9 +3,10 @@
 use crate::accounts::Accounts;
 use crate::admission::refused;
 use crate::cluster::{Cluster, DrainError, PlaceError};
+use crate::files::MemberChunks;
 use crate::request::{Running, first_generate};
 use baton_gateway::{
-    AccountStore, Backend, BackendError, ClusterSnapshot, CoordinatorGroup, Generation, GroupChange, Job, ModelInfo,
+    AccountStore, Backend, BackendError, ChunkStore, ClusterSnapshot, CoordinatorGroup, Generation, GroupChange, Job, ModelInfo,
     WorkerStatus,
 };
 use baton_proto::state::UsageRecord;
@@ -15,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 /// The gateway's view of this coordinator's cluster.
-pub(crate) struct ClusterBackend(pub(crate) Arc<Cluster>, pub(crate) Arc<Accounts>);
+pub(crate) struct ClusterBackend(pub(crate) Arc<Cluster>, pub(crate) Arc<Accounts>, pub(crate) Arc<MemberChunks>);
 
 impl Backend for ClusterBackend {
     fn models(&self) -> Vec<ModelInfo> {
@@ -72,6 +73,10 @@ impl Backend for ClusterBackend {
 
     fn accounts(&self) -> Option<Arc<dyn AccountStore>> {
         Some(self.1.clone())
+    }
+
+    fn chunks(&self) -> Option<Arc<dyn ChunkStore>> {
+        Some(self.2.clone())
     }
 
     fn has_quorum(&self) -> bool {

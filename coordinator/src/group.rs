@@ -79,6 +79,16 @@ impl Group {
         self.store.status().leader_id != 0
     }
 
+    /// Where a member is, as far as is known.
+    pub(crate) fn member(&self, id: u64) -> Option<Member> {
+        self.book.get(id)
+    }
+
+    /// A new connection to this very member.
+    pub(crate) async fn connect(&self, member: &Member) -> Result<tonic::transport::Channel, String> {
+        lane::connect(&self.peering, member).await
+    }
+
     /// Where workers find the members.
     pub(crate) fn coordinators(&self) -> Coordinators {
         let (members, known) = (self.store.members(), self.book.members());

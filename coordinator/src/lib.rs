@@ -19,6 +19,7 @@ mod cluster;
 mod cluster_service;
 mod config;
 mod error;
+mod files;
 mod group;
 mod link;
 mod mailbox;

@@ -7,11 +7,13 @@ use crate::accounts::{self, Accounts, Sealer};
 use crate::backend::ClusterBackend;
 use crate::cluster::Cluster;
 use crate::cluster_service::Service;
+use crate::files::{CHUNK_MESSAGE_BYTES_MAX, Disk, FilesService, MemberChunks};
 use crate::group::{AddressBook, BATCH_BYTES_MAX, Group, Outbox, Peering, RaftService};
 use crate::{CoordinatorConfig, CoordinatorError, MemberConfig};
 use baton_gateway::{GatewayConfig, ServedModel};
 use baton_identity::Identity;
 use baton_proto::cluster::cluster_server::ClusterServer;
+use baton_proto::files::files_server::FilesServer;
 use baton_proto::raft::raft_server::RaftServer;
 use baton_proto::state::Member;
 use baton_raftstore::{RaftStore, RaftStoreConfig};
@@ -69,15 +71,18 @@ pub async fn run(
     let over = CancellationToken::new();
     let peering = Peering::new(address_book(&config, &bound), identity.clone(), over.clone());
     let (models, store) = load(&config, peering.outbox()).await?;
+    let disk = open_files(&config).await?;
     let sealer = Sealer::open(&config.data_dir, peering.book().me().clone())?;
     let accounts = Accounts::new(store.clone(), config.node_id, sealer);
     let housekeeping = accounts::keep(accounts.clone(), store.clone(), over.clone());
     let group = Group::new(store.clone(), peering);
     let cluster = Cluster::new(config, store, group, identity, over.clone())?;
     cluster.tasks.spawn(cluster.clone().follow());
-    let mut grpc = tokio::spawn(serve_cluster(cluster.clone(), joining));
+    let mut grpc = tokio::spawn(serve_cluster(cluster.clone(), disk.clone(), joining));
     cluster.tasks.spawn(housekeeping);
-    let backend = Arc::new(ClusterBackend(cluster.clone(), accounts));
+    let chunks = MemberChunks::new(disk, cluster.group.clone(), cluster.store.clone());
+    cluster.tasks.spawn(chunks.clone().tend(over.clone()));
+    let backend = Arc::new(ClusterBackend(cluster.clone(), accounts, chunks));
     // Ends the gateway on our own failure too.
     let stop_gateway = shutdown.child_token();
     let mut gateway = tokio::spawn(baton_gateway::serve(
@@ -129,11 +134,18 @@ pub async fn run(
 }
 
 /// Serves workers and the other members until the cluster's shutdown.
-pub(crate) async fn serve_cluster(cluster: Arc<Cluster>, listener: TcpListener) -> Result<(), CoordinatorError> {
+pub(crate) async fn serve_cluster(
+    cluster: Arc<Cluster>,
+    disk: Arc<Disk>,
+    listener: TcpListener,
+) -> Result<(), CoordinatorError> {
     let shutdown = cluster.shutdown.clone();
     let failed = |error: tonic::transport::Error| CoordinatorError::Cluster(error.to_string());
     let raft = RaftService::new(cluster.group.clone(), shutdown.clone());
     let raft = RaftServer::new(raft).max_decoding_message_size(BATCH_BYTES_MAX);
+    let files = FilesServer::new(FilesService(disk))
+        .max_decoding_message_size(CHUNK_MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(CHUNK_MESSAGE_BYTES_MAX);
     let server = tonic::transport::Server::builder()
         .tls_config(cluster.identity().tonic_server())
         .map_err(failed)?
@@ -141,6 +153,7 @@ pub(crate) async fn serve_cluster(cluster: Arc<Cluster>, listener: TcpListener) 
         .http2_keepalive_timeout(Some(KEEP_ALIVE))
         .max_concurrent_streams(Some(STREAMS_PER_CONNECTION_MAX))
         .add_service(raft)
+        .add_service(files)
         .add_service(ClusterServer::new(Service(cluster)).max_decoding_message_size(REPORT_BYTES_MAX))
         .serve_with_incoming(TcpIncoming::from(listener).with_nodelay(Some(true)));
     // Not a graceful end: a worker's stream has none by itself.
@@ -215,6 +228,15 @@ async fn load(config: &CoordinatorConfig, outbox: Outbox) -> Result<(Vec<ServedM
     loading
         .await
         .map_err(|error| CoordinatorError::Cluster(error.to_string()))?
+}
+
+/// The directory of uploaded files, beside the store.
+async fn open_files(config: &CoordinatorConfig) -> Result<Arc<Disk>, CoordinatorError> {
+    let dir = config.data_dir.join("files");
+    let failed = |error: String| CoordinatorError::Config(format!("the directory of files: {error}"));
+    let opening = tokio::task::spawn_blocking(move || Disk::open(&dir)).await;
+    let disk = opening.map_err(|error| failed(error.to_string()))?;
+    disk.map(Arc::new).map_err(|error| failed(error.to_string()))
 }
 
 /// As `TcpListener::bind`, with a longer queue.

@@ -29,6 +29,11 @@ mod generated {
             tonic::include_proto!("baton.raft.v1");
         }
     }
+    pub mod files {
+        pub mod v1 {
+            tonic::include_proto!("baton.files.v1");
+        }
+    }
     pub mod state {
         pub mod v1 {
             tonic::include_proto!("baton.state.v1");
@@ -36,6 +41,8 @@ mod generated {
     }
 }
 
+/// Coordinator to coordinator, uploaded files: see `proto/files.proto`.
+pub use generated::files::v1 as files;
 /// Worker to coordinator: see `proto/cluster.proto`.
 pub use generated::cluster::v1 as cluster;
 /// Coordinator to coordinator: see `proto/raft.proto`.

@@ -9,10 +9,12 @@ use std::sync::Arc;
 
 use axum::http::{HeaderMap, header};
 use baton_proto::state::Scope;
+use baton_state::view;
 use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
 use crate::accounts::Accounts;
 use crate::accounts::keys::{Account, Presented, sha256};
+use crate::accounts::store::StoreError;
 use crate::api_error::ApiError;
 use crate::config::GatewayConfig;
 
@@ -78,7 +80,14 @@ pub(crate) struct Caller {
     pub account: Option<Arc<Account>>,
     /// Sets its prefix cache apart.
     salt: Arc<str>,
+    /// It is a line of a batch.
+    batch: bool,
 }
+
+/// The tier of requests that are answered while their client waits, and of those of batches.
+const SERVICE_TIERS: [&str; 2] = ["default", "batch"];
+/// Below every other request, in the coordinator's queue and on the workers: the least priority that counts there.
+const BATCH_PRIORITY: i32 = -100;
 
 impl Caller {
     /// Whoever reaches an open server.
@@ -89,6 +98,7 @@ impl Caller {
             key_id: "".into(),
             account: None,
             salt: "".into(),
+            batch: false,
         }
     }
 
@@ -106,6 +116,7 @@ impl Caller {
             key_id: format!("tenant {name}").into(),
             account: None,
             salt: name.into(),
+            batch: false,
         }
     }
 
@@ -117,6 +128,7 @@ impl Caller {
             // No tenant's name has a space.
             salt: format!("project {}", account.project.id).into(),
             account: Some(account),
+            batch: false,
         }
     }
 
@@ -128,6 +140,32 @@ impl Caller {
     /// Who changes something, for the audit log.
     pub fn actor(&self) -> &str {
         if self.key_id.is_empty() { OPERATOR } else { &self.key_id }
+    }
+
+    /// Whose files and batches it sees: all of its project, or of its configured tenant.
+    pub fn owner(&self) -> String {
+        match &self.account {
+            Some(account) => format!("project {}", account.project.id),
+            None => format!("tenant {}", self.tenant),
+        }
+    }
+
+    /// The same caller for the lines of its batch: behind everybody else, with a share of its own, so that a project's batches
+    /// take nothing from its other requests.
+    fn for_batch(mut self) -> Self {
+        self.tenant = format!("batch {}", self.tenant).into();
+        self.batch = true;
+        self
+    }
+
+    /// The tier that its requests are billed by.
+    pub fn service_tier(&self) -> &'static str {
+        SERVICE_TIERS[usize::from(self.batch)]
+    }
+
+    /// The priority of a request that asks for `asked`; higher goes first.
+    pub fn priority(&self, asked: i32) -> i32 {
+        if self.batch { BATCH_PRIORITY } else { asked }
     }
 
     /// Whether it may call a model; what others may not is not shown to it either.
@@ -170,6 +208,42 @@ pub(crate) fn caller(
     }
 }
 
+/// Who the lines of a batch are run as: whoever made it, as they are now.
+///
+/// # Errors
+/// As for a request with that key: 401 if it is gone or not to be taken, 403 without the scope, 503 if the state cannot be read.
+pub(crate) fn caller_of_batch(
+    keys: Option<&Keys>,
+    accounts: Option<&Arc<Accounts>>,
+    key_id: &str,
+) -> Result<Caller, ApiError> {
+    if let Some(caller) = keys.and_then(|keys| keys.of_id(key_id)) {
+        return Ok(caller.for_batch());
+    }
+    let accounts = accounts.ok_or_else(ApiError::unauthorized)?;
+    let known = view::key(&*accounts.store.tables()?, key_id).map_err(StoreError::from)?;
+    if let Some(key) = known
+        && let Ok(sha256) = <[u8; 32]>::try_from(key.sha256.as_ref())
+    {
+        let caller = match accounts.keys.presented(&*accounts.store, &sha256)? {
+            Presented::Valid(account) => Caller::of(account),
+            Presented::Refused(why) => return Err(ApiError::key_refused(why)),
+            Presented::Unknown => return Err(ApiError::unauthorized()),
+        };
+        return if caller.scopes.hold(Scopes::INFERENCE) {
+            Ok(caller.for_batch())
+        } else {
+            Err(ApiError::missing_scope(Scopes::INFERENCE.name()))
+        };
+    }
+    let open = keys.is_none() && key_id.is_empty() && !accounts.keys.has_admin(&*accounts.store)?;
+    if open {
+        Ok(Caller::anonymous().for_batch())
+    } else {
+        Err(ApiError::unauthorized())
+    }
+}
+
 /// The hashes of the configured keys, each with its tenant.
 #[derive(Clone)]
 pub(crate) struct Keys(Vec<([u8; 32], Caller)>);
@@ -187,6 +261,12 @@ impl Keys {
             .map(|(key, caller)| (*blake3::hash(key.as_bytes()).as_bytes(), caller))
             .collect();
         (!keys.is_empty()).then_some(Self(keys))
+    }
+
+    /// Whose key has this id in records.
+    fn of_id(&self, key_id: &str) -> Option<Caller> {
+        let found = self.0.iter().find(|(_, caller)| &*caller.key_id == key_id);
+        found.map(|(_, caller)| caller.clone())
     }
 
     /// Whose key the request carries. Looks at every key, whichever it is.

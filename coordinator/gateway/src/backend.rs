@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 
 use crate::accounts::store::AccountStore;
 use crate::coordinators::{CoordinatorGroup, GroupChange};
+use crate::files::ChunkStore;
 use crate::tier_metrics::KvTiersStatus;
 
 /// Events buffered between the cluster and one response. An event carries the tokens of one engine step, so this is a
@@ -60,6 +61,11 @@ pub trait Backend: Send + Sync + 'static {
     /// The replicated state of keys, prices, budgets and the ledger. A backend without one serves whoever has a configured
     /// key, and has no `/v1/organization`.
     fn accounts(&self) -> Option<Arc<dyn AccountStore>> {
+        None
+    }
+
+    /// Where the contents of uploaded files lie. A backend without such a place has no `/v1/files` and no `/v1/batches`.
+    fn chunks(&self) -> Option<Arc<dyn ChunkStore>> {
         None
     }
 

@@ -10,7 +10,9 @@ use baton_state::SLICE_LEASE_MS_MAX;
 use serde::Deserialize;
 
 use crate::auth::DEFAULT_TENANT;
+use crate::batches::BatchesConfig;
 use crate::error::GatewayError;
+use crate::files::FilesConfig;
 
 /// Shortest API key taken: 16 characters, so that nobody guards a cluster with a word.
 pub const API_KEY_CHARS_MIN: usize = 16;
@@ -77,6 +79,10 @@ pub struct GatewayConfig {
     /// At shutdown, how long running requests may go on, in milliseconds; and then, again, how long their usage
     /// records may take to be settled.
     pub drain_ms_max: u64,
+    /// Uploaded files.
+    pub files: FilesConfig,
+    /// Batches.
+    pub batches: BatchesConfig,
     /// How long money of a hard budget is set aside for this gateway at once, in milliseconds. One that dies keeps it from
     /// the others for that long and two minutes more; one that is cut off from the group stops requests under such
     /// budgets shortly before the end.
@@ -99,6 +105,8 @@ impl Default for GatewayConfig {
             keep_alive_ms: 10_000,
             first_token_wait_ms: 1_000,
             drain_ms_max: 5_000,
+            files: FilesConfig::default(),
+            batches: BatchesConfig::default(),
             budget_lease_ms: 30_000,
         }
     }
@@ -121,6 +129,8 @@ impl GatewayConfig {
             }
         }
         self.validate_tenants()?;
+        self.files.validate()?;
+        self.batches.validate()?;
         if !(BUDGET_LEASE_MS_MIN..=SLICE_LEASE_MS_MAX).contains(&self.budget_lease_ms) {
             return Err(GatewayError::Setting {
                 name: "budget_lease_ms",

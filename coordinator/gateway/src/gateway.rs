@@ -14,6 +14,7 @@ use crate::backend::{Backend, ModelInfo};
 use crate::clock::unix_ms;
 use crate::config::GatewayConfig;
 use crate::error::GatewayError;
+use crate::files::Files;
 use crate::generation::draft::Ledger;
 use crate::metrics::Metrics;
 use crate::model::ServedModel;
@@ -24,6 +25,8 @@ pub(crate) struct Gateway<B> {
     pub config: GatewayConfig,
     pub keys: Option<Keys>,
     pub accounts: Option<Arc<Accounts>>,
+    /// Where there is a replicated state and a place for chunks.
+    pub files: Option<Arc<Files>>,
     pub ledger: Arc<Ledger<B>>,
     /// One permit per choice of a request in work.
     pub in_flight: Arc<Semaphore>,
@@ -69,6 +72,10 @@ impl<B: Backend> Gateway<B> {
         let accounts = backend
             .accounts()
             .map(|store| Accounts::start(store, config.budget_lease_ms, over.clone()));
+        let files = accounts
+            .clone()
+            .zip(backend.chunks())
+            .map(|(accounts, chunks)| Files::new(accounts, chunks, config.files.clone()));
         let mut registry = prometheus_client::registry::Registry::default();
         backend.register_metrics(&mut registry);
         let ledger = Ledger {
@@ -81,6 +88,7 @@ impl<B: Backend> Gateway<B> {
         Ok(Self {
             keys: Keys::new(&config),
             accounts,
+            files,
             over,
             ledger: Arc::new(ledger),
             in_flight: Arc::new(Semaphore::new(config.in_flight_max)),

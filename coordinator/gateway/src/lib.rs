@@ -6,6 +6,7 @@ mod accounts;
 mod api_error;
 mod auth;
 pub mod backend;
+mod batches;
 mod chat;
 mod clock;
 mod config;
@@ -14,6 +15,7 @@ mod detokenizer;
 mod drain;
 mod error;
 mod fields;
+mod files;
 mod gateway;
 mod generation;
 mod messages;
@@ -45,10 +47,12 @@ pub use backend::{
     Backend, BackendError, ClusterSnapshot, Generation, GenerationEvent, GenerationSender, Job, LatencyTargets,
     ModelInfo, Placement, Track, WorkerRole, WorkerState, WorkerStatus,
 };
+pub use batches::BatchesConfig;
 pub use config::{API_KEY_CHARS_MIN, GatewayConfig, TenantConfig};
 pub use coordinators::{CoordinatorGroup, CoordinatorRole, CoordinatorStatus, GroupChange, NewCoordinator};
 pub use error::GatewayError;
 pub use fields::{FIELDS, Field, FieldSupport};
+pub use files::{ChunkError, ChunkHash, ChunkStore, Chunked, FilesConfig};
 pub use model::ServedModel;
 pub use server::serve;
 pub use targets::{ITL_TARGET_HEADER, TTFT_TARGET_HEADER};

@@ -16,6 +16,8 @@ mod prices;
 mod projects;
 mod usage;
 
+pub(crate) use params::Params;
+
 use std::sync::Arc;
 
 use axum::extract::rejection::JsonRejection;
@@ -97,7 +99,7 @@ impl Accounts {
 }
 
 /// The body of a request.
-fn body<T>(body: Result<Json<T>, JsonRejection>, example: &str) -> Result<T, ApiError> {
+pub(crate) fn body<T>(body: Result<Json<T>, JsonRejection>, example: &str) -> Result<T, ApiError> {
     body.map(|Json(body)| body).map_err(|rejection| match rejection {
         JsonRejection::MissingJsonContentType(_) => ApiError::media_type(),
         JsonRejection::JsonDataError(error) => ApiError::bad_request(format!(
@@ -109,7 +111,7 @@ fn body<T>(body: Result<Json<T>, JsonRejection>, example: &str) -> Result<T, Api
 }
 
 /// OpenAI's list: of `items`, of which there may be one more than fits.
-fn page<T: Serialize>(mut items: Vec<T>, limit: usize, id: impl Fn(&T) -> String) -> Value {
+pub(crate) fn page<T: Serialize>(mut items: Vec<T>, limit: usize, id: impl Fn(&T) -> String) -> Value {
     let has_more = items.len() > limit;
     items.truncate(limit);
     let (first, last) = (items.first().map(&id), items.last().map(&id));

@@ -13,9 +13,11 @@ use axum::{Json, Router};
 use crate::api_error::ApiError;
 use crate::auth::{self, Caller, Scopes};
 use crate::backend::{Backend, WorkerStatus};
+use crate::batches::{self, Internal};
 use crate::chat;
 use crate::coordinators;
 use crate::drain;
+use crate::files;
 use crate::gateway::Gateway;
 use crate::model_card::{ModelCard, ModelList};
 use crate::organization;
@@ -28,6 +30,7 @@ const OPEN_ROUTES: [&str; 2] = ["/health", "/ready"];
 const INDEX: &str = "baton: an OpenAI-compatible API.\n\n\
     POST /v1/chat/completions   chat, whole or streamed (\"stream\": true)\n\
     GET  /v1/models             the models served here\n\
+    /v1/files, /v1/batches      files of requests, run in idle capacity at half the price\n\
     GET  /health                is this process alive?\n\
     GET  /ready                 can requests be taken?\n\
     GET  /metrics               Prometheus metrics\n\
@@ -55,6 +58,8 @@ pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>) -> Router {
         .route("/cluster/workers", get(workers::<B>))
         .route("/cluster/workers/{id}/drain", post(drain::drain::<B>))
         .merge(organization::routes(gateway.accounts.as_ref()))
+        .merge(files::routes(gateway.files.as_ref()))
+        .merge(batches::routes(gateway.files.as_ref(), &gateway.config.batches))
         .route(
             "/cluster/coordinators",
             get(coordinators::list::<B>).post(coordinators::add::<B>),
@@ -76,7 +81,9 @@ async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut reques
         .get::<MatchedPath>()
         .map_or("other", MatchedPath::as_str)
         .to_owned();
-    let caller = if OPEN_ROUTES.contains(&route.as_str()) {
+    let caller = if let Some(Internal(caller)) = request.extensions_mut().remove() {
+        Ok(caller)
+    } else if OPEN_ROUTES.contains(&route.as_str()) {
         Ok(Caller::anonymous())
     } else {
         auth::caller(gateway.keys.as_ref(), gateway.accounts.as_ref(), request.headers())
@@ -114,7 +121,7 @@ async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut reques
 /// What a route needs of a key. The list of models is for all.
 fn needed(method: &Method, route: &str) -> Option<Scopes> {
     let under = |prefix: &str| route.starts_with(prefix);
-    if under("/v1/chat/") {
+    if under("/v1/chat/") || under("/v1/files") || under("/v1/batches") {
         Some(Scopes::INFERENCE)
     } else if under("/v1/organization/usage/") || route == "/v1/organization/costs" {
         Some(Scopes::USAGE)

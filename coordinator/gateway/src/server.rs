@@ -22,6 +22,7 @@ use tower::ServiceExt;
 
 use crate::api_error::ApiError;
 use crate::backend::Backend;
+use crate::batches::{self, Batches};
 use crate::config::GatewayConfig;
 use crate::error::GatewayError;
 use crate::gateway::Gateway;
@@ -46,8 +47,10 @@ pub async fn serve<B: Backend>(
 ) -> Result<(), GatewayError> {
     config.validate(listener.local_addr().map_err(GatewayError::Listener)?)?;
     let gateway = Arc::new(Gateway::new(config, backend, models)?);
+    let router = routes::router(gateway.clone());
     let server = Server {
-        router: routes::router(gateway.clone()),
+        batches: batches::start(&gateway, router.clone(), shutdown.child_token()),
+        router,
         connections: Arc::new(Semaphore::new(gateway.config.connections_max)),
         tasks: TaskTracker::new(),
         closing: CancellationToken::new(),
@@ -60,9 +63,10 @@ pub async fn serve<B: Backend>(
     Ok(())
 }
 
-struct Server<B> {
+struct Server<B: Backend> {
     gateway: Arc<Gateway<B>>,
     router: Router,
+    batches: Option<Arc<Batches<B>>>,
     connections: Arc<Semaphore>,
     tasks: TaskTracker,
     /// Connections finish what they have.
@@ -162,6 +166,10 @@ impl<B: Backend> Server<B> {
             self.aborting.cancel();
             // Immediate: each connection's task only has to be dropped.
             self.tasks.wait().await;
+        }
+        if let Some(batches) = &self.batches {
+            // They were told with the connections, so most of the time is over.
+            batches.drain(wait).await;
         }
         let settling = &self.gateway.ledger.settling;
         settling.close();

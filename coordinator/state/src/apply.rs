@@ -6,8 +6,8 @@ use crate::machine::{Handled, Machine, Stop};
 use crate::outcome::{Applied, Outcome, Refused, code};
 use crate::tables::{TablesError, TablesMut};
 use crate::{
-    api_keys, budgets, corrections, deployments, expiry, members, periods, prices, projects, slices, usage, view,
-    workers,
+    api_keys, batches, budgets, corrections, deployments, expiry, files, members, periods, prices, projects, slices,
+    usage, view, workers,
 };
 use baton_proto::state::{Command, command::Kind};
 use prost::Message as _;
@@ -83,6 +83,15 @@ fn dispatch(machine: &mut Machine<'_>, kind: Kind, proposed_unix_ms: u64) -> Han
         Kind::CorrectUsage(command) => corrections::correct(machine, command),
         Kind::ClosePeriod(command) => periods::close(machine, &command),
         Kind::SealPeriod(command) => periods::seal(machine, command, proposed_unix_ms),
+        Kind::PutFile(command) => files::put(machine, command),
+        Kind::DeleteFile(command) => files::delete(machine, &command),
+        Kind::PutBatch(command) => batches::put(machine, command),
+        Kind::ClaimBatch(command) => batches::claim(machine, command),
+        Kind::StartBatch(command) => batches::start(machine, command),
+        Kind::FailBatch(command) => batches::fail(machine, command),
+        Kind::AdvanceBatch(command) => batches::advance(machine, command),
+        Kind::CancelBatch(command) => batches::cancel(machine, &command),
+        Kind::FinishBatch(command) => batches::finish(machine, &command),
         Kind::Tick(_) => Ok(Applied::Ticked {
             now_unix_ms: machine.now_ms,
         }),

@@ -21,6 +21,26 @@ pub const POSTINGS_MAX: usize = 2 * BUDGETS_PER_KEY_MAX;
 pub const SLICES_PER_PERIOD_MAX: u128 = 64;
 /// Prices of one model and tier. A price is looked up from the latest backwards past those that are over.
 pub const PRICES_PER_MODEL_MAX: usize = 1024;
+/// Chunks of one uploaded file: the command with all their names stays under the store's 64 KiB.
+pub const FILE_CHUNKS_MAX: usize = 1024;
+/// Bytes of one chunk: a message between members, and what a gateway holds of an upload in memory.
+pub const CHUNK_BYTES_MAX: u64 = 4 << 20;
+/// Chunks of a file that a batch writes: two neighbours together have a quarter of the largest size or more, so 2 GiB or more.
+pub const OUTPUT_CHUNKS_MAX: u32 = 4096;
+/// Lines of a batch, OpenAI's limit. A bit for each is kept.
+pub const BATCH_LINES_MAX: u32 = 50_000;
+/// Lines in one step of a batch's progress.
+pub const BATCH_STEP_LINES_MAX: usize = 4096;
+/// Batches that are not over, of all owners: every member looks through them.
+pub const BATCHES_OPEN_MAX: u64 = 1024;
+/// Batches remembered of one owner; one more forgets the oldest that is over.
+pub const BATCHES_PER_OWNER_MAX: u64 = 10_000;
+/// Errors told of an invalid input file.
+pub const BATCH_ERRORS_MAX: usize = 100;
+/// Labels of a batch, and bytes of a label's name and value: OpenAI's limits, in characters of up to four bytes.
+pub const BATCH_LABELS_MAX: usize = 16;
+/// See [`BATCH_LABELS_MAX`].
+pub const BATCH_LABEL_BYTES_MAX: usize = 2048;
 /// Nano-units per million tokens: one unit a token. So the charge of a record is below 2^63.
 pub const PRICE_NANO_MAX: u64 = 1_000_000_000_000_000;
 

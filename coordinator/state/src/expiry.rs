@@ -1,7 +1,9 @@
-//! What replicated time does: slices whose grace is over, idempotency keys and minutes of usage that are old. Each command
+//! What replicated time does: slices whose grace is over, idempotency keys, minutes of usage, files and batches that are old. Each command
 //! clears a bounded number, more than it can add, so that nothing piles up; reads do not depend on how far that is.
 
 use crate::aggregates;
+use crate::batches;
+use crate::files;
 use crate::idempotency;
 use crate::keys::{self, Parts};
 use crate::machine::Machine;
@@ -22,6 +24,17 @@ pub(crate) fn clear(machine: &mut Machine<'_>) -> Result<(), TablesError> {
     }
     for key in due(machine, keys::IDEMPOTENCY_DUE)? {
         idempotency::forget(machine, &key)?;
+    }
+    // One, because a file may have thousands of chunks. A command adds two at most, when a batch ends, and others none.
+    if let Some(key) = due(machine, keys::FILES_DUE)?.first() {
+        let mut parts = Parts::of(key);
+        parts.number()?;
+        let id = String::from_utf8_lossy(parts.rest());
+        if id.starts_with(batches::ID_PREFIX) {
+            batches::forget(machine, &id)?;
+        } else {
+            files::expire(machine, &id)?;
+        }
     }
     aggregates::clear_minutes(machine, CLEARED_MAX)
 }

@@ -14,6 +14,8 @@ pub const TIME: &[u8] = &[0x01, 0x03];
 pub const HEAD: &[u8] = &[0x01, 0x04];
 /// One value: the closed period that nobody has signed yet, a `Checkpoint`.
 pub const CLOSED: &[u8] = &[0x01, 0x05];
+/// One value: what all owners of files and batches have together, a `FileTotals`.
+pub const FILE_TOTALS: &[u8] = &[0x01, 0x10];
 /// Worker id to `WorkerRecord`.
 pub const WORKERS: u8 = 0x02;
 /// Number of a row of the ledger, from 1 without gaps, to `LedgerRow`.
@@ -66,6 +68,24 @@ pub const USAGE_DAYS: u8 = 0x19;
 pub const USAGE_USER_HOURS: u8 = 0x1a;
 /// The same by day, with the user.
 pub const USAGE_USER_DAYS: u8 = 0x1b;
+/// File id to `File`.
+pub const FILES: u8 = 0x30;
+/// Owner and file id to nothing. Ids begin with the time.
+pub const FILES_BY_OWNER: u8 = 0x31;
+/// File id and number from 0 to `FileChunk`; also of files that a batch is still writing.
+pub const FILE_CHUNKS: u8 = 0x32;
+/// Time at which a file or a batch is forgotten, and its id, to nothing.
+pub const FILES_DUE: u8 = 0x33;
+/// Owner to `FileTotals`.
+pub const OWNER_TOTALS: u8 = 0x34;
+/// Batch id to `Batch`.
+pub const BATCHES: u8 = 0x35;
+/// Owner and batch id to nothing.
+pub const BATCHES_BY_OWNER: u8 = 0x36;
+/// Id of a batch that is not over, to the id of its input file.
+pub const BATCHES_OPEN: u8 = 0x37;
+/// Batch id to a bit for each line that is done, the first in the lowest bit of the first byte.
+pub const BATCH_DONE: u8 = 0x38;
 
 /// A key with a name in it.
 pub fn named(table: u8, name: &str) -> Vec<u8> {

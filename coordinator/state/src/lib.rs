@@ -11,7 +11,8 @@
 //! 3. A refused command changes nothing but the hash, and the time with what is over by then.
 //! 4. Everything is in the tables: a copy of them is a snapshot.
 //! 5. One row per request id; rows and admin changes are numbered without gaps; every row names the hash before it.
-//! 6. Of every budget and period: reserved = posted + voided + expired + open, and a hard limit ≥ posted + open.
+//! 6. Each line of a batch is done once, and what stands in its files is what was told with those lines.
+//! 7. Of every budget and period: reserved = posted + voided + expired + open, and a hard limit ≥ posted + open.
 //!
 //! Deliberately not here: Raft and the file (`baton-raftstore`), what a row is to the byte and what it costs
 //! (`baton-ledger`), and what is only soft state, such as load.
@@ -21,6 +22,7 @@ mod aggregates;
 mod api_keys;
 mod apply;
 mod audit;
+mod batches;
 pub mod bounds;
 mod budgets;
 mod calendar;
@@ -29,6 +31,7 @@ mod corrections;
 mod deployments;
 mod expiry;
 mod fault;
+mod files;
 mod idempotency;
 pub mod keys;
 mod machine;
@@ -49,6 +52,7 @@ mod workers;
 
 pub use aggregates::MINUTES_KEPT_MS;
 pub use apply::apply;
+pub use batches::{BATCH_KEPT_MS, BATCH_WINDOW_MS, status_name as batch_status_name};
 pub use calendar::{TIME_MAX_UNIX_MS, period_start};
 pub use fault::Fault;
 pub use idempotency::IDEMPOTENCY_MS;

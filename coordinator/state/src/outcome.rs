@@ -216,6 +216,28 @@ pub enum Refused {
         /// Last row of the last period, closed or sealed; 0 if there is none.
         last_sequence: u64,
     },
+    /// Another member runs the batch.
+    #[error("batch {batch_id:?} is run under another claim")]
+    ClaimedByOther {
+        /// Its id.
+        batch_id: String,
+    },
+    /// The batch is not in a status for that.
+    #[error("batch {batch_id:?} is {status}")]
+    BatchStatus {
+        /// Its id.
+        batch_id: String,
+        /// What it is, as the API says.
+        status: &'static str,
+    },
+    /// Something that is not over needs it.
+    #[error("file {id:?} is the input of batch {batch_id:?}, which is not over; cancel the batch first")]
+    FileInUse {
+        /// The file.
+        id: String,
+        /// The batch.
+        batch_id: String,
+    },
     /// The signature is wrong, or not by a member's key.
     #[error("the signature is refused: {0}")]
     BadSignature(String),
@@ -275,6 +297,9 @@ pub(crate) fn code(outcome: &Outcome) -> [u8; 9] {
         Err(Refused::NothingToClose) => (47, 0),
         Err(Refused::NotNext { last_sequence, .. }) => (48, *last_sequence),
         Err(Refused::BadSignature(_)) => (49, 0),
+        Err(Refused::ClaimedByOther { .. }) => (64, 0),
+        Err(Refused::BatchStatus { .. }) => (65, 0),
+        Err(Refused::FileInUse { .. }) => (66, 0),
     };
     let mut code = [0; 9];
     code[0] = tag;

@@ -1,11 +1,14 @@
 //! The price book. A price is never changed: its id is derived from all that it says, and another price is another id.
 //! Which of several holds: the one of the model before that of all models ("*"), the record's tier before "default"; among
 //! those that hold at the time the later start, and of equal starts the later in the log.
+//!
+//! Batches cost half: with a default price comes a price of the batch tier, of the same time, with each amount halved and
+//! rounded down to a nano-unit. A batch price that an operator has set stands instead, until the operator sets another.
 
 use crate::audit;
 use crate::bounds::{self, PRICE_NANO_MAX, PRICES_PER_MODEL_MAX};
 use crate::keys::{self, Key};
-use crate::machine::{Handled, Machine};
+use crate::machine::{Handled, Machine, Stop};
 use crate::outcome::{Applied, Refused};
 use crate::tables::{Tables, TablesError, TablesMut as _};
 use crate::view;
@@ -30,11 +33,61 @@ pub(crate) fn put(machine: &mut Machine<'_>, command: PutPrice) -> Handled {
     if view::price(machine, &id)?.is_some() {
         return Ok(Applied::Priced { id });
     }
-    let versions = Key::of(keys::PRICES_BY_START)
+    price.id.clone_from(&id);
+    let mut batch = None;
+    if price.service_tier == DEFAULT_TIER && !has_own_batch_price(machine, &price)? {
+        let half = half(&price);
+        // It may be there: of another default price, or because an operator set the same.
+        batch = view::price(machine, &half.id)?.is_none().then_some(half);
+    }
+    for price in [Some(&price), batch.as_ref()].into_iter().flatten() {
+        check_room(machine, price)?;
+    }
+    for price in [Some(&price), batch.as_ref()].into_iter().flatten() {
+        let start = versions(price)
+            .number(price.effective_from_unix_ms)
+            .number(machine.index);
+        machine.put_message(&keys::named(keys::PRICES, &price.id), price)?;
+        machine.put(&start.done(), price.id.as_bytes())?;
+    }
+    audit::write(machine, "put_price", &id)?;
+    Ok(Applied::Priced { id })
+}
+
+/// Whether the batch price that would hold is another than the half of the default one before this.
+fn has_own_batch_price(machine: &Machine<'_>, price: &Price) -> Result<bool, TablesError> {
+    let at = price.effective_from_unix_ms;
+    let Some(batch) = latest(machine, &price.model, BATCH_TIER, at)? else {
+        return Ok(false);
+    };
+    let before = latest(machine, &price.model, DEFAULT_TIER, batch.effective_from_unix_ms)?;
+    Ok(before.is_none_or(|before| half(&before).id != batch.id))
+}
+
+/// What a batch pays where nothing else is said.
+fn half(price: &Price) -> Price {
+    let mut batch = Price {
+        id: String::new(),
+        service_tier: BATCH_TIER.to_owned(),
+        input_nano_per_mtok: price.input_nano_per_mtok / 2,
+        cached_input_nano_per_mtok: price.cached_input_nano_per_mtok / 2,
+        output_nano_per_mtok: price.output_nano_per_mtok / 2,
+        ..price.clone()
+    };
+    batch.id = price_id(&batch);
+    batch
+}
+
+fn versions(price: &Price) -> Key {
+    Key::of(keys::PRICES_BY_START)
         .text(&price.model)
-        .text(&price.service_tier);
+        .text(&price.service_tier)
+}
+
+fn check_room(machine: &Machine<'_>, price: &Price) -> Result<(), Stop> {
+    let versions = versions(price);
     let mut count = 0;
-    machine.scan(&versions.clone().done(), &versions.clone().beyond(), &mut |_, _| {
+    machine.scan(&versions.clone().done(), &versions.beyond(), &mut |_, _| {
         count += 1;
         Ok(ControlFlow::Continue(()))
     })?;
@@ -43,12 +96,7 @@ pub(crate) fn put(machine: &mut Machine<'_>, command: PutPrice) -> Handled {
         let what = "prices of this model and tier";
         return Err(Refused::TooMany { what, max }.into());
     }
-    price.id.clone_from(&id);
-    let start = versions.number(price.effective_from_unix_ms).number(machine.index);
-    machine.put_message(&keys::named(keys::PRICES, &id), &price)?;
-    machine.put(&start.done(), id.as_bytes())?;
-    audit::write(machine, "put_price", &id)?;
-    Ok(Applied::Priced { id })
+    Ok(())
 }
 
 fn check(price: &Price) -> Result<(), Refused> {

@@ -21,8 +21,6 @@ use crate::api_error::ApiError;
 use crate::auth::Caller;
 use crate::backend::whole_seconds;
 
-/// The tier of every request that is answered while its client waits.
-const SERVICE_TIER: &str = "default";
 /// Parts of a prompt can cost this much more than the whole, in nano-units.
 const ROUNDING_NANO: u64 = 2;
 /// The slice of a posting to a budget that only counts.
@@ -71,7 +69,7 @@ impl Hold {
             user: ask.user,
             revision: ask.revision,
             endpoint: ask.endpoint.to_owned(),
-            service_tier: SERVICE_TIER.to_owned(),
+            service_tier: caller.service_tier().to_owned(),
             ..UsageRecord::default()
         };
         if let Some(account) = &caller.account {
@@ -86,7 +84,7 @@ impl Hold {
         hold.accounts = Some(accounts.clone());
         {
             let tables = accounts.store.tables()?;
-            let price = view::price_at(&*tables, ask.model, SERVICE_TIER, ask.started_unix_ms);
+            let price = view::price_at(&*tables, ask.model, caller.service_tier(), ask.started_unix_ms);
             hold.price = price.map_err(StoreError::from)?;
             let deployment = view::deployment(&*tables, ask.model).map_err(StoreError::from)?;
             if let Some(deployment) = deployment.filter(|deployment| !deployment.revision.is_empty()) {

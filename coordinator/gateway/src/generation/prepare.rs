@@ -123,7 +123,7 @@ pub(crate) fn prepare<B: Backend>(
             stop_token_ids: stop_token_ids.clone(),
             cache_salt: cache_salt.clone(),
             tenant: Arc::clone(&origin.caller.tenant),
-            priority: -request.priority,
+            priority: origin.caller.priority(-request.priority),
             targets: origin.targets,
         });
     }

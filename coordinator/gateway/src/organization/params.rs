@@ -11,7 +11,7 @@ const VALUES_MAX: usize = 100;
 
 /// A query string, taken apart.
 #[derive(Debug)]
-pub(super) struct Params(BTreeMap<String, Vec<String>>);
+pub(crate) struct Params(BTreeMap<String, Vec<String>>);
 
 impl Params {
     pub fn new(pairs: Vec<(String, String)>) -> Result<Self, ApiError> {

@@ -2,6 +2,7 @@
 //! that fails is tested in `baton-raftstore`.
 
 mod access;
+mod batches;
 mod invariants;
 mod ledger;
 mod model;

@@ -2,15 +2,19 @@
 //! most [`PAGE_RECORDS_MAX`], each asked for after the last name or number of the one before.
 
 mod access;
+mod batches;
 mod cluster;
+mod files;
 mod ledger;
 mod money;
 mod usage_report;
 
 pub use access::{Access, access, audit_after, audited, key, key_by_hash, keys_after, project, projects_after};
+pub use batches::{batch, batch_done, batches_of, open_batches};
 pub use cluster::{
     deployment, deployments_after, hash, last_epoch, member, members, time, worker, workers, workers_after,
 };
+pub use files::{IdOrder, chunk_names, chunks_after, file, file_ids_of, file_totals, files_are_due, owner_totals};
 pub use ledger::{
     Settled, checkpoint, checkpoint_over, checkpoints_after, closed_period, corrected, correction, idempotency,
     last_checkpoint, row, rows_after, settled, usage, usage_after, usage_row,
@@ -21,6 +25,7 @@ pub use money::{
 pub use usage_report::{Bucket, Dimension, ReportError, UsageQuery, UsageReport, Width, usage_report};
 
 pub(crate) use access::key_hash_key;
+pub(crate) use files::chunk_key;
 pub(crate) use ledger::{idempotency_key, request};
 pub(crate) use money::{slice_key, window_key};
 
