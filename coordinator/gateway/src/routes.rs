@@ -21,6 +21,7 @@ use crate::files;
 use crate::gateway::Gateway;
 use crate::model_card::{ModelCard, ModelList};
 use crate::organization;
+use crate::responses;
 use crate::snapshot;
 use crate::trace::RequestNames;
 
@@ -29,6 +30,7 @@ const OPEN_ROUTES: [&str; 2] = ["/health", "/ready"];
 
 const INDEX: &str = "baton: an OpenAI-compatible API.\n\n\
     POST /v1/chat/completions   chat, whole or streamed (\"stream\": true)\n\
+    POST /v1/responses          responses: stored, followed, in the background\n\
     GET  /v1/models             the models served here\n\
     /v1/files, /v1/batches      files of requests, run in idle capacity at half the price\n\
     GET  /health                is this process alive?\n\
@@ -50,6 +52,14 @@ pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>) -> Router {
     Router::new()
         .route("/", get(index))
         .route("/v1/chat/completions", post(chat::completions::<B>))
+        .route("/v1/responses", post(responses::create::<B>))
+        .route("/v1/responses/input_tokens", post(responses::input_tokens::<B>))
+        .route(
+            "/v1/responses/{id}",
+            get(responses::retrieve::<B>).delete(responses::delete::<B>),
+        )
+        .route("/v1/responses/{id}/cancel", post(responses::cancel::<B>))
+        .route("/v1/responses/{id}/input_items", get(responses::input_items::<B>))
         .route("/v1/models", get(models::<B>))
         .route("/v1/models/{*id}", get(model::<B>))
         .route("/health", get(health))
@@ -121,7 +131,7 @@ async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut reques
 /// What a route needs of a key. The list of models is for all.
 fn needed(method: &Method, route: &str) -> Option<Scopes> {
     let under = |prefix: &str| route.starts_with(prefix);
-    if under("/v1/chat/") || under("/v1/files") || under("/v1/batches") {
+    if under("/v1/chat/") || under("/v1/responses") || under("/v1/files") || under("/v1/batches") {
         Some(Scopes::INFERENCE)
     } else if under("/v1/organization/usage/") || route == "/v1/organization/costs" {
         Some(Scopes::USAGE)
