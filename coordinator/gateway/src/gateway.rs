@@ -55,6 +55,10 @@ impl<B: Backend> Gateway<B> {
         let mut by_name = BTreeMap::new();
         for model in models {
             let name = model.name().to_owned();
+            let model = match config.parsers.get(&name) {
+                Some(choice) => model.with_parsers(choice)?,
+                None => model,
+            };
             if name.is_empty() || name.len() > 128 {
                 return Err(GatewayError::Models {
                     problem: format!("the name `{name}` is not of 1 to 128 bytes"),
@@ -69,6 +73,12 @@ impl<B: Backend> Gateway<B> {
         if by_name.is_empty() {
             return Err(GatewayError::Models {
                 problem: "it is empty; configure at least one model".into(),
+            });
+        }
+        if let Some(name) = config.parsers.keys().find(|name| !by_name.contains_key(*name)) {
+            return Err(GatewayError::Setting {
+                name: "parsers",
+                problem: format!("names the model `{name}`, which is not served here"),
             });
         }
         let over = CancellationToken::new();

@@ -19,6 +19,8 @@ pub(crate) struct GenerationRequest {
     pub stop: StopWishes,
     pub tools: ToolWishes,
     pub format: OutputFormat,
+    /// Where in the request the format stands, for messages.
+    pub format_param: &'static str,
     /// Log-probabilities are wanted, of the sampled token and of so many of the most likely.
     pub logprobs: Option<u32>,
     /// Special tokens are shown as text.
@@ -36,9 +38,12 @@ pub(crate) struct GenerationRequest {
 pub(crate) enum Prompt {
     /// A conversation for the model's chat template.
     Chat(Chat),
-    /// Text, tokenised as it is. Control tokens in it are text. No template.
+    /// Text, tokenised as the tokenizer does: spelled control tokens are control tokens, since there is no template that could
+    /// write them. What comes after is text: no calls or thoughts are looked for.
+    #[allow(dead_code, reason = "for endpoints without chats")]
     Text(String),
-    /// Token ids, of the model's vocabulary.
+    /// Token ids, of the model's vocabulary; as `Text`.
+    #[allow(dead_code, reason = "for endpoints without chats")]
     Tokens(Vec<u32>),
 }
 
@@ -90,12 +95,8 @@ pub(crate) enum OutputFormat {
     Text,
     /// Any JSON object.
     JsonObject,
-    /// A JSON value that the schema admits. Not `strict` is a wish to the model; it is enforced all the same.
-    JsonSchema {
-        schema: Json,
-        /// Where the schema stands in the request, for messages.
-        param: &'static str,
-    },
+    /// A JSON value that the schema admits. `strict` is what the client said; it is enforced either way.
+    JsonSchema { schema: Json, strict: bool },
     /// The whole text matches.
     Regex(String),
     /// A grammar in llguidance's dialect of Lark.
@@ -138,4 +139,19 @@ pub(crate) enum ToolChoice {
     Named(String),
     /// Of these only; at least one if `required`.
     Allowed { names: Vec<String>, required: bool },
+}
+
+impl Tool {
+    /// As templates read it: OpenAI's shape.
+    pub fn shown(&self) -> Json {
+        let mut function = Map::new();
+        function.insert("name".into(), self.name.as_str().into());
+        if let Some(description) = &self.description {
+            function.insert("description".into(), description.as_str().into());
+        }
+        if let Some(parameters) = &self.parameters {
+            function.insert("parameters".into(), parameters.clone());
+        }
+        serde_json::json!({"type": "function", "function": function})
+    }
 }
