@@ -6,8 +6,8 @@ use crate::cluster::{Cluster, DrainError, PlaceError};
 use crate::files::MemberChunks;
 use crate::request::{Running, first_generate};
 use baton_gateway::{
-    AccountStore, Backend, BackendError, ChunkStore, ClusterSnapshot, CoordinatorGroup, Generation, GroupChange, Job, ModelInfo,
-    WorkerStatus,
+    AccountStore, Backend, BackendError, ChunkStore, ClusterSnapshot, CoordinatorGroup, Generation, GroupChange, Job,
+    ModelInfo, WorkerStatus,
 };
 use baton_proto::state::UsageRecord;
 use std::sync::Arc;
@@ -16,7 +16,11 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 /// The gateway's view of this coordinator's cluster.
-pub(crate) struct ClusterBackend(pub(crate) Arc<Cluster>, pub(crate) Arc<Accounts>, pub(crate) Arc<MemberChunks>);
+pub(crate) struct ClusterBackend(
+    pub(crate) Arc<Cluster>,
+    pub(crate) Arc<Accounts>,
+    pub(crate) Arc<MemberChunks>,
+);
 
 impl Backend for ClusterBackend {
     fn models(&self) -> Vec<ModelInfo> {

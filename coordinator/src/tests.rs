@@ -4,6 +4,7 @@ mod accounts;
 mod admission;
 mod drain;
 mod fake_worker;
+mod files;
 mod group;
 mod hangs;
 mod lives;
@@ -15,6 +16,7 @@ mod whole;
 use crate::accounts::{Accounts, Sealer};
 use crate::backend::ClusterBackend;
 use crate::cluster::Cluster;
+use crate::files::{Disk, MemberChunks};
 use crate::group::{Group, Peering};
 use crate::{CoordinatorConfig, MemberConfig, ModelConfig, Ready, server};
 use baton_gateway::{Backend, Generation, Job, WorkerState, WorkerStatus};
@@ -125,7 +127,10 @@ impl Coordinator {
         let group = Group::new(store.clone(), peering);
         let cluster = Cluster::new(config, store, group, identity, shutdown).unwrap();
         tokio::spawn(cluster.clone().follow());
-        tokio::spawn(server::serve_cluster(cluster.clone(), listener));
+        let disk = Arc::new(Disk::open(&cluster.config.data_dir.join("files")).unwrap());
+        tokio::spawn(server::serve_cluster(cluster.clone(), disk.clone(), listener));
+        let chunks = MemberChunks::new(disk, cluster.group.clone(), cluster.store.clone());
+        tokio::spawn(chunks.clone().tend(cluster.shutdown.clone()));
         let ticking = cluster.clone();
         tokio::spawn(async move {
             while !ticking.shutdown.is_cancelled() {
@@ -134,7 +139,7 @@ impl Coordinator {
             }
         });
         Self {
-            backend: ClusterBackend(cluster.clone(), accounts.clone()),
+            backend: ClusterBackend(cluster.clone(), accounts.clone(), chunks),
             accounts,
             cluster,
             cluster_addr,

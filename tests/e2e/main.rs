@@ -5,6 +5,7 @@
 mod accounts;
 mod admission;
 mod bad_input;
+mod batches;
 mod clients;
 mod disaggregated;
 mod drain;

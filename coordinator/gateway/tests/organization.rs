@@ -276,9 +276,14 @@ async fn projects_keys_prices_and_the_log_of_changes() {
         (&price["input"], &price["cached_input"], &price["output"]),
         (&json!("0.15"), &json!("0.15"), &json!("0.6"))
     );
+    let listed = gateway.admin("GET", "/v1/organization/prices", Value::Null).await["data"].clone();
+    let listed = listed.as_array().unwrap();
+    assert!(listed.contains(&price), "{listed:?}");
+    let batch: Vec<&Value> = listed.iter().filter(|listed| **listed != price).collect();
+    assert_eq!(batch.len(), 1, "and that of batches");
     assert_eq!(
-        gateway.admin("GET", "/v1/organization/prices", Value::Null).await["data"],
-        json!([price])
+        (&batch[0]["service_tier"], &batch[0]["input"], &batch[0]["output"]),
+        (&json!("batch"), &json!("0.075"), &json!("0.3"))
     );
     let refused = async |path: &str, body: Value, status: u16| {
         let answer = gateway.ask(OPERATOR, "POST", path, &[], &body).await;

@@ -188,7 +188,10 @@ mod tests {
         assert_eq!(disk.missing(&HashSet::from([a, b])), [b], "to be had from another");
         assert_eq!(disk.put(b"b").expect("mended"), b);
         assert_eq!(disk.get(&b).expect("reads").as_deref(), Some(&b"b"[..]));
-        assert_eq!(std::fs::read_dir(dir.path().join(INCOMING)).expect("is there").count(), 0);
+        assert_eq!(
+            std::fs::read_dir(dir.path().join(INCOMING)).expect("is there").count(),
+            0
+        );
         // What is wanted, or young, stays.
         let hour = Duration::from_secs(3600);
         assert_eq!(disk.sweep(&HashSet::from([a]), hour).expect("sweeps"), 0);

@@ -57,7 +57,10 @@ impl MemberChunks {
         if missing.is_empty() || self.group.is_alone() {
             return Ok(true);
         }
-        tracing::info!(chunks = missing.len(), "fetching parts of files from the other coordinators");
+        tracing::info!(
+            chunks = missing.len(),
+            "fetching parts of files from the other coordinators"
+        );
         let mut complete = true;
         for hash in missing {
             complete &= self.fetch(hash).await.is_ok();
@@ -69,7 +72,10 @@ impl MemberChunks {
         // A member that lags could take for old what it has not heard of yet.
         let read = self.store.read(Consistency::ReadIndex).await;
         let index = read.map_err(|error| error.to_string())?;
-        self.store.wait_applied(index).await.map_err(|error| error.to_string())?;
+        self.store
+            .wait_applied(index)
+            .await
+            .map_err(|error| error.to_string())?;
         let wanted = self.wanted().await?;
         let swept = self.on_disk(move |disk| disk.sweep(&wanted, KEPT)).await;
         let swept = swept.map_err(|error| error.to_string())?;

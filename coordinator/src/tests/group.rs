@@ -99,7 +99,11 @@ async fn records_settled_through_any_member_survive_the_leader_once_each() {
         .map(|(_, m)| m)
         .collect();
     let load = |member: &Coordinator, name: &'static str| {
-        let store = crate::backend::ClusterBackend(member.cluster.clone(), member.accounts.clone());
+        let store = crate::backend::ClusterBackend(
+            member.cluster.clone(),
+            member.accounts.clone(),
+            member.backend.2.clone(),
+        );
         tokio::spawn(async move {
             for n in 0..40 {
                 store

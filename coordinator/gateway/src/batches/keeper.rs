@@ -23,6 +23,8 @@ use crate::clock::unix_ms;
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How often it looks for files whose time is over.
 const TIME_EVERY: Duration = Duration::from_secs(60);
+/// A batch that could not be gone on with is not claimed again by this member before then: what it lacks has to come first.
+const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(5);
 /// How long a member that dies keeps its batches from the others. Prolonged by each step, and three times meanwhile.
 pub(super) const LEASE: Duration = Duration::from_secs(10);
 
@@ -152,12 +154,19 @@ impl<B: Backend> Batches<B> {
             let _gone = Running(&batches, &id);
             tracing::info!(batch = %id, "running a batch");
             let runner = Runner::new(&batches, batch.id.clone(), claim_id.clone(), until);
-            match runner.run(&batches.stop).await {
-                Ok(()) => tracing::info!(batch = %id, "a batch is over, or handed back"),
-                Err(error) => tracing::warn!(batch = %id, %error, "a batch is left to whoever claims it next"),
-            }
+            let ended = runner.run(&batches.stop).await;
             // So that nobody has to wait for the lease. Refused if the batch is over, or another's.
             let _ = batches.claim(&id, &claim_id, Duration::ZERO).await;
+            match ended {
+                Ok(()) => tracing::info!(batch = %id, "a batch is over, or handed back"),
+                Err(error) => {
+                    tracing::warn!(batch = %id, %error, "a batch is left to whoever claims it next");
+                    tokio::select! {
+                        () = batches.stop.cancelled() => {}
+                        () = tokio::time::sleep(PAUSE_AFTER_FAILURE) => {}
+                    }
+                }
+            }
         });
     }
 

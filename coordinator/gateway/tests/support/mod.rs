@@ -1,6 +1,7 @@
 //! A scripted cluster, a gateway on a free loopback port, and a small HTTP/1.1 client that shows what is on the wire.
 #![allow(dead_code)]
 
+pub mod memory_chunks;
 pub mod memory_store;
 pub mod model_files;
 
@@ -74,6 +75,8 @@ pub struct MockBackend {
     pub context_length: AtomicU32,
     /// The replicated state; none by default, as in a backend without one.
     pub store: std::sync::OnceLock<Arc<MemoryStore>>,
+    /// Where files lie.
+    pub chunks: Arc<memory_chunks::MemoryChunks>,
 }
 
 impl MockBackend {
@@ -287,6 +290,10 @@ impl Backend for Mock {
         Some(store.clone())
     }
 
+    fn chunks(&self) -> Option<Arc<dyn baton_gateway::ChunkStore>> {
+        Some(self.0.chunks.clone())
+    }
+
     fn drain(&self, worker_id: &str, deadline: Duration) -> Result<WorkerStatus, BackendError> {
         let worker = self
             .snapshot()
@@ -460,6 +467,12 @@ impl TestGateway {
         let key = self.admin("POST", &path, body).await;
         let text = |name: &str| key[name].as_str().unwrap().to_owned();
         (id, text("id"), text("value"))
+    }
+
+    /// A usual request with a key still works.
+    pub async fn is_well_as(&self, key: &str) {
+        let answer = self.ask(key, "POST", CHAT, &[], &hi(json!({}))).await;
+        assert_eq!(answer.status, 200, "{}", answer.text());
     }
 
     /// A usual request still works.
