@@ -14,6 +14,7 @@ mod gguf;
 mod group;
 mod mock;
 mod proof;
+mod responses;
 mod serving;
 mod support;
 mod survival;

@@ -212,7 +212,7 @@ fn fill_defaults(wish: &mut Wish, defaults: SamplingDefaults) {
 fn for_input(mut error: ApiError) -> ApiError {
     error.param = error.param.map(|param| match param.as_str() {
         "messages" => "input".into(),
-        "response_format" => "text.format".into(),
+        "reasoning_effort" => "reasoning.effort".into(),
         _ if param.starts_with("messages[") => "input".into(),
         _ => param,
     });

@@ -51,8 +51,10 @@ pub(crate) enum Found {
 pub(crate) struct Responses {
     pub store: Store,
     pub config: ResponsesConfig,
-    /// Names this process.
+    /// Names this process: its member and an id of its own.
     pub runner: String,
+    /// What the names of this member's processes begin with.
+    member: String,
     /// Times it said that it lives, and when it did last.
     told: tokio::sync::Mutex<(u64, Option<Instant>)>,
     runs: Mutex<HashMap<String, Arc<Background>>>,
@@ -63,10 +65,12 @@ pub(crate) struct Responses {
 
 impl Responses {
     pub fn new(files: Arc<Files>, config: ResponsesConfig) -> Arc<Self> {
+        let member = member_prefix(files.accounts.store.member_id());
         Arc::new(Self {
             store: Store::new(files, config.clone()),
             config,
-            runner: format!("run_{}", uuid::Uuid::now_v7().simple()),
+            runner: format!("{member}{}", uuid::Uuid::now_v7().simple()),
+            member,
             told: tokio::sync::Mutex::default(),
             runs: Mutex::default(),
             tasks: TaskTracker::new(),
@@ -120,7 +124,8 @@ impl Responses {
             return ended.map(Found::Ended).ok_or_else(|| missing(id));
         };
         let runner = open.runner.as_deref().unwrap_or_default();
-        if runner != self.runner && self.store.lives(runner)? {
+        // This member has one process, which does not run it.
+        if !runner.starts_with(&self.member) && self.store.lives(runner)? {
             return Ok(Found::Elsewhere(open));
         }
         let status = Status::Failed {
@@ -173,6 +178,10 @@ impl Responses {
             }
         }
     }
+}
+
+fn member_prefix(member_id: u64) -> String {
+    format!("run_{member_id}_")
 }
 
 /// OpenAI's 404.

@@ -8,18 +8,11 @@ use super::{input, tools};
 use crate::api_error::ApiError;
 use crate::config::GatewayConfig;
 use crate::fields::FieldSupport;
-use crate::generation::request::{Chat, GenerationRequest, OutputFormat, Prompt, SamplingWishes};
+use crate::generation::request::{Chat, GenerationRequest, OutputFormat, Prompt};
+use crate::params::Params;
 
-/// OpenAI's limits of `metadata`, in characters.
-const METADATA_PAIRS_MAX: usize = 16;
-const METADATA_KEY_CHARS_MAX: usize = 64;
-const METADATA_VALUE_CHARS_MAX: usize = 512;
-/// Most likely tokens at each position, OpenAI's limit.
-const TOP_LOGPROBS_MAX: u64 = 20;
-/// Bytes of a user's name, as records take them.
-const USER_BYTES_MAX: usize = baton_state::bounds::TEXT_BYTES_MAX;
-/// Most tokens that can be asked for: far above every context, and no arithmetic with it overflows.
-const MAX_TOKENS_MAX: u64 = 1 << 30;
+/// Bytes of an id or of another short text.
+const TEXT_BYTES_MAX: usize = baton_state::bounds::TEXT_BYTES_MAX;
 /// Bytes of a schema's name.
 const SCHEMA_NAME_CHARS_MAX: usize = 64;
 /// What `include` may name. All but the first speak of tools that are refused, or of thoughts that are given anyway.
@@ -70,61 +63,49 @@ pub(crate) fn parse(
     response_id: &str,
     earlier: Vec<Json>,
 ) -> Result<(GenerationRequest, Wish), ApiError> {
-    let mut fields = object(body)?;
-    refuse_unsupported(&fields)?;
-    let model = match fields.remove("model") {
-        Some(Json::String(model)) => model,
-        Some(_) => return Err(ApiError::field("model", "`model` must be text.")),
-        None => {
-            let message = "`model` is missing. GET /v1/models lists what is served.";
-            return Err(ApiError::field("model", message));
-        }
-    };
-    let input = input::parse(fields.remove("input"), response_id, &earlier, config.messages_max)?;
-    let instructions = text(&fields, "instructions", usize::MAX)?;
-    let stream = boolean(&fields, "stream", false)?;
-    let store = boolean(&fields, "store", true)?;
-    let background = boolean(&fields, "background", false)?;
+    let mut params = Params::parse(body)?;
+    refuse_unsupported(&params.0)?;
+    let model = params.model()?;
+    let input = input::parse(params.take("input"), response_id, &earlier, config.messages_max)?;
+    let instructions = params.text("instructions", usize::MAX)?;
+    let stream = params.boolean("stream")?;
+    let store = params.boolean_or("store", true)?;
+    let background = params.boolean("background")?;
     if background && !store {
         let message = "`background` needs `store`: the answer would be lost.";
         return Err(ApiError::field("background", message));
     }
-    let top_logprobs = whole(&fields, "top_logprobs", 0, TOP_LOGPROBS_MAX)?.unwrap_or(0) as u32;
-    let logprobs = includes_logprobs(&fields)? || top_logprobs > 0;
-    let max_tokens = whole(&fields, "max_output_tokens", 1, MAX_TOKENS_MAX)?.map(|count| count as u32);
-    let temperature = number(&fields, "temperature", "from 0 to 2", |value| (0.0..=2.0).contains(&value))?;
-    let top_p = number(&fields, "top_p", "above 0 and at most 1", |value| value > 0.0 && value <= 1.0)?;
-    let (format, shown_format) = text_format(fields.get("text"))?;
-    let effort = reasoning(fields.get("reasoning"))?;
-    let wishes = tools::parse(&fields)?;
-    let user = match text(&fields, "safety_identifier", USER_BYTES_MAX)? {
-        Some(user) => Some(user),
-        None => text(&fields, "user", USER_BYTES_MAX)?,
-    };
-    whole(&fields, "max_tool_calls", 1, u64::MAX)?;
+    let top_logprobs = params.count("top_logprobs", 0, config.top_logprobs_max as u64)?.unwrap_or(0);
+    let logprobs = includes_logprobs(&params.0)? || top_logprobs > 0;
+    let max_tokens = params.max_tokens(&["max_output_tokens"], "")?;
+    let (format, shown_format) = text_format(params.get("text"), config)?;
+    let effort = reasoning(params.get("reasoning"))?;
+    let wishes = tools::parse(&params.0, config)?;
+    params.check_metadata()?;
+    params.count("max_tool_calls", 1, u64::from(u32::MAX))?;
     let mut echo = json!({
         "model": model,
         "instructions": instructions,
-        "max_output_tokens": max_tokens,
-        "max_tool_calls": fields.get("max_tool_calls"),
-        "metadata": metadata(fields.get("metadata"))?,
+        "max_output_tokens": max_tokens.map(|(_, count)| count),
+        "max_tool_calls": params.get("max_tool_calls"),
+        "metadata": params.get("metadata").cloned().unwrap_or_else(|| json!({})),
         "parallel_tool_calls": !wishes.single,
-        "previous_response_id": text(&fields, "previous_response_id", USER_BYTES_MAX)?,
+        "previous_response_id": params.text("previous_response_id", TEXT_BYTES_MAX)?,
         "reasoning": {"effort": effort, "summary": null},
         "service_tier": "default",
         "store": store,
         "background": background,
         // As the client wrote them, not as 32 bits have them.
-        "temperature": fields.get("temperature"),
-        "top_p": fields.get("top_p"),
+        "temperature": params.get("temperature"),
+        "top_p": params.get("top_p"),
         "top_logprobs": top_logprobs,
         "text": {"format": shown_format, "verbosity": "medium"},
-        "tool_choice": fields.get("tool_choice").cloned().unwrap_or_else(|| "auto".into()),
+        "tool_choice": params.get("tool_choice").cloned().unwrap_or_else(|| "auto".into()),
         "tools": tools::shown(&wishes.tools),
         "truncation": "disabled",
     });
     for name in ["user", "safety_identifier", "prompt_cache_key"] {
-        if let Some(value) = text(&fields, name, USER_BYTES_MAX)? {
+        if let Some(value) = params.text(name, TEXT_BYTES_MAX)? {
             echo[name] = value.into();
         }
     }
@@ -140,48 +121,29 @@ pub(crate) fn parse(
             ..Chat::default()
         })],
         n: 1,
-        max_tokens: max_tokens.map(|count| ("max_output_tokens", count)),
-        sampling: SamplingWishes {
-            temperature,
-            top_p,
-            top_k: top_k(&fields)?,
-            seed: seed(&fields)?,
-            ..SamplingWishes::default()
-        },
+        max_tokens,
+        sampling: params.sampling()?,
+        stop: params.stop(config)?,
         tools: wishes,
         format,
+        format_param: "text.format",
         logprobs: logprobs.then_some(top_logprobs),
-        priority: priority(&fields)?,
-        user: user.unwrap_or_default(),
+        priority: params.priority()?,
+        user: params.user()?,
+        cache_salt: params.cache_salt()?,
         ..GenerationRequest::default()
     };
     let wish = Wish {
         stream,
         background,
         store,
-        obfuscation: obfuscation(&fields, stream)?,
+        obfuscation: obfuscation(&params.0, stream)?,
         logprobs,
         echo,
         earlier,
         input,
     };
     Ok((request, wish))
-}
-
-/// The fields that are given.
-fn object(body: &[u8]) -> Result<Map<String, Json>, ApiError> {
-    let text = std::str::from_utf8(body).map_err(|error| {
-        ApiError::bad_request(format!("The body is not UTF-8: byte {} is wrong.", error.valid_up_to()))
-    })?;
-    // serde_json bounds the nesting itself.
-    match serde_json::from_str(text) {
-        Ok(Json::Object(mut fields)) => {
-            fields.retain(|_, value| !value.is_null());
-            Ok(fields)
-        }
-        Ok(_) => Err(ApiError::bad_request("The body must be a JSON object.")),
-        Err(error) => Err(ApiError::bad_request(format!("The body is not valid JSON: {error}."))),
-    }
 }
 
 fn refuse_unsupported(fields: &Map<String, Json>) -> Result<(), ApiError> {
@@ -205,100 +167,6 @@ fn refuse_unsupported(fields: &Map<String, Json>) -> Result<(), ApiError> {
         }
     }
     Ok(())
-}
-
-fn boolean(fields: &Map<String, Json>, name: &str, default: bool) -> Result<bool, ApiError> {
-    match fields.get(name) {
-        None => Ok(default),
-        Some(Json::Bool(flag)) => Ok(*flag),
-        Some(_) => Err(ApiError::field(name, format!("`{name}` must be true or false."))),
-    }
-}
-
-fn text(fields: &Map<String, Json>, name: &str, bytes_max: usize) -> Result<Option<String>, ApiError> {
-    match fields.get(name) {
-        None => Ok(None),
-        Some(Json::String(text)) if text.len() <= bytes_max => Ok(Some(text.clone())),
-        Some(Json::String(_)) => Err(ApiError::field(name, format!("`{name}` must have at most {bytes_max} bytes."))),
-        Some(_) => Err(ApiError::field(name, format!("`{name}` must be text."))),
-    }
-}
-
-fn whole(fields: &Map<String, Json>, name: &str, min: u64, max: u64) -> Result<Option<u64>, ApiError> {
-    let Some(value) = fields.get(name) else { return Ok(None) };
-    match value.as_u64() {
-        Some(count) if (min..=max).contains(&count) => Ok(Some(count)),
-        _ => Err(ApiError::field(
-            name,
-            format!("`{name}` must be an integer from {min} to {max}."),
-        )),
-    }
-}
-
-fn number(
-    fields: &Map<String, Json>,
-    name: &str,
-    range: &str,
-    allowed: impl Fn(f64) -> bool,
-) -> Result<Option<f32>, ApiError> {
-    let Some(value) = fields.get(name) else { return Ok(None) };
-    match value.as_f64().filter(|value| allowed(*value)) {
-        // The smallest values must not become 0 by rounding where 0 means something else.
-        Some(number) if number > 0.0 => Ok(Some((number as f32).max(f32::MIN_POSITIVE))),
-        Some(_) => Ok(Some(0.0)),
-        None => Err(ApiError::field(name, format!("`{name}` must be a number {range}."))),
-    }
-}
-
-/// vLLM's: 0 and -1 both keep all.
-fn top_k(fields: &Map<String, Json>) -> Result<Option<u32>, ApiError> {
-    let Some(value) = fields.get("top_k") else {
-        return Ok(None);
-    };
-    match value.as_i64() {
-        Some(-1) => Ok(Some(0)),
-        Some(count) if (0..=i64::from(i32::MAX)).contains(&count) => Ok(u32::try_from(count).ok()),
-        _ => Err(ApiError::field("top_k", "`top_k` must be an integer of at least -1.")),
-    }
-}
-
-/// Any 64-bit integer, signed or not; a negative one stands for its two's complement.
-fn seed(fields: &Map<String, Json>) -> Result<Option<u64>, ApiError> {
-    let Some(value) = fields.get("seed") else {
-        return Ok(None);
-    };
-    let seed = value.as_u64().or_else(|| value.as_i64().map(i64::cast_unsigned));
-    seed.map(Some)
-        .ok_or_else(|| ApiError::field("seed", "`seed` must be a 64-bit integer."))
-}
-
-/// vLLM's: lower goes first. Far ones are taken as the end of the 32-bit range.
-fn priority(fields: &Map<String, Json>) -> Result<i32, ApiError> {
-    let Some(value) = fields.get("priority") else {
-        return Ok(0);
-    };
-    let end = |number: i64| number.clamp(-i64::from(i32::MAX), i64::from(i32::MAX)) as i32;
-    let priority = value.as_i64().map(end).or_else(|| value.as_u64().map(|_| i32::MAX));
-    priority.ok_or_else(|| ApiError::field("priority", "`priority` must be an integer; lower goes first."))
-}
-
-fn metadata(value: Option<&Json>) -> Result<Json, ApiError> {
-    let wrong = || {
-        let message = format!(
-            "`metadata` must be an object of at most {METADATA_PAIRS_MAX} texts of at most {METADATA_VALUE_CHARS_MAX} \
-             characters, each under a name of at most {METADATA_KEY_CHARS_MAX}."
-        );
-        ApiError::field("metadata", message)
-    };
-    let Some(value) = value else { return Ok(json!({})) };
-    let pairs = value.as_object().filter(|pairs| pairs.len() <= METADATA_PAIRS_MAX);
-    for (name, text) in pairs.ok_or_else(wrong)? {
-        let text = text.as_str().ok_or_else(wrong)?;
-        if name.chars().count() > METADATA_KEY_CHARS_MAX || text.chars().count() > METADATA_VALUE_CHARS_MAX {
-            return Err(wrong());
-        }
-    }
-    Ok(value.clone())
 }
 
 fn includes_logprobs(fields: &Map<String, Json>) -> Result<bool, ApiError> {
@@ -344,7 +212,7 @@ fn unknown(place: &str, name: &str) -> ApiError {
 }
 
 /// What the answer must be, and how the response says so.
-fn text_format(value: Option<&Json>) -> Result<(OutputFormat, Json), ApiError> {
+fn text_format(value: Option<&Json>, config: &GatewayConfig) -> Result<(OutputFormat, Json), ApiError> {
     let plain = || json!({"type": "text"});
     let Some(value) = value else {
         return Ok((OutputFormat::Text, plain()));
@@ -357,14 +225,14 @@ fn text_format(value: Option<&Json>) -> Result<(OutputFormat, Json), ApiError> {
         match (name.as_str(), value) {
             (_, Json::Null) => {}
             ("verbosity", value) if value == "medium" => {}
-            ("format", value) => found = format(value)?,
+            ("format", value) => found = format(value, config)?,
             (other, _) => return Err(unknown("text", other)),
         }
     }
     Ok(found)
 }
 
-fn format(value: &Json) -> Result<(OutputFormat, Json), ApiError> {
+fn format(value: &Json, config: &GatewayConfig) -> Result<(OutputFormat, Json), ApiError> {
     match value["type"].as_str() {
         Some("text") => Ok((OutputFormat::Text, json!({"type": "text"}))),
         Some("json_object") => Ok((OutputFormat::JsonObject, json!({"type": "json_object"}))),
@@ -377,6 +245,10 @@ fn format(value: &Json) -> Result<(OutputFormat, Json), ApiError> {
             let schema = &value["schema"];
             if !schema.is_object() {
                 let message = "`text.format.schema` must be a JSON schema, an object.";
+                return Err(ApiError::field("text.format.schema", message));
+            }
+            if schema.to_string().len() > config.schema_bytes_max {
+                let message = format!("`text.format.schema` is larger than {} bytes.", config.schema_bytes_max);
                 return Err(ApiError::field("text.format.schema", message));
             }
             let strict = match &value["strict"] {
@@ -393,7 +265,7 @@ fn format(value: &Json) -> Result<(OutputFormat, Json), ApiError> {
             }
             let format = OutputFormat::JsonSchema {
                 schema: schema.clone(),
-                param: "text.format.schema",
+                strict,
             };
             Ok((format, shown))
         }

@@ -3,25 +3,25 @@
 use serde_json::{Map, Value as Json, json};
 
 use crate::api_error::ApiError;
+use crate::config::GatewayConfig;
 use crate::generation::request::{Tool, ToolChoice, ToolWishes};
 
-/// Functions in one request, OpenAI's limit.
-const TOOLS_MAX: usize = 128;
 /// Characters of a function's name, OpenAI's limit.
 const NAME_CHARS_MAX: usize = 64;
 
 /// Reads `tools`, `tool_choice` and `parallel_tool_calls`.
-pub(crate) fn parse(fields: &Map<String, Json>) -> Result<ToolWishes, ApiError> {
+pub(crate) fn parse(fields: &Map<String, Json>, config: &GatewayConfig) -> Result<ToolWishes, ApiError> {
+    let tools_max = config.tools_max;
     let tools = match fields.get("tools") {
         None => Vec::new(),
-        Some(Json::Array(tools)) if tools.len() <= TOOLS_MAX => {
+        Some(Json::Array(tools)) if tools.len() <= tools_max => {
             let tools = tools.iter().enumerate();
             tools
-                .map(|(at, tool)| one(tool, &format!("tools[{at}]")))
+                .map(|(at, tool)| one(tool, &format!("tools[{at}]"), config))
                 .collect::<Result<Vec<_>, _>>()?
         }
         Some(_) => {
-            let message = format!("`tools` must be an array of at most {TOOLS_MAX} functions.");
+            let message = format!("`tools` must be an array of at most {tools_max} functions.");
             return Err(ApiError::field("tools", message));
         }
     };
@@ -41,13 +41,13 @@ pub(crate) fn parse(fields: &Map<String, Json>) -> Result<ToolWishes, ApiError> 
         }
     };
     Ok(ToolWishes {
-        choice: choice(fields.get("tool_choice"), &tools)?,
+        choice: choice(fields.get("tool_choice"), &tools, tools_max)?,
         tools,
         single,
     })
 }
 
-fn one(tool: &Json, place: &str) -> Result<Tool, ApiError> {
+fn one(tool: &Json, place: &str, config: &GatewayConfig) -> Result<Tool, ApiError> {
     let wrong = |name: &str, what: &str| {
         let param = format!("{place}.{name}");
         let message = format!("`{param}` {what}.");
@@ -78,6 +78,9 @@ fn one(tool: &Json, place: &str) -> Result<Tool, ApiError> {
             ("type", _) | (_, Json::Null) => {}
             ("name", Json::String(text)) => found.name.clone_from(text),
             ("description", Json::String(text)) => found.description = Some(text.clone()),
+            ("parameters", Json::Object(_)) if value.to_string().len() > config.schema_bytes_max => {
+                return Err(wrong(name, &format!("is larger than {} bytes", config.schema_bytes_max)));
+            }
             ("parameters", Json::Object(_)) => found.parameters = Some(value.clone()),
             ("strict", Json::Bool(strict)) => found.strict = *strict,
             ("defer_loading", Json::Bool(false)) => {}
@@ -99,7 +102,7 @@ fn one(tool: &Json, place: &str) -> Result<Tool, ApiError> {
     Ok(found)
 }
 
-fn choice(value: Option<&Json>, tools: &[Tool]) -> Result<ToolChoice, ApiError> {
+fn choice(value: Option<&Json>, tools: &[Tool], tools_max: usize) -> Result<ToolChoice, ApiError> {
     let known = |name: &Json, param: &str| -> Result<String, ApiError> {
         let found = name.as_str().filter(|name| tools.iter().any(|tool| tool.name == *name));
         found.map(str::to_owned).ok_or_else(|| {
@@ -131,9 +134,9 @@ fn choice(value: Option<&Json>, tools: &[Tool]) -> Result<ToolChoice, ApiError> 
                     return Err(ApiError::field("tool_choice.mode", message));
                 }
             };
-            let list = value["tools"].as_array().filter(|list| (1..=TOOLS_MAX).contains(&list.len()));
+            let list = value["tools"].as_array().filter(|list| (1..=tools_max).contains(&list.len()));
             let list = list.ok_or_else(|| {
-                let message = format!("`tool_choice.tools` must be an array of 1 to {TOOLS_MAX} functions.");
+                let message = format!("`tool_choice.tools` must be an array of 1 to {tools_max} functions.");
                 ApiError::field("tool_choice.tools", message)
             })?;
             let names = list.iter().enumerate().map(|(at, tool)| {
@@ -171,7 +174,7 @@ mod tests {
     use super::*;
 
     fn read(fields: Json) -> Result<ToolWishes, ApiError> {
-        parse(fields.as_object().unwrap())
+        parse(fields.as_object().unwrap(), &GatewayConfig::default())
     }
 
     fn f() -> Json {
