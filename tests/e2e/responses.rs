@@ -74,7 +74,9 @@ async fn a_killed_coordinator_leaves_a_response_that_failed() {
         let ready = cluster.ready()?;
         let pid = ready["coordinators"][0]["pid"].as_u64()?;
         let url = ready["url"].as_str()?.to_owned();
-        let there = tokio::net::TcpStream::connect(url.trim_start_matches("http://")).await.is_ok();
+        let there = tokio::net::TcpStream::connect(url.trim_start_matches("http://"))
+            .await
+            .is_ok();
         (pid != u64::from(old) && there).then_some(url)
     })
     .await;
@@ -84,6 +86,10 @@ async fn a_killed_coordinator_leaves_a_response_that_failed() {
         (answer.status == StatusCode::OK).then(|| answer.json())
     })
     .await;
-    assert_eq!((&ended["status"], &ended["error"]["code"]), (&json!("failed"), &json!("server_error")), "{ended}");
+    assert_eq!(
+        (&ended["status"], &ended["error"]["code"]),
+        (&json!("failed"), &json!("server_error")),
+        "{ended}"
+    );
     assert!(cluster.stop().await.success());
 }

@@ -43,7 +43,7 @@ use serde_json::{Value, json};
 use self::desk::Found;
 use self::events::{Events, Style, status_of};
 use self::object::Face;
-use self::request::Wish;
+use self::request::{Peek, Wish};
 use self::store::{Kept, Stored};
 use crate::api_error::ApiError;
 use crate::auth::Caller;
@@ -51,7 +51,7 @@ use crate::backend::Backend;
 use crate::clock::unix_ms;
 use crate::gateway::Gateway;
 use crate::generation::answer;
-use crate::generation::intake::{Received, receive};
+use crate::generation::intake::receive;
 use crate::generation::output::{Outcome, Piece};
 use crate::generation::run::Step;
 use crate::generation::start::{Started, parsed, start};
@@ -73,9 +73,9 @@ pub(crate) async fn create<B: Backend>(
 ) -> Result<Response, ApiError> {
     let received = receive(&gateway, ENDPOINT, ids::rename(names), caller.clone(), request).await?;
     let id = received.origin.names.request_id.clone();
-    let earlier = earlier(&gateway, &caller, &received).await?;
-    // Only a short word in the body says where it is to run; to look for it costs one more pass over its bytes.
-    if is_background(&received.body) {
+    let peek = Peek::of(&received.body);
+    let earlier = earlier(&gateway, &caller, peek.previous_response_id.as_deref()).await?;
+    if peek.is_background() {
         let (request, mut wish) = request::parse(&received.body, &gateway.config, &id, earlier)?;
         let responses = gateway.responses.as_ref().ok_or_else(|| {
             let message = "`background` is not supported by this server: it has no place to store responses.";
@@ -92,6 +92,10 @@ pub(crate) async fn create<B: Backend>(
         own: mut wish,
         replayed,
     } = started;
+    if wish.background {
+        // Of a body that says it twice.
+        return Err(ApiError::field("background", "`background` must be given once."));
+    }
     fill_defaults(&mut wish, gateway.served(&heading.model, &caller)?.defaults());
     let face = Face {
         id: heading.id,
@@ -145,7 +149,8 @@ pub(crate) async fn input_tokens<B: Backend>(
 ) -> Result<Json<Value>, ApiError> {
     let received = receive(&gateway, ENDPOINT, ids::rename(names), caller.clone(), request).await?;
     let id = received.origin.names.request_id.clone();
-    let earlier = earlier(&gateway, &caller, &received).await?;
+    let previous = Peek::of(&received.body).previous_response_id;
+    let earlier = earlier(&gateway, &caller, previous.as_deref()).await?;
     let parse = move |body: &[u8], config: &_| request::parse(body, config, &id, earlier);
     let permits = (received.permit, received.memory);
     let prepared = parsed(&gateway, &received.origin, received.body, permits, parse);
@@ -154,22 +159,13 @@ pub(crate) async fn input_tokens<B: Backend>(
     Ok(Json(json!({"object": "response.input_tokens", "input_tokens": tokens})))
 }
 
-/// Whether the body asks for the background. What is wrong with it is told by `parse`.
-fn is_background(body: &[u8]) -> bool {
-    #[derive(serde::Deserialize)]
-    struct Peek {
-        background: Option<bool>,
-    }
-    serde_json::from_slice::<Peek>(body).is_ok_and(|peek| peek.background == Some(true))
-}
-
 /// The conversation that the request follows.
 async fn earlier<B: Backend>(
     gateway: &Gateway<B>,
     caller: &Caller,
-    received: &Received,
+    previous: Option<&str>,
 ) -> Result<Vec<Value>, ApiError> {
-    let Some(id) = request::previous(&received.body) else {
+    let Some(id) = previous else {
         return Ok(Vec::new());
     };
     let wrong = |code, message: String| ApiError {
@@ -182,12 +178,16 @@ async fn earlier<B: Backend>(
         wrong("previous_response_not_found", message)
     };
     let responses = gateway.responses.as_ref().ok_or_else(unknown)?;
-    let found = match responses.find(caller, &id).await {
+    let found = match responses.find(caller, id).await {
         Err(error) if error.status == axum::http::StatusCode::NOT_FOUND => return Err(unknown()),
         found => found?,
     };
     match found {
-        Found::Ended(stored) if ["completed", "incomplete"].iter().any(|word| stored.response["status"] == *word) => {
+        Found::Ended(stored)
+            if ["completed", "incomplete"]
+                .iter()
+                .any(|word| stored.response["status"] == *word) =>
+        {
             Ok(stored.conversation())
         }
         _ => {

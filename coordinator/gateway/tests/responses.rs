@@ -136,9 +136,15 @@ fn path(id: &Value, more: &str) -> String {
 fn events(answer: &Answer) -> Vec<Value> {
     assert_eq!(answer.header("content-type"), Some("text/event-stream; charset=utf-8"));
     let text = answer.text();
-    let frames = text.split("\n\n").filter(|frame| !frame.is_empty() && !frame.starts_with(':'));
+    let frames = text
+        .split("\n\n")
+        .filter(|frame| !frame.is_empty() && !frame.starts_with(':'));
     let events = frames.map(|frame| {
-        let (name, data) = frame.strip_prefix("event: ").expect(frame).split_once("\ndata: ").expect(frame);
+        let (name, data) = frame
+            .strip_prefix("event: ")
+            .expect(frame)
+            .split_once("\ndata: ")
+            .expect(frame);
         let event: Value = serde_json::from_str(data).expect(data);
         assert_eq!(event["type"], name);
         check(&EVENT, &event);
@@ -162,16 +168,36 @@ async fn whole_and_streamed_answers_are_as_openai_describes_them() {
     let rig = Rig::start().await;
     let cases = [
         (turn("héllo"), json!({}), "completed"),
-        (turn("hi"), json!({"instructions": "be kind", "metadata": {"a": "b"}, "user": "u", "temperature": 0.7}), "completed"),
-        (Script::Say(ids("abc"), FinishReason::Length), json!({"max_output_tokens": 3}), "incomplete"),
+        (
+            turn("hi"),
+            json!({"instructions": "be kind", "metadata": {"a": "b"}, "user": "u", "temperature": 0.7}),
+            "completed",
+        ),
+        (
+            Script::Say(ids("abc"), FinishReason::Length),
+            json!({"max_output_tokens": 3}),
+            "incomplete",
+        ),
         (
             Script::SayLikely([ids("é!"), vec![257]].concat(), 2),
             json!({"top_logprobs": 2, "include": ["message.output_text.logprobs"]}),
             "completed",
         ),
-        (turn(CALL), json!({"tools": [tool()], "tool_choice": "auto"}), "completed"),
-        (turn(&format!("I look.\n{CALL}\n{CALL}")), json!({"tools": [tool()]}), "completed"),
-        (turn("{}"), json!({"text": {"format": {"type": "json_object"}}}), "completed"),
+        (
+            turn(CALL),
+            json!({"tools": [tool()], "tool_choice": "auto"}),
+            "completed",
+        ),
+        (
+            turn(&format!("I look.\n{CALL}\n{CALL}")),
+            json!({"tools": [tool()]}),
+            "completed",
+        ),
+        (
+            turn("{}"),
+            json!({"text": {"format": {"type": "json_object"}}}),
+            "completed",
+        ),
         (turn("x"), json!({"store": false}), "completed"),
     ];
     for (script, extra, status) in cases {
@@ -192,7 +218,12 @@ async fn whole_and_streamed_answers_are_as_openai_describes_them() {
         // But for names and times the two are the same.
         let plain = |response: &Value| {
             let kinds = response["output"].as_array().unwrap().iter().map(|item| {
-                (item["type"].clone(), item["content"].clone(), item["arguments"].clone(), item["status"].clone())
+                (
+                    item["type"].clone(),
+                    item["content"].clone(),
+                    item["arguments"].clone(),
+                    item["status"].clone(),
+                )
             });
             (kinds.collect::<Vec<_>>(), response["usage"].clone())
         };
@@ -224,7 +255,10 @@ async fn a_failure_midway_is_an_event_and_is_not_stored() {
     let answer = rig.post(json!({"stream": true})).await;
     let events = events(&answer);
     let failed = events.last().unwrap();
-    assert_eq!((&failed["type"], &failed["response"]["status"]), (&json!("response.failed"), &json!("failed")));
+    assert_eq!(
+        (&failed["type"], &failed["response"]["status"]),
+        (&json!("response.failed"), &json!("failed"))
+    );
     assert_eq!(events[events.len() - 2]["type"], "error");
     let gone = rig.ask("GET", &path(&failed["response"]["id"], ""), &Value::Null).await;
     assert_eq!(gone.status, 404);
@@ -233,19 +267,47 @@ async fn a_failure_midway_is_an_event_and_is_not_stored() {
 #[tokio::test]
 async fn a_tool_round_trip_by_previous_response_id() {
     let rig = Rig::start().await;
-    let first = rig.create(turn(CALL), json!({"tools": [tool()], "instructions": "only once"})).await;
+    let first = rig
+        .create(turn(CALL), json!({"tools": [tool()], "instructions": "only once"}))
+        .await;
     let call = &first["output"][0];
-    assert_eq!((&call["type"], &call["arguments"]), (&json!("function_call"), &json!("{\"x\":1}")), "{first}");
+    assert_eq!(
+        (&call["type"], &call["arguments"]),
+        (&json!("function_call"), &json!("{\"x\":1}")),
+        "{first}"
+    );
     let output = json!([{"type": "function_call_output", "call_id": call["call_id"], "output": "7"}]);
     let second = rig
-        .create(turn("seven"), json!({"tools": [tool()], "input": output, "previous_response_id": first["id"]}))
+        .create(
+            turn("seven"),
+            json!({"tools": [tool()], "input": output, "previous_response_id": first["id"]}),
+        )
         .await;
-    assert_eq!((text(&second), &second["previous_response_id"]), ("seven", &first["id"]));
-    let third = rig.create(turn("so"), json!({"input": "and?", "previous_response_id": second["id"]})).await;
-    let items = rig.ask("GET", &path(&third["id"], "/input_items?order=asc"), &Value::Null).await.json();
+    assert_eq!(
+        (text(&second), &second["previous_response_id"]),
+        ("seven", &first["id"])
+    );
+    let third = rig
+        .create(
+            turn("so"),
+            json!({"input": "and?", "previous_response_id": second["id"]}),
+        )
+        .await;
+    let items = rig
+        .ask("GET", &path(&third["id"], "/input_items?order=asc"), &Value::Null)
+        .await
+        .json();
     check(&ITEMS, &items);
-    let kinds: Vec<_> = items["data"].as_array().unwrap().iter().map(|item| item["type"].as_str().unwrap()).collect();
-    assert_eq!(kinds, ["message", "function_call", "function_call_output", "message", "message"]);
+    let kinds: Vec<_> = items["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|item| item["type"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        kinds,
+        ["message", "function_call", "function_call_output", "message", "message"]
+    );
     // Page by page, newest first, without a gap.
     let (mut seen, mut after) = (Vec::new(), String::new());
     loop {
@@ -264,7 +326,10 @@ async fn a_tool_round_trip_by_previous_response_id() {
     let prompt = rig.gateway.backend.last_job().prompt;
     let bytes: Vec<u8> = prompt.iter().filter_map(|id| u8::try_from(*id).ok()).collect();
     let read = String::from_utf8_lossy(&bytes).into_owned();
-    assert!(read.contains("and?") && read.contains("seven") && !read.contains("only once"), "{read}");
+    assert!(
+        read.contains("and?") && read.contains("seven") && !read.contains("only once"),
+        "{read}"
+    );
     // A response deleted in between breaks nothing.
     for id in [&first["id"], &second["id"]] {
         let deleted = rig.ask("DELETE", &path(id, ""), &Value::Null).await;
@@ -272,7 +337,8 @@ async fn a_tool_round_trip_by_previous_response_id() {
         assert_eq!(rig.ask("GET", &path(id, ""), &Value::Null).await.status, 404);
         assert_eq!(rig.ask("DELETE", &path(id, ""), &Value::Null).await.status, 404);
     }
-    rig.create(turn("x"), json!({"previous_response_id": third["id"]})).await;
+    rig.create(turn("x"), json!({"previous_response_id": third["id"]}))
+        .await;
 }
 
 #[tokio::test]
@@ -282,18 +348,28 @@ async fn responses_are_a_projects_own() {
     let id = rig.create(turn("mine"), json!({})).await["id"].clone();
     assert_eq!(text(&rig.get(&id).await), "mine");
     for key in [other.as_str(), OPERATOR] {
-        for (method, more) in [("GET", ""), ("GET", "/input_items"), ("DELETE", ""), ("POST", "/cancel")] {
+        for (method, more) in [
+            ("GET", ""),
+            ("GET", "/input_items"),
+            ("DELETE", ""),
+            ("POST", "/cancel"),
+        ] {
             let answer = rig.gateway.ask(key, method, &path(&id, more), &[], &Value::Null).await;
             assert_eq!(answer.status, 404, "{method} {more}: {}", answer.text());
         }
         let body = json!({"model": "m", "input": "x", "previous_response_id": id});
         let answer = rig.gateway.ask(key, "POST", PATH, &[], &body).await;
-        assert_eq!((answer.status, &answer.error()["param"]), (400, &json!("previous_response_id")));
+        assert_eq!(
+            (answer.status, &answer.error()["param"]),
+            (400, &json!("previous_response_id"))
+        );
         let files = rig.gateway.ask(key, "GET", "/v1/files", &[], &Value::Null).await.json();
         assert_eq!(files["data"], json!([]));
     }
     // Nor is it a file of its own project.
-    let file = rig.ask("GET", &format!("/v1/files/{}", id.as_str().unwrap()), &Value::Null).await;
+    let file = rig
+        .ask("GET", &format!("/v1/files/{}", id.as_str().unwrap()), &Value::Null)
+        .await;
     assert_eq!(file.status, 404);
     let kept = rig.create(turn("x"), json!({"store": false})).await["id"].clone();
     assert_eq!(rig.ask("GET", &path(&kept, ""), &Value::Null).await.status, 404);
@@ -321,7 +397,12 @@ async fn bounds() {
     assert_eq!(rig.ask("GET", &path(&made[0], ""), &Value::Null).await.status, 404);
     rig.get(&made[2]).await;
     // Too large, or no disk: answered, and honest.
-    let large = rig.create(turn("x"), json!({"metadata": {"a": "x".repeat(500)}, "input": "y".repeat(3500)})).await;
+    let large = rig
+        .create(
+            turn("x"),
+            json!({"metadata": {"a": "x".repeat(500)}, "input": "y".repeat(3500)}),
+        )
+        .await;
     assert_eq!((text(&large), &large["store"]), ("x", &json!(false)));
     let refused = rig.post(json!({"background": true, "input": "y".repeat(4000)})).await;
     assert_eq!((refused.status, &refused.error()["param"]), (400, &json!("input")));
@@ -335,11 +416,16 @@ async fn bounds() {
 async fn the_background_goes_on_without_its_client() {
     let rig = Rig::start().await;
     let begun = rig.create(turn("hello"), json!({"background": true})).await;
-    assert!(["queued", "in_progress"].iter().any(|word| begun["status"] == *word), "{begun}");
+    assert!(
+        ["queued", "in_progress"].iter().any(|word| begun["status"] == *word),
+        "{begun}"
+    );
     let ended = rig.ended(&begun["id"]).await;
     assert_eq!((&ended["status"], text(&ended)), (&json!("completed"), "hello"));
     assert_eq!(ended["usage"]["output_tokens"], 6);
-    let follows = rig.create(turn("x"), json!({"previous_response_id": begun["id"]})).await;
+    let follows = rig
+        .create(turn("x"), json!({"previous_response_id": begun["id"]}))
+        .await;
     assert_eq!(follows["status"], "completed");
     // Cancelled when it is over: left as it is.
     let late = rig.ask("POST", &path(&begun["id"], "/cancel"), &Value::Null).await;
@@ -352,17 +438,25 @@ async fn the_background_goes_on_without_its_client() {
 #[tokio::test]
 async fn a_background_response_is_cancelled_with_what_it_has() {
     let rig = Rig::start().await;
-    let begun = rig.create(Script::SayThenHang(ids("hel")), json!({"background": true})).await;
+    let begun = rig
+        .create(Script::SayThenHang(ids("hel")), json!({"background": true}))
+        .await;
     tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     let too_early = rig.post(json!({"previous_response_id": begun["id"]})).await;
-    assert_eq!((too_early.status, &too_early.error()["param"]), (400, &json!("previous_response_id")));
+    assert_eq!(
+        (too_early.status, &too_early.error()["param"]),
+        (400, &json!("previous_response_id"))
+    );
     let cancelled = rig.ask("POST", &path(&begun["id"], "/cancel"), &Value::Null).await;
     assert_eq!(cancelled.status, 200, "{}", cancelled.text());
     let response = cancelled.json();
     check(&RESPONSE, &response);
     assert_eq!((&response["status"], text(&response)), (&json!("cancelled"), "hel"));
     assert_eq!(rig.get(&begun["id"]).await, response);
-    rig.gateway.backend.until("it is settled", |backend| !backend.records().is_empty()).await;
+    rig.gateway
+        .backend
+        .until("it is settled", |backend| !backend.records().is_empty())
+        .await;
     let record = &rig.gateway.backend.records()[0];
     // Charged is what is stored.
     assert_eq!((record.status(), record.completion_tokens), (UsageStatus::Cancelled, 3));
@@ -387,7 +481,10 @@ async fn the_events_of_a_background_response_can_be_had_again() {
     rig.ended(id).await;
     let again = events(&rig.ask("GET", &path(id, "?stream=true"), &Value::Null).await);
     assert_eq!(again, all);
-    let rest = events(&rig.ask("GET", &path(id, "?stream=true&starting_after=4"), &Value::Null).await);
+    let rest = events(
+        &rig.ask("GET", &path(id, "?stream=true&starting_after=4"), &Value::Null)
+            .await,
+    );
     assert_eq!(rest, all[5..]);
     let wrong = rig.ask("GET", &path(id, "?starting_after=4"), &Value::Null).await;
     assert_eq!((wrong.status, &wrong.error()["param"]), (400, &json!("starting_after")));
@@ -397,13 +494,20 @@ async fn the_events_of_a_background_response_can_be_had_again() {
 async fn background_failures() {
     let rig = Rig::start().await;
     // At once: an error, and nothing is left.
-    rig.gateway.backend.script(Script::Refuse(BackendError::NoWorker { model: "m".into() }));
+    rig.gateway
+        .backend
+        .script(Script::Refuse(BackendError::NoWorker { model: "m".into() }));
     assert_eq!(rig.post(json!({"background": true})).await.status, 503);
     assert_eq!(rig.post(json!({"background": true, "model": "odd"})).await.status, 404);
     // Later: a response that says so.
-    let begun = rig.create(Script::SayThenVanish(ids("hel")), json!({"background": true})).await;
+    let begun = rig
+        .create(Script::SayThenVanish(ids("hel")), json!({"background": true}))
+        .await;
     let failed = rig.ended(&begun["id"]).await;
-    assert_eq!((&failed["status"], &failed["error"]["code"]), (&json!("failed"), &json!("server_error")));
+    assert_eq!(
+        (&failed["status"], &failed["error"]["code"]),
+        (&json!("failed"), &json!("server_error"))
+    );
 }
 
 #[tokio::test]
@@ -425,17 +529,26 @@ async fn another_coordinator_finds_cancels_and_buries() {
             key: here.key.clone(),
         }
     };
-    let begun = here.create(Script::SayThenHang(ids("hel")), json!({"background": true, "stream": false})).await;
+    let begun = here
+        .create(
+            Script::SayThenHang(ids("hel")),
+            json!({"background": true, "stream": false}),
+        )
+        .await;
     assert_eq!(other.get(&begun["id"]).await["status"], "in_progress");
     let cancelled = other.ask("POST", &path(&begun["id"], "/cancel"), &Value::Null).await;
     assert_eq!(cancelled.json()["status"], "cancelled", "{}", cancelled.text());
     // The run finds out and stops; what stands is what was written first.
-    backend.until("the run stops", |backend| backend.cancelled.load(Ordering::SeqCst) == 1).await;
+    backend
+        .until("the run stops", |backend| backend.cancelled.load(Ordering::SeqCst) == 1)
+        .await;
     assert_eq!(here.ended(&begun["id"]).await["status"], "cancelled");
     let done = here.create(turn("x"), json!({})).await;
     assert_eq!(text(&other.get(&done["id"]).await), "x");
     // A member that was started again runs nothing of what it ran before.
-    let lost = here.create(Script::SayThenHang(ids("hel")), json!({"background": true})).await;
+    let lost = here
+        .create(Script::SayThenHang(ids("hel")), json!({"background": true}))
+        .await;
     assert_eq!(other.get(&lost["id"]).await["status"], "in_progress");
     let again = {
         let mut again = MockBackend::default();
@@ -451,7 +564,10 @@ async fn another_coordinator_finds_cancels_and_buries() {
         }
     };
     let failed = again.get(&lost["id"]).await;
-    assert_eq!((&failed["status"], &failed["error"]["code"]), (&json!("failed"), &json!("server_error")));
+    assert_eq!(
+        (&failed["status"], &failed["error"]["code"]),
+        (&json!("failed"), &json!("server_error"))
+    );
     assert_eq!(other.get(&lost["id"]).await, failed);
     let streamed = {
         backend.script(turn("hello"));
@@ -459,7 +575,10 @@ async fn another_coordinator_finds_cancels_and_buries() {
     };
     let id = &streamed[0]["response"]["id"];
     here.ended(id).await;
-    assert_eq!(events(&other.ask("GET", &path(id, "?stream=true"), &Value::Null).await), streamed);
+    assert_eq!(
+        events(&other.ask("GET", &path(id, "?stream=true"), &Value::Null).await),
+        streamed
+    );
 }
 
 #[tokio::test]
@@ -475,28 +594,46 @@ async fn bad_requests_are_named_and_unknown_ids_are_404() {
         (json!({"previous_response_id": "resp_1"}), "previous_response_id"),
     ] {
         let answer = rig.post(extra.clone()).await;
-        assert_eq!((answer.status, &answer.error()["param"]), (400, &json!(param)), "{extra}");
+        assert_eq!(
+            (answer.status, &answer.error()["param"]),
+            (400, &json!(param)),
+            "{extra}"
+        );
     }
     for id in ["resp_0123456789abcdef0123456789abcdef", "x", "resp_%2e%2e"] {
         assert_eq!(rig.ask("GET", &format!("{PATH}/{id}"), &Value::Null).await.status, 404);
     }
-    let tokens = rig.ask("POST", "/v1/responses/input_tokens", &json!({"model": "m", "input": "hi"})).await;
+    let tokens = rig
+        .ask(
+            "POST",
+            "/v1/responses/input_tokens",
+            &json!({"model": "m", "input": "hi"}),
+        )
+        .await;
     assert_eq!(tokens.status, 200, "{}", tokens.text());
     rig.create(turn("x"), json!({})).await;
     let prompt = rig.gateway.backend.last_job().prompt.len();
-    assert_eq!(tokens.json(), json!({"object": "response.input_tokens", "input_tokens": prompt}));
+    assert_eq!(
+        tokens.json(),
+        json!({"object": "response.input_tokens", "input_tokens": prompt})
+    );
 }
 
 #[test]
 fn every_field_of_openais_is_in_the_table() {
-    let Some(description) = DESCRIPTION.as_ref() else { return };
+    let Some(description) = DESCRIPTION.as_ref() else {
+        return;
+    };
     let schemas = &description["components"]["schemas"];
     let mut names = BTreeSet::new();
     properties(&schemas["CreateResponse"], schemas, &mut names);
     assert!(names.len() > 20, "{names:?}");
     let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/responses.md");
     let docs = std::fs::read_to_string(docs).expect("docs/responses.md");
-    let missing: Vec<_> = names.iter().filter(|name| !docs.contains(&format!("| `{name}` |"))).collect();
+    let missing: Vec<_> = names
+        .iter()
+        .filter(|name| !docs.contains(&format!("| `{name}` |")))
+        .collect();
     assert!(missing.is_empty(), "{missing:?}");
 }
 

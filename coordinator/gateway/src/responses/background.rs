@@ -15,7 +15,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use serde_json::Value as Json;
 use tokio::sync::oneshot;
 
@@ -103,7 +103,8 @@ pub(crate) async fn begin<B: Backend>(
         Kept::Yes => {}
         Kept::Other => return Err(ApiError::internal()),
         Kept::No => {
-            let message = "The conversation is larger than may be stored, which a response in the background has to be.";
+            let message =
+                "The conversation is larger than may be stored, which a response in the background has to be.";
             return Err(ApiError::field("input", message));
         }
     }
@@ -125,13 +126,20 @@ pub(crate) async fn begin<B: Backend>(
     let status = match started {
         Ok(Ok(Err(error))) => return Err(error),
         Ok(_) => Status::InProgress,
-        Err(_) => Status::Queued,
+        Err(_) => {
+            told.close();
+            // It may have failed in this very moment.
+            if let Ok(Err(error)) = told.try_recv() {
+                return Err(error);
+            }
+            Status::Queued
+        }
     };
     if let Some(log) = &background.log {
         return Ok(event_stream(follow(log.clone(), 0, gateway.config.keep_alive())));
     }
     let shown = background.face.shown(&status, Vec::new(), None, 0);
-    Ok(answer::json(shown.to_string().into_bytes()).into_response())
+    Ok(answer::json(shown.to_string().into_bytes()))
 }
 
 impl<B: Backend> Work<B> {
@@ -281,7 +289,11 @@ impl<B: Backend> Work<B> {
                     stored.items.clear();
                 }
                 Err(error) if attempt == KEEP_TRIES => {
-                    tracing::error!(id, error = error.message, "a response in the background could not be stored");
+                    tracing::error!(
+                        id,
+                        error = error.message,
+                        "a response in the background could not be stored"
+                    );
                     return;
                 }
                 Err(_) => tokio::time::sleep(KEEP_PAUSE).await,

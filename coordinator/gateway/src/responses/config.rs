@@ -44,7 +44,11 @@ impl Default for ResponsesConfig {
 impl ResponsesConfig {
     pub(crate) fn validate(&self) -> Result<(), GatewayError> {
         for (name, value, max) in [
-            ("responses.response_bytes_max", self.response_bytes_max, RESPONSE_BYTES_MAX),
+            (
+                "responses.response_bytes_max",
+                self.response_bytes_max,
+                RESPONSE_BYTES_MAX,
+            ),
             ("responses.kept_s", self.kept_s, KEPT_S_MAX),
             ("responses.background_s_max", self.background_s_max, BACKGROUND_S_MAX),
         ] {

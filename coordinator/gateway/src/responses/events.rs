@@ -31,9 +31,18 @@ const OBFUSCATION_BYTES: usize = 64;
 
 /// The item that is being written.
 enum Open {
-    Message { text: String, logprobs: Vec<Json> },
-    Reasoning { text: String },
-    Call { call_id: String, name: String, arguments: String },
+    Message {
+        text: String,
+        logprobs: Vec<Json>,
+    },
+    Reasoning {
+        text: String,
+    },
+    Call {
+        call_id: String,
+        name: String,
+        arguments: String,
+    },
 }
 
 /// What the events are to be like.
@@ -266,8 +275,10 @@ impl Events {
                 call_id,
                 name,
                 arguments,
-            }) => Some(json!({"id": id, "type": "function_call", "status": status, "call_id": call_id,
-                "name": name, "arguments": arguments})),
+            }) => Some(
+                json!({"id": id, "type": "function_call", "status": status, "call_id": call_id,
+                "name": name, "arguments": arguments}),
+            ),
             None if self.output.is_empty() && !self.blank.is_empty() => {
                 Some(message(&self.blank, &logprobs(&self.pending)))
             }
@@ -337,7 +348,11 @@ impl Events {
 /// How a response ends that ends well.
 pub(crate) fn status_of(outcome: &Outcome) -> Status {
     let cut_short = outcome.ends.iter().any(|end| end.reason == EndReason::Length);
-    if cut_short { Status::Incomplete } else { Status::Completed }
+    if cut_short {
+        Status::Incomplete
+    } else {
+        Status::Completed
+    }
 }
 
 /// Of the last item.

@@ -43,10 +43,19 @@ pub(crate) const FIELDS: &[Field] = &[
         "input",
         "text, or items: `message`, `function_call`, `function_call_output`, `reasoning`; text parts only, others are refused by name",
     ),
-    works("instructions", "text; the first message, not handed on by `previous_response_id`"),
-    works("previous_response_id", "a stored response that has ended, of the same project"),
+    works(
+        "instructions",
+        "text; the first message, not handed on by `previous_response_id`",
+    ),
+    works(
+        "previous_response_id",
+        "a stored response that has ended, of the same project",
+    ),
     works("tools", "`function`; the tools that run at OpenAI are refused by name"),
-    works("tool_choice", "`none`, `auto`, `required`, a function, `allowed_tools` of functions"),
+    works(
+        "tool_choice",
+        "`none`, `auto`, `required`, a function, `allowed_tools` of functions",
+    ),
     works("parallel_tool_calls", ""),
     works(
         "text",
@@ -59,7 +68,10 @@ pub(crate) const FIELDS: &[Field] = &[
     works("max_output_tokens", "from 1, thoughts included"),
     works("temperature", "0 to 2"),
     works("top_p", "above 0, at most 1"),
-    works("top_logprobs", "0 to 20; more than 0 gives the log-probabilities as `include` does"),
+    works(
+        "top_logprobs",
+        "0 to 20; more than 0 gives the log-probabilities as `include` does",
+    ),
     works(
         "include",
         "`message.output_text.logprobs`; the others speak of what never occurs here, or of thoughts that are given anyway, and are taken",
@@ -68,10 +80,16 @@ pub(crate) const FIELDS: &[Field] = &[
     works("stream_options", "`include_obfuscation`, off unless asked for"),
     works("store", "true unless given"),
     works("background", "needs `store`"),
-    works("metadata", "16 pairs, keys of 64 and values of 512 characters; stored and shown"),
+    works(
+        "metadata",
+        "16 pairs, keys of 64 and values of 512 characters; stored and shown",
+    ),
     works("user", "goes into the usage record"),
     works("safety_identifier", "the same, and goes before `user`"),
-    works("seed", "as in chat completions, and so are the following, which OpenAI's responses do not have"),
+    works(
+        "seed",
+        "as in chat completions, and so are the following, which OpenAI's responses do not have",
+    ),
     works("top_k", ""),
     works("min_p", ""),
     works("presence_penalty", ""),
@@ -85,7 +103,10 @@ pub(crate) const FIELDS: &[Field] = &[
     works("min_tokens", ""),
     works("priority", ""),
     works("cache_salt", ""),
-    harmless("truncation", "`disabled`; `auto` is refused: an input that is too long is a 400"),
+    harmless(
+        "truncation",
+        "`disabled`; `auto` is refused: an input that is too long is a 400",
+    ),
     harmless("max_tool_calls", "counts only the tools that run at OpenAI"),
     harmless("service_tier", "`auto` and `default`; others are refused"),
     harmless("prompt_cache_key", "the cache finds what it knows without"),
@@ -134,7 +155,11 @@ mod tests {
     #[test]
     fn no_field_is_there_twice() {
         for (at, field) in FIELDS.iter().enumerate() {
-            assert!(FIELDS[..at].iter().all(|other| other.name != field.name), "{}", field.name);
+            assert!(
+                FIELDS[..at].iter().all(|other| other.name != field.name),
+                "{}",
+                field.name
+            );
         }
     }
 }

@@ -34,7 +34,14 @@ mod tests {
         let names = rename(RequestNames::from_headers(&axum::http::HeaderMap::new()));
         assert!(is_response(&names.request_id), "{}", names.request_id);
         assert!(item("msg", &names.request_id, 'o', 3).ends_with("o3"));
-        for wrong in ["", "resp_", "resp_zz", "resp_0123", "file-0123", "resp_0123456789abcdef0123456789abcdef.open"] {
+        for wrong in [
+            "",
+            "resp_",
+            "resp_zz",
+            "resp_0123",
+            "file-0123",
+            "resp_0123456789abcdef0123456789abcdef.open",
+        ] {
             assert!(!is_response(wrong), "{wrong}");
         }
     }

@@ -158,8 +158,10 @@ fn reasoning(fields: &mut Fields<'_>, id: String) -> Result<Json, ApiError> {
             .map(|text| json!({"type": kind, "text": text}))
             .collect()
     };
-    Ok(json!({"id": id, "type": "reasoning", "status": "completed", "summary": typed("summary_text", summary),
-        "content": typed("reasoning_text", content)}))
+    Ok(
+        json!({"id": id, "type": "reasoning", "status": "completed", "summary": typed("summary_text", summary),
+        "content": typed("reasoning_text", content)}),
+    )
 }
 
 /// A text, or parts of these types.
@@ -291,7 +293,8 @@ pub(crate) fn messages<'a>(instructions: Option<&str>, items: impl Iterator<Item
                 messages.push(json!({"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]}));
             }
             _ if item["role"] == "assistant" => {
-                let fresh = |turn: &Map<String, Json>| !turn.contains_key("content") && !turn.contains_key("tool_calls");
+                let fresh =
+                    |turn: &Map<String, Json>| !turn.contains_key("content") && !turn.contains_key("tool_calls");
                 if !turn.as_ref().is_some_and(fresh) {
                     messages.extend(turn.take().map(closed));
                 }
@@ -397,17 +400,36 @@ mod tests {
             (json!([{"role": "user"}]), "input[0].content"),
             (json!([{"role": "user", "content": []}]), "input[0].content"),
             (json!([{"role": "user", "content": "x", "odd": 1}]), "input[0].odd"),
-            (part(json!({"type": "input_image", "image_url": "http://127.0.0.1/"})), "input[0].content[0].type"),
-            (part(json!({"type": "input_file", "file_id": "x"})), "input[0].content[0].type"),
+            (
+                part(json!({"type": "input_image", "image_url": "http://127.0.0.1/"})),
+                "input[0].content[0].type",
+            ),
+            (
+                part(json!({"type": "input_file", "file_id": "x"})),
+                "input[0].content[0].type",
+            ),
             (part(json!({"type": "input_text"})), "input[0].content[0].text"),
             (json!([{"type": "item_reference", "id": "x"}]), "input[0].type"),
             (json!([{"type": "web_search_call", "id": "x"}]), "input[0].type"),
-            (json!([{"type": "function_call_output", "call_id": "1", "output": "7"}]), "input[0].call_id"),
-            (json!([{"type": "function_call", "call_id": "", "name": "f", "arguments": "{}"}]), "input[0].call_id"),
-            (json!([{"type": "reasoning", "id": "r", "summary": [], "encrypted_content": "x"}]), "input[0].encrypted_content"),
+            (
+                json!([{"type": "function_call_output", "call_id": "1", "output": "7"}]),
+                "input[0].call_id",
+            ),
+            (
+                json!([{"type": "function_call", "call_id": "", "name": "f", "arguments": "{}"}]),
+                "input[0].call_id",
+            ),
+            (
+                json!([{"type": "reasoning", "id": "r", "summary": [], "encrypted_content": "x"}]),
+                "input[0].encrypted_content",
+            ),
         ] {
             let error = items(bad.clone()).expect_err(&bad.to_string());
-            assert_eq!((error.status.as_u16(), error.param.as_deref()), (400, Some(param)), "{bad}");
+            assert_eq!(
+                (error.status.as_u16(), error.param.as_deref()),
+                (400, Some(param)),
+                "{bad}"
+            );
         }
     }
 }

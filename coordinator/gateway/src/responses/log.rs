@@ -111,7 +111,12 @@ mod tests {
         tokio::task::yield_now().await;
         assert!(log.take(&mut frames(2..5)));
         log.close();
-        let text = |bytes: Bytes| String::from_utf8(bytes.to_vec()).unwrap().replace("data: ", "").replace('\n', "");
+        let text = |bytes: Bytes| {
+            String::from_utf8(bytes.to_vec())
+                .unwrap()
+                .replace("data: ", "")
+                .replace('\n', "")
+        };
         assert_eq!(text(early.await.unwrap().unwrap().to_bytes()), "01234");
         assert_eq!(text(late.collect().await.unwrap().to_bytes()), "34");
         assert_eq!(log.texts().len(), 5);

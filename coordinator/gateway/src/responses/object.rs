@@ -108,9 +108,10 @@ fn usage(counts: Counts) -> Json {
 /// Log-probabilities of a text's tokens.
 pub(crate) fn logprobs(positions: &[TokenLogprob]) -> Vec<Json> {
     let shown = positions.iter().map(|position| {
-        let top = position.top.iter().map(|(token, logprob)| {
-            json!({"token": token.text, "logprob": finite(*logprob), "bytes": token.bytes})
-        });
+        let top = position
+            .top
+            .iter()
+            .map(|(token, logprob)| json!({"token": token.text, "logprob": finite(*logprob), "bytes": token.bytes}));
         json!({"token": position.token.text, "logprob": finite(position.logprob), "bytes": position.token.bytes,
             "top_logprobs": top.collect::<Vec<_>>()})
     });

@@ -37,7 +37,6 @@ pub(crate) struct Wish {
     pub store: bool,
     /// Deltas are padded.
     pub obfuscation: bool,
-    pub logprobs: bool,
     /// What of the request every response object repeats.
     pub echo: Map<String, Json>,
     /// What goes before, of the responses before.
@@ -46,14 +45,23 @@ pub(crate) struct Wish {
     pub input: Vec<Json>,
 }
 
-/// What a body says before it is looked at: which response it follows.
-pub(crate) fn previous(body: &[u8]) -> Option<String> {
-    #[derive(serde::Deserialize)]
-    struct Peek {
-        previous_response_id: Option<String>,
+/// What has to be known of a body before it is parsed.
+#[derive(Default, serde::Deserialize)]
+pub(crate) struct Peek {
+    /// The response it follows.
+    pub previous_response_id: Option<String>,
+    background: Option<bool>,
+}
+
+impl Peek {
+    /// What is wrong with the body is told by [`parse`].
+    pub fn of(body: &[u8]) -> Self {
+        serde_json::from_slice(body).unwrap_or_default()
     }
-    // What is wrong with the body is told by `parse`.
-    serde_json::from_slice::<Peek>(body).ok()?.previous_response_id
+
+    pub fn is_background(&self) -> bool {
+        self.background == Some(true)
+    }
 }
 
 /// Parses and checks a body. `earlier` are the items of the response that it follows and of those before.
@@ -67,6 +75,12 @@ pub(crate) fn parse(
     refuse_unsupported(&params.0)?;
     let model = params.model()?;
     let input = input::parse(params.take("input"), response_id, &earlier, config.messages_max)?;
+    let previous = params.text("previous_response_id", TEXT_BYTES_MAX)?;
+    if previous.is_some() && earlier.is_empty() {
+        // A body that says it twice is read in two ways.
+        let message = "`previous_response_id` must be given once.";
+        return Err(ApiError::field("previous_response_id", message));
+    }
     let instructions = params.text("instructions", usize::MAX)?;
     let stream = params.boolean("stream")?;
     let store = params.boolean_or("store", true)?;
@@ -75,7 +89,9 @@ pub(crate) fn parse(
         let message = "`background` needs `store`: the answer would be lost.";
         return Err(ApiError::field("background", message));
     }
-    let top_logprobs = params.count("top_logprobs", 0, config.top_logprobs_max as u64)?.unwrap_or(0);
+    let top_logprobs = params
+        .count("top_logprobs", 0, config.top_logprobs_max as u64)?
+        .unwrap_or(0);
     let logprobs = includes_logprobs(&params.0)? || top_logprobs > 0;
     let max_tokens = params.max_tokens(&["max_output_tokens"], "")?;
     let (format, shown_format) = text_format(params.get("text"), config)?;
@@ -90,7 +106,7 @@ pub(crate) fn parse(
         "max_tool_calls": params.get("max_tool_calls"),
         "metadata": params.get("metadata").cloned().unwrap_or_else(|| json!({})),
         "parallel_tool_calls": !wishes.single,
-        "previous_response_id": params.text("previous_response_id", TEXT_BYTES_MAX)?,
+        "previous_response_id": previous,
         "reasoning": {"effort": effort, "summary": null},
         "service_tier": "default",
         "store": store,
@@ -138,7 +154,6 @@ pub(crate) fn parse(
         background,
         store,
         obfuscation: obfuscation(&params.0, stream)?,
-        logprobs,
         echo,
         earlier,
         input,
@@ -170,7 +185,12 @@ fn refuse_unsupported(fields: &Map<String, Json>) -> Result<(), ApiError> {
 }
 
 fn includes_logprobs(fields: &Map<String, Json>) -> Result<bool, ApiError> {
-    let wrong = || ApiError::field("include", format!("`include` must be an array of {}.", INCLUDES.join(", ")));
+    let wrong = || {
+        ApiError::field(
+            "include",
+            format!("`include` must be an array of {}.", INCLUDES.join(", ")),
+        )
+    };
     let names = match fields.get("include") {
         None => return Ok(false),
         Some(Json::Array(names)) => names,
@@ -322,8 +342,11 @@ mod tests {
             "tool_choice": {"type": "function", "name": "f"}, "parallel_tool_calls": false, "seed": -1, "top_k": -1,
             "max_tool_calls": 3, "prompt_cache_key": "k", "background": false, "conversation": null}))
         .unwrap();
-        assert!(wish.stream && wish.obfuscation && wish.logprobs && !wish.store && !wish.background);
-        assert_eq!((request.max_tokens, request.logprobs), (Some(("max_output_tokens", 7)), Some(3)));
+        assert!(wish.stream && wish.obfuscation && !wish.store && !wish.background);
+        assert_eq!(
+            (request.max_tokens, request.logprobs),
+            (Some(("max_output_tokens", 7)), Some(3))
+        );
         assert_eq!((request.user.as_str(), request.sampling.seed), ("u", Some(u64::MAX)));
         assert!(request.tools.single && request.tools.tools.len() == 1);
         assert!(matches!(request.format, OutputFormat::JsonSchema { .. }));
@@ -345,7 +368,10 @@ mod tests {
             (json!({"include": ["odd"]}), "include"),
             (json!({"stream": "yes"}), "stream"),
             (json!({"stream_options": {}}), "stream_options"),
-            (json!({"stream": true, "stream_options": {"odd": 1}}), "stream_options.odd"),
+            (
+                json!({"stream": true, "stream_options": {"odd": 1}}),
+                "stream_options.odd",
+            ),
             (json!({"background": true, "store": false}), "background"),
             (json!({"truncation": "auto"}), "truncation"),
             (json!({"service_tier": "flex"}), "service_tier"),
@@ -353,8 +379,14 @@ mod tests {
             (json!({"metadata": {"a": "x".repeat(513)}}), "metadata"),
             (json!({"text": {"verbosity": "low"}}), "text.verbosity"),
             (json!({"text": {"format": {"type": "odd"}}}), "text.format.type"),
-            (json!({"text": {"format": {"type": "json_schema", "schema": {}}}}), "text.format.name"),
-            (json!({"text": {"format": {"type": "json_schema", "name": "n"}}}), "text.format.schema"),
+            (
+                json!({"text": {"format": {"type": "json_schema", "schema": {}}}}),
+                "text.format.name",
+            ),
+            (
+                json!({"text": {"format": {"type": "json_schema", "name": "n"}}}),
+                "text.format.schema",
+            ),
             (json!({"reasoning": {"effort": "odd"}}), "reasoning.effort"),
             (json!({"reasoning": {"summary": "detailed"}}), "reasoning.summary"),
             (json!({"reasoning": {"mode": "pro"}}), "reasoning.mode"),
@@ -366,7 +398,11 @@ mod tests {
             (json!({"input": 7}), "input"),
         ] {
             let error = parse(extra.clone()).expect_err(&extra.to_string());
-            assert_eq!((error.status.as_u16(), error.param.as_deref()), (400, Some(param)), "{extra}");
+            assert_eq!(
+                (error.status.as_u16(), error.param.as_deref()),
+                (400, Some(param)),
+                "{extra}"
+            );
         }
     }
 

@@ -85,7 +85,9 @@ type Frame = Result<Bytes, Infallible>;
 /// The stored events from number `from` on.
 fn frames(stored: Stored, from: usize) -> Result<impl futures_util::Stream<Item = Frame> + Send, ApiError> {
     let events = stored.events.ok_or_else(not_streamed)?;
-    Ok(stream::iter(events.into_iter().skip(from).map(|event| Ok(Bytes::from(event)))))
+    Ok(stream::iter(
+        events.into_iter().skip(from).map(|event| Ok(Bytes::from(event))),
+    ))
 }
 
 /// The events of a response that runs elsewhere, once it has ended. Bounded as the response is: one whose process is gone is
@@ -220,6 +222,9 @@ fn check_include(params: &mut Params) -> Result<(), ApiError> {
     let names = params.list("include");
     match names.iter().find(|name| !INCLUDES.contains(&name.as_str())) {
         None => Ok(()),
-        Some(_) => Err(ApiError::field("include", format!("`include` must be of {}.", INCLUDES.join(", ")))),
+        Some(_) => Err(ApiError::field(
+            "include",
+            format!("`include` must be of {}.", INCLUDES.join(", ")),
+        )),
     }
 }

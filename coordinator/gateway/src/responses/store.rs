@@ -112,7 +112,11 @@ impl Store {
 
     /// Keeps what is known of a response that begins. It goes some time after the run must be over.
     pub async fn keep_open(&self, caller: &Caller, id: &str, stored: &Stored) -> Result<Kept, ApiError> {
-        let life_ms = self.config.background_s_max.saturating_mul(1000).saturating_add(2 * LEASE_MS);
+        let life_ms = self
+            .config
+            .background_s_max
+            .saturating_mul(1000)
+            .saturating_add(2 * LEASE_MS);
         let expires = unix_ms().saturating_add(life_ms);
         self.write(&owner(caller), open_name(id), stored, expires).await
     }
@@ -204,7 +208,8 @@ impl Store {
             at += part.len();
             let length = part.len() as u64;
             let hash = self.files.chunks.put(part).await;
-            let hash = hash.map_err(|error| ApiError::unavailable(format!("The response cannot be stored: {error}.")))?;
+            let hash =
+                hash.map_err(|error| ApiError::unavailable(format!("The response cannot be stored: {error}.")))?;
             chunks.push(FileChunk {
                 hash: hash.to_vec().into(),
                 bytes: length,
@@ -276,7 +281,10 @@ impl Store {
     }
 
     async fn delete(&self, owner: String, id: String) -> Result<bool, ApiError> {
-        let applied = self.files.change("", Kind::DeleteFile(DeleteFile { id, owner })).await?;
+        let applied = self
+            .files
+            .change("", Kind::DeleteFile(DeleteFile { id, owner }))
+            .await?;
         Ok(matches!(applied, Applied::Removed { removed: true }))
     }
 }

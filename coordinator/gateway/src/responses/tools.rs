@@ -79,7 +79,10 @@ fn one(tool: &Json, place: &str, config: &GatewayConfig) -> Result<Tool, ApiErro
             ("name", Json::String(text)) => found.name.clone_from(text),
             ("description", Json::String(text)) => found.description = Some(text.clone()),
             ("parameters", Json::Object(_)) if value.to_string().len() > config.schema_bytes_max => {
-                return Err(wrong(name, &format!("is larger than {} bytes", config.schema_bytes_max)));
+                return Err(wrong(
+                    name,
+                    &format!("is larger than {} bytes", config.schema_bytes_max),
+                ));
             }
             ("parameters", Json::Object(_)) => found.parameters = Some(value.clone()),
             ("strict", Json::Bool(strict)) => found.strict = *strict,
@@ -134,7 +137,9 @@ fn choice(value: Option<&Json>, tools: &[Tool], tools_max: usize) -> Result<Tool
                     return Err(ApiError::field("tool_choice.mode", message));
                 }
             };
-            let list = value["tools"].as_array().filter(|list| (1..=tools_max).contains(&list.len()));
+            let list = value["tools"]
+                .as_array()
+                .filter(|list| (1..=tools_max).contains(&list.len()));
             let list = list.ok_or_else(|| {
                 let message = format!("`tool_choice.tools` must be an array of 1 to {tools_max} functions.");
                 ApiError::field("tool_choice.tools", message)
@@ -160,7 +165,8 @@ fn choice(value: Option<&Json>, tools: &[Tool], tools_max: usize) -> Result<Tool
 /// The functions as a response shows them.
 pub(crate) fn shown(tools: &[Tool]) -> Vec<Json> {
     let shown = tools.iter().map(|tool| {
-        let mut shown = json!({"type": "function", "name": tool.name, "parameters": tool.parameters, "strict": tool.strict});
+        let mut shown =
+            json!({"type": "function", "name": tool.name, "parameters": tool.parameters, "strict": tool.strict});
         if let Some(description) = &tool.description {
             shown["description"] = description.as_str().into();
         }
@@ -199,7 +205,10 @@ mod tests {
                 },
             ),
         ] {
-            assert_eq!(read(json!({"tools": f(), "tool_choice": choice})).unwrap().choice, expected);
+            assert_eq!(
+                read(json!({"tools": f(), "tool_choice": choice})).unwrap().choice,
+                expected
+            );
         }
     }
 
@@ -211,17 +220,39 @@ mod tests {
             (json!({"tools": [{"type": "web_search"}]}), "tools[0].type"),
             (json!({"tools": [{"type": "function"}]}), "tools[0].name"),
             (json!({"tools": [{"type": "function", "name": "a b"}]}), "tools[0].name"),
-            (json!({"tools": [{"type": "function", "name": "f"}, {"type": "function", "name": "f"}]}), "tools[1].name"),
-            (json!({"tools": [{"type": "function", "name": "f", "parameters": 7}]}), "tools[0].parameters"),
-            (json!({"tools": [{"type": "function", "name": "f", "odd": 7}]}), "tools[0].odd"),
+            (
+                json!({"tools": [{"type": "function", "name": "f"}, {"type": "function", "name": "f"}]}),
+                "tools[1].name",
+            ),
+            (
+                json!({"tools": [{"type": "function", "name": "f", "parameters": 7}]}),
+                "tools[0].parameters",
+            ),
+            (
+                json!({"tools": [{"type": "function", "name": "f", "odd": 7}]}),
+                "tools[0].odd",
+            ),
             (json!({"tool_choice": "required"}), "tool_choice"),
-            (json!({"tools": f(), "tool_choice": {"type": "function", "name": "h"}}), "tool_choice.name"),
-            (json!({"tools": f(), "tool_choice": {"type": "file_search"}}), "tool_choice"),
-            (json!({"tools": f(), "tool_choice": {"type": "allowed_tools", "tools": []}}), "tool_choice.mode"),
+            (
+                json!({"tools": f(), "tool_choice": {"type": "function", "name": "h"}}),
+                "tool_choice.name",
+            ),
+            (
+                json!({"tools": f(), "tool_choice": {"type": "file_search"}}),
+                "tool_choice",
+            ),
+            (
+                json!({"tools": f(), "tool_choice": {"type": "allowed_tools", "tools": []}}),
+                "tool_choice.mode",
+            ),
             (json!({"parallel_tool_calls": 7}), "parallel_tool_calls"),
         ] {
             let error = read(fields.clone()).expect_err(&fields.to_string());
-            assert_eq!((error.status.as_u16(), error.param.as_deref()), (400, Some(param)), "{fields}");
+            assert_eq!(
+                (error.status.as_u16(), error.param.as_deref()),
+                (400, Some(param)),
+                "{fields}"
+            );
         }
     }
 }

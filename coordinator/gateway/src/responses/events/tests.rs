@@ -122,7 +122,11 @@ fn check(events: &[Json]) {
 
 #[test]
 fn a_text_has_openais_sequence() {
-    let events = run(Style::default(), vec![vec![text("he")], vec![text("llo")]], EndReason::Stop);
+    let events = run(
+        Style::default(),
+        vec![vec![text("he")], vec![text("llo")]],
+        EndReason::Stop,
+    );
     check(&events);
     assert_eq!(
         names(&events),
@@ -160,10 +164,18 @@ fn thoughts_text_and_calls_are_items_of_their_own() {
     let events = run(Style::default(), deltas, EndReason::ToolCalls);
     check(&events);
     let output = &events.last().unwrap()["response"]["output"];
-    let kinds: Vec<_> = output.as_array().unwrap().iter().map(|item| item["type"].clone()).collect();
+    let kinds: Vec<_> = output
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|item| item["type"].clone())
+        .collect();
     assert_eq!(kinds, ["reasoning", "message", "function_call", "function_call"]);
     assert_eq!(output[1]["content"][0]["text"], "\nI look.");
-    assert_eq!((&output[2]["call_id"], &output[2]["arguments"]), (&json!("call_0"), &json!("{\"a\":1}")));
+    assert_eq!(
+        (&output[2]["call_id"], &output[2]["arguments"]),
+        (&json!("call_0"), &json!("{\"a\":1}"))
+    );
     assert_eq!(events.last().unwrap()["response"]["status"], "completed");
 }
 
@@ -173,7 +185,10 @@ fn what_is_cut_short_says_so() {
     check(&events);
     let last = events.last().unwrap();
     assert_eq!(last["type"], "response.incomplete");
-    assert_eq!(last["response"]["incomplete_details"], json!({"reason": "max_output_tokens"}));
+    assert_eq!(
+        last["response"]["incomplete_details"],
+        json!({"reason": "max_output_tokens"})
+    );
     assert_eq!(last["response"]["output"][0]["status"], "incomplete");
 }
 
@@ -182,9 +197,16 @@ fn blank_answers() {
     let nothing = run(Style::default(), vec![], EndReason::Stop);
     check(&nothing);
     assert_eq!(nothing.last().unwrap()["response"]["output"], json!([]));
-    let blank = run(Style::default(), vec![vec![text(" ")], vec![text("\n")]], EndReason::Stop);
+    let blank = run(
+        Style::default(),
+        vec![vec![text(" ")], vec![text("\n")]],
+        EndReason::Stop,
+    );
     check(&blank);
-    assert_eq!(blank.last().unwrap()["response"]["output"][0]["content"][0]["text"], " \n");
+    assert_eq!(
+        blank.last().unwrap()["response"]["output"][0]["content"][0]["text"],
+        " \n"
+    );
 }
 
 #[test]
@@ -198,7 +220,10 @@ fn a_failure_is_told_twice_and_is_the_end() {
     let (error, failed) = (&events[events.len() - 2], &events[events.len() - 1]);
     assert_eq!((&error["type"], &error["message"]), (&json!("error"), &json!("lost")));
     assert_eq!(failed["type"], "response.failed");
-    assert_eq!(failed["response"]["error"], json!({"code": "server_error", "message": "lost"}));
+    assert_eq!(
+        failed["response"]["error"],
+        json!({"code": "server_error", "message": "lost"})
+    );
     assert_eq!(failed["response"]["output"][0]["content"][0]["text"], "hel");
     assert_eq!(failed["sequence_number"], events.len() - 1);
 }
@@ -220,7 +245,10 @@ fn log_probabilities_go_with_the_text_they_are_of() {
         logprobs,
         ..Piece::default()
     };
-    events.piece(with(vec![Delta::Reasoning("hm".into())], vec![token("hm")]), &mut frames);
+    events.piece(
+        with(vec![Delta::Reasoning("hm".into())], vec![token("hm")]),
+        &mut frames,
+    );
     // A part of a character shows no text yet.
     events.piece(with(vec![], vec![token("h")]), &mut frames);
     events.piece(with(vec![text("hi")], vec![token("i")]), &mut frames);
