@@ -145,6 +145,7 @@ pub const FIELDS: &[Field] = &[
         "Requests go where their prefix is cached by themselves.",
     ),
     harmless("prompt_cache_retention", "The prefix cache keeps what it has room for."),
+    harmless("prompt_cache_options", "As `prompt_cache_retention`."),
     harmless(
         "prediction",
         "A hint that is not taken: nothing of it is accepted, and nothing billed.",
