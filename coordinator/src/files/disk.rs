@@ -178,9 +178,9 @@ mod tests {
         assert_eq!(disk.get(&[0; 32]).expect("reads"), None);
         assert!(disk.put(&vec![0; CHUNK_BYTES_MAX + 1]).is_err());
         // A crash leaves what was being written, and a bad disk what was not.
-        std::fs::write(dir.path().join(INCOMING).join("7"), b"torn").expect("written");
+        fs::write(dir.path().join(INCOMING).join("7"), b"torn").expect("written");
         let b = disk.put(b"b").expect("kept");
-        std::fs::write(disk.path(&b), b"x").expect("written");
+        fs::write(disk.path(&b), b"x").expect("written");
         drop(disk);
         let disk = Disk::open(dir.path()).expect("opens");
         assert_eq!(disk.missing(&HashSet::from([a, b, [0; 32]])), [[0; 32]]);
@@ -188,10 +188,7 @@ mod tests {
         assert_eq!(disk.missing(&HashSet::from([a, b])), [b], "to be had from another");
         assert_eq!(disk.put(b"b").expect("mended"), b);
         assert_eq!(disk.get(&b).expect("reads").as_deref(), Some(&b"b"[..]));
-        assert_eq!(
-            std::fs::read_dir(dir.path().join(INCOMING)).expect("is there").count(),
-            0
-        );
+        assert_eq!(fs::read_dir(dir.path().join(INCOMING)).expect("is there").count(), 0);
         // What is wanted, or young, stays.
         let hour = Duration::from_secs(3600);
         assert_eq!(disk.sweep(&HashSet::from([a]), hour).expect("sweeps"), 0);

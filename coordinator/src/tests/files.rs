@@ -1,6 +1,7 @@
 //! Chunks of uploaded files between members, over real mTLS: what was acknowledged survives a member, and a member that was
 //! away comes to have everything.
 
+use super::fake_worker::channel;
 use super::group::leader;
 use super::{Coordinator, PATIENCE, until};
 use baton_gateway::{Backend, ChunkError, ChunkStore};
@@ -56,7 +57,8 @@ async fn what_was_kept_survives_a_member() {
     let small = chunks(&group[other]).put("small".into()).await.expect("kept by two");
     name(&group[other], "file-1", small, 5).await;
     group[third].kill();
-    let refused = tokio::time::timeout(PATIENCE * 2, chunks(&group[other]).put("x".into()));
+    let alone = chunks(&group[other]);
+    let refused = tokio::time::timeout(PATIENCE * 2, alone.put("x".into()));
     let refused = refused.await.expect("an answer");
     assert!(matches!(refused, Err(ChunkError::Unavailable(_))), "{refused:?}");
     assert!(chunks(&group[other]).get(small).await.is_ok(), "reading needs nobody");
@@ -107,8 +109,8 @@ async fn only_coordinators_are_served() {
         hash: hash.to_vec().into(),
     };
     let worker = member.worker_identity("w");
-    let channel = super::fake_worker::channel(member.cluster_addr, &worker).await.unwrap();
-    let mut client = FilesClient::new(channel);
+    let connected = channel(member.cluster_addr, &worker).await.unwrap();
+    let mut client = FilesClient::new(connected);
     let code = |status: tonic::Status| status.code();
     let refused = tonic::Code::PermissionDenied;
     assert_eq!(client.get(name()).await.map_err(code).unwrap_err(), refused);
@@ -118,8 +120,8 @@ async fn only_coordinators_are_served() {
         .authority
         .issue(CertificateRole::Coordinator, "coordinator-9")
         .unwrap();
-    let channel = super::fake_worker::channel(member.cluster_addr, &peer).await.unwrap();
-    let mut client = FilesClient::new(channel);
+    let connected = channel(member.cluster_addr, &peer).await.unwrap();
+    let mut client = FilesClient::new(connected);
     assert_eq!(client.get(name()).await.unwrap().into_inner().data, "secret");
     let bad = ChunkName { hash: "short".into() };
     assert_eq!(

@@ -49,11 +49,10 @@ async fn send_with(
         .await
         .expect("HTTP");
     tokio::spawn(connection);
-    let mut request = Request::builder()
-        .method(method)
-        .uri(path)
-        .header("host", address)
-        .header("content-type", "application/json");
+    let mut request = Request::builder().method(method).uri(path).header("host", address);
+    if headers.iter().all(|(name, _)| *name != "content-type") {
+        request = request.header("content-type", "application/json");
+    }
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
