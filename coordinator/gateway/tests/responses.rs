@@ -516,8 +516,10 @@ async fn another_coordinator_finds_cancels_and_buries() {
     let store = Arc::new(MemoryStore::default());
     let (here, backend) = Rig::with(GatewayConfig::default(), store.clone()).await;
     let other = {
-        let mut second = MockBackend::default();
-        second.chunks = backend.chunks.clone();
+        let second = MockBackend {
+            chunks: backend.chunks.clone(),
+            ..MockBackend::default()
+        };
         second.context_length.store(4096, Ordering::SeqCst);
         assert!(second.store.set(Arc::new(store.next_member())).is_ok());
         let config = GatewayConfig {
@@ -551,8 +553,10 @@ async fn another_coordinator_finds_cancels_and_buries() {
         .await;
     assert_eq!(other.get(&lost["id"]).await["status"], "in_progress");
     let again = {
-        let mut again = MockBackend::default();
-        again.chunks = backend.chunks.clone();
+        let again = MockBackend {
+            chunks: backend.chunks.clone(),
+            ..MockBackend::default()
+        };
         assert!(again.store.set(store.clone()).is_ok());
         let config = GatewayConfig {
             api_key: Some(OPERATOR.into()),
