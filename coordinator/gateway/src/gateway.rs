@@ -101,7 +101,9 @@ impl<B: Backend> Gateway<B> {
         Ok(Self {
             keys: Keys::new(&config),
             accounts,
-            responses: files.clone().map(|files| Responses::new(files, config.responses.clone())),
+            responses: files
+                .clone()
+                .map(|files| Responses::new(files, config.responses.clone())),
             files,
             over,
             ledger: Arc::new(ledger),

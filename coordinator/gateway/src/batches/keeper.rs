@@ -15,9 +15,9 @@ use tokio_util::task::TaskTracker;
 use super::run::Runner;
 use crate::accounts::store::StoreError;
 use crate::backend::Backend;
+use crate::clock::unix_ms;
 use crate::files::Files;
 use crate::gateway::Gateway;
-use crate::clock::unix_ms;
 
 /// How often it looks.
 const LOOK_EVERY: Duration = Duration::from_millis(500);

@@ -27,8 +27,8 @@ use super::throttle::Throttle;
 use crate::accounts::store::StoreError;
 use crate::auth;
 use crate::backend::Backend;
-use crate::files::{ChunkError, Line, Lines};
 use crate::clock::unix_ms;
+use crate::files::{ChunkError, Line, Lines};
 
 /// A step at least this often while there are results.
 const STEP_EVERY: Duration = Duration::from_secs(1);
