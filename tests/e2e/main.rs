@@ -16,6 +16,7 @@ mod group;
 mod https;
 mod mock;
 mod proof;
+mod responses;
 mod serving;
 mod support;
 mod survival;

@@ -16,6 +16,7 @@ use crate::clients::ClientRange;
 use crate::error::GatewayError;
 use crate::family::ParserChoice;
 use crate::files::FilesConfig;
+use crate::responses::ResponsesConfig;
 use crate::tls::TlsConfig;
 
 /// Shortest API key taken: 16 characters, so that nobody guards a cluster with a word.
@@ -120,6 +121,8 @@ pub struct GatewayConfig {
     pub files: FilesConfig,
     /// Batches.
     pub batches: BatchesConfig,
+    /// Stored responses.
+    pub responses: ResponsesConfig,
     /// How long money of a hard budget is set aside for this gateway at once, in milliseconds. One that dies keeps it from
     /// the others for that long and two minutes more; one that is cut off from the group stops requests under such
     /// budgets shortly before the end.
@@ -157,6 +160,7 @@ impl Default for GatewayConfig {
             drain_ms_max: 5_000,
             files: FilesConfig::default(),
             batches: BatchesConfig::default(),
+            responses: ResponsesConfig::default(),
             budget_lease_ms: 30_000,
         }
     }
@@ -181,6 +185,7 @@ impl GatewayConfig {
         self.validate_tenants()?;
         self.files.validate()?;
         self.batches.validate()?;
+        self.responses.validate()?;
         if !(BUDGET_LEASE_MS_MIN..=SLICE_LEASE_MS_MAX).contains(&self.budget_lease_ms) {
             return Err(GatewayError::Setting {
                 name: "budget_lease_ms",

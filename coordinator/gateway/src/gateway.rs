@@ -19,6 +19,7 @@ use crate::generation::draft::Ledger;
 use crate::metrics::Metrics;
 use crate::model::ServedModel;
 use crate::model_card::{ModelCard, ModelList};
+use crate::responses::Responses;
 
 /// The state behind every route.
 pub(crate) struct Gateway<B> {
@@ -27,6 +28,8 @@ pub(crate) struct Gateway<B> {
     pub accounts: Option<Arc<Accounts>>,
     /// Where there is a replicated state and a place for chunks.
     pub files: Option<Arc<Files>>,
+    /// Stored responses, in the same place.
+    pub responses: Option<Arc<Responses>>,
     pub ledger: Arc<Ledger<B>>,
     /// One permit per choice of a request in work.
     pub in_flight: Arc<Semaphore>,
@@ -98,6 +101,9 @@ impl<B: Backend> Gateway<B> {
         Ok(Self {
             keys: Keys::new(&config),
             accounts,
+            responses: files
+                .clone()
+                .map(|files| Responses::new(files, config.responses.clone())),
             files,
             over,
             ledger: Arc::new(ledger),

@@ -21,6 +21,7 @@ use crate::files;
 use crate::gateway::Gateway;
 use crate::model_card::{ModelCard, ModelList};
 use crate::organization;
+use crate::responses;
 use crate::resume::{self, Streams};
 use crate::snapshot;
 use crate::trace::RequestNames;
@@ -41,6 +42,7 @@ const SMALL_BODY_BYTES_MAX: usize = 256 << 10;
 const INDEX: &str = "baton: an OpenAI-compatible API.\n\n\
     POST /v1/chat/completions   chat, whole or streamed (\"stream\": true)\n\
     GET  /v1/streams/{id}       the rest of a stream that broke off\n\
+    POST /v1/responses          responses: stored, followed, in the background\n\
     GET  /v1/models             the models served here\n\
     /v1/files, /v1/batches      files of requests, run in idle capacity at half the price\n\
     GET  /health                is this process alive?\n\
@@ -63,6 +65,14 @@ pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>, streams: Arc<Streams>
         .route("/", get(index))
         .route("/v1/chat/completions", post(chat::completions::<B>))
         .route("/v1/streams/{id}", get(resume::resume::<B>))
+        .route("/v1/responses", post(responses::create::<B>))
+        .route("/v1/responses/input_tokens", post(responses::input_tokens::<B>))
+        .route(
+            "/v1/responses/{id}",
+            get(responses::retrieve::<B>).delete(responses::delete::<B>),
+        )
+        .route("/v1/responses/{id}/cancel", post(responses::cancel::<B>))
+        .route("/v1/responses/{id}/input_items", get(responses::input_items::<B>))
         .route("/v1/models", get(models::<B>))
         .route("/v1/models/{*id}", get(model::<B>))
         .route("/health", get(health))
@@ -184,7 +194,12 @@ fn needed(method: &Method, route: &str) -> Option<Scopes> {
     let under = |prefix: &str| route.starts_with(prefix);
     if OPEN_ROUTES.contains(&route) || ANY_KEY_ROUTES.contains(&route) {
         None
-    } else if under("/v1/chat/") || under("/v1/streams/") || under("/v1/files") || under("/v1/batches") {
+    } else if under("/v1/chat/")
+        || under("/v1/streams/")
+        || under("/v1/responses")
+        || under("/v1/files")
+        || under("/v1/batches")
+    {
         Some(Scopes::INFERENCE)
     } else if under("/v1/organization/usage/") || route == "/v1/organization/costs" {
         Some(Scopes::USAGE)

@@ -212,6 +212,9 @@ impl<B: Backend> Server<B> {
             // They were told with the connections, so most of the time is over.
             batches.drain(wait).await;
         }
+        if let Some(responses) = &self.gateway.responses {
+            responses.drain(wait).await;
+        }
         let settling = &self.gateway.ledger.settling;
         settling.close();
         if tokio::time::timeout(wait, settling.wait()).await.is_err() {

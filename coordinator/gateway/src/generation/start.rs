@@ -114,10 +114,10 @@ where
 }
 
 /// A place among the requests in work, and among the bodies in memory.
-type Permits = (OwnedSemaphorePermit, OwnedSemaphorePermit);
+pub(crate) type Permits = (OwnedSemaphorePermit, OwnedSemaphorePermit);
 
 /// The permits go along: a client that hangs up does not make room while its prompt is still being worked on.
-async fn parsed<B, E, P>(
+pub(crate) async fn parsed<B, E, P>(
     gateway: &Arc<Gateway<B>>,
     origin: &Origin,
     body: Bytes,

@@ -16,7 +16,7 @@ use crate::backend::Backend;
 use crate::metrics::Counts;
 
 /// A comment: clients ignore it, proxies see life.
-const KEEP_ALIVE: Bytes = Bytes::from_static(b": keep-alive\n\n");
+pub(crate) const KEEP_ALIVE: Bytes = Bytes::from_static(b": keep-alive\n\n");
 
 /// Events ready to be sent, a handful.
 #[derive(Default)]
@@ -29,13 +29,17 @@ impl Frames {
     }
 
     /// An event with a name, as OpenAI's responses and Anthropic's messages have them.
-    #[allow(dead_code, reason = "for endpoints whose events have names")]
     pub fn event(&mut self, name: &str, json: &[u8]) {
         self.0.push_back(
             [b"event: ", name.as_bytes(), b"\ndata: ", json, b"\n\n"]
                 .concat()
                 .into(),
         );
+    }
+
+    /// The next one to be sent.
+    pub fn pop(&mut self) -> Option<Bytes> {
+        self.0.pop_front()
     }
 }
 
@@ -47,6 +51,12 @@ pub(crate) trait Render: Send + 'static {
     /// More of one choice. Called only if it shows something; what is rendered counts as delivered. `counts` tells
     /// usage so far.
     fn piece(&mut self, piece: Piece, counts: &dyn Fn() -> Counts, frames: &mut Frames);
+
+    /// What is to be done between the durable record and the end, such as storing the answer.
+    fn before_end(&mut self, outcome: &Outcome) -> impl Future<Output = ()> + Send {
+        let _ = outcome;
+        async {}
+    }
 
     /// All choices are over and the record is durable. The last call.
     fn end(&mut self, outcome: &Outcome, frames: &mut Frames);
@@ -116,6 +126,7 @@ impl<B: Backend, R: Render> Streaming<B, R> {
                 Ok(Step::Piece(_)) => {}
                 Ok(Step::Over) => match self.run.settle().await {
                     Ok(outcome) => {
+                        self.render.before_end(&outcome).await;
                         self.render.end(&outcome, &mut self.ready);
                         self.over = true;
                     }

@@ -1,6 +1,6 @@
 //! The real state machine over tables in memory, as a group of one without Raft.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use baton_gateway::{AccountStore, Proposed, StoreError, TablesBox};
 use baton_proto::state::{Checkpoint, Command};
@@ -9,7 +9,9 @@ use prost::Message;
 
 #[derive(Default)]
 pub struct MemoryStore {
-    state: Mutex<(MemoryTables, u64)>,
+    state: Arc<Mutex<(MemoryTables, u64)>>,
+    /// Added to 1.
+    member: u64,
     /// Nothing can be proposed.
     pub cut_off: std::sync::atomic::AtomicBool,
     /// Commands proposed by kind's name.
@@ -17,6 +19,15 @@ pub struct MemoryStore {
 }
 
 impl MemoryStore {
+    /// The same state, as the next member has it.
+    pub fn next_member(&self) -> Self {
+        Self {
+            state: self.state.clone(),
+            member: self.member + 1,
+            ..Self::default()
+        }
+    }
+
     pub fn apply(&self, command: &Command) -> Result<Applied, StoreError> {
         let kind = format!("{:?}", command.kind.as_ref().expect("a kind"));
         let kind = kind.split('(').next().unwrap_or_default().to_owned();
@@ -68,7 +79,7 @@ impl AccountStore for MemoryStore {
     }
 
     fn member_id(&self) -> u64 {
-        1
+        1 + self.member
     }
 
     fn propose(&self, command: Command) -> Proposed<'_, Applied> {
