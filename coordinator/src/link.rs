@@ -180,7 +180,10 @@ impl Link {
     /// is silent.
     pub(crate) fn submit(&self, mut generate: Generate) -> Result<Submission, LinkError> {
         let id = self.shared.next_id.fetch_add(1, Ordering::Relaxed);
-        let mailbox = Arc::new(Mailbox::new(generate.max_tokens));
+        let mailbox = Arc::new(Mailbox::new(
+            generate.max_tokens,
+            generate.sampling.as_ref().and_then(|sampling| sampling.top_logprobs),
+        ));
         generate.id = id;
         {
             let mut open = self.shared.open();
@@ -251,7 +254,9 @@ impl Shared {
             std::mem::take(&mut open.requests)
         };
         for request in requests.values() {
-            request.mailbox.put(&[], Some(End::Broken(reason.to_owned())));
+            request
+                .mailbox
+                .put(&[], Vec::new(), Some(End::Broken(reason.to_owned())));
         }
     }
 
@@ -278,7 +283,7 @@ impl Shared {
             }
         }
         for (id, mailbox, hang) in hanging {
-            mailbox.put(&[], Some(End::Broken(hang.to_string())));
+            mailbox.put(&[], Vec::new(), Some(End::Broken(hang.to_string())));
             self.cancel(id);
         }
     }
@@ -324,7 +329,7 @@ impl Shared {
                 }
                 _ => End::Finished(finish),
             });
-            mailbox.put(&delta.token_ids, end);
+            mailbox.put(&delta.token_ids, delta.logprobs, end);
         }
     }
 }

@@ -12,7 +12,7 @@
 //!   or refused       looking ── nobody in `worker_wait_ms`, or five failures without a token ──▶ (failed, retryable)
 //! ```
 //!
-//! What a worker keeps per sequence (sampler position, and one day the state of a grammar) is a function of prompt and
+//! What a worker keeps per sequence (sampler position, counts of penalties, the state of a grammar) is a function of prompt and
 //! emitted tokens, and is built again from them; text, stop strings and their state live above, in the gateway, which
 //! does not notice.
 //!
@@ -25,7 +25,7 @@ use crate::mailbox::{Delivery, End};
 use crate::placement::Placed;
 use baton_gateway::{GenerationEvent, GenerationSender, Job};
 use baton_proto::limits::PROMPT_TOKENS_MAX;
-use baton_proto::worker::{Finish, FinishReason, Generate};
+use baton_proto::worker::{Finish, FinishReason, Generate, TokenLogprobs};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -139,7 +139,7 @@ impl Running {
                 Attempt::Failed(retry) => retry,
             };
             if let Some(finish) = self.already_over() {
-                return self.end(Vec::new(), finish).await;
+                return self.end(Vec::new(), Vec::new(), finish).await;
             }
             failures = if self.emitted.len() > before { 1 } else { failures + 1 };
             let (reason, pause) = match retry {
@@ -149,11 +149,12 @@ impl Running {
             tracing::warn!(worker_id = %worker.0, %reason, emitted = self.emitted.len(), "going on elsewhere");
             self.cluster.metrics.replays.inc();
             if failures >= ATTEMPTS_MAX {
-                return self.end(Vec::new(), failed(reason)).await;
+                return self.end(Vec::new(), Vec::new(), failed(reason)).await;
             }
             if self.job.prompt.len() + self.emitted.len() > PROMPT_TOKENS_MAX {
                 return self
                     .end(
+                        Vec::new(),
                         Vec::new(),
                         failed(format!("too long to go on elsewhere after: {reason}")),
                     )
@@ -162,7 +163,7 @@ impl Running {
             self.avoid.push(worker);
             match self.place_again(pause, &reason).await {
                 Ok(next) => placed = next,
-                Err(finish) => return self.end(Vec::new(), finish).await,
+                Err(finish) => return self.end(Vec::new(), Vec::new(), finish).await,
             }
         }
     }
@@ -203,6 +204,7 @@ impl Running {
             };
             let Delivery {
                 tokens,
+                logprobs,
                 end,
                 cached_tokens,
             } = delivery;
@@ -224,11 +226,15 @@ impl Running {
                 }
             };
             if let Some(finish) = finish {
-                self.end(tokens, finish).await;
+                self.end(tokens, logprobs, finish).await;
                 return Attempt::Over;
             }
             if !tokens.is_empty() {
-                let event = GenerationEvent { tokens, finish: None };
+                let event = GenerationEvent {
+                    tokens,
+                    logprobs,
+                    finish: None,
+                };
                 tokio::select! {
                     biased;
                     () = self.cancel.cancelled() => {
@@ -380,11 +386,11 @@ impl Running {
             _ => Finish::default(),
         };
         finish.reason = FinishReason::Cancelled.into();
-        self.end(Vec::new(), finish).await;
+        self.end(Vec::new(), Vec::new(), finish).await;
     }
 
     /// Hands up the last event, with counts as if nothing had happened in between.
-    async fn end(&mut self, tokens: Vec<u32>, mut finish: Finish) {
+    async fn end(&mut self, tokens: Vec<u32>, logprobs: Vec<TokenLogprobs>, mut finish: Finish) {
         let prompt_tokens = u32::try_from(self.job.prompt.len()).unwrap_or(u32::MAX);
         finish.prompt_tokens = prompt_tokens;
         finish.completion_tokens = u32::try_from(self.emitted.len()).unwrap_or(u32::MAX);
@@ -395,6 +401,7 @@ impl Running {
             .used(finish.cached_tokens, finish.completion_tokens, complete);
         let event = GenerationEvent {
             tokens,
+            logprobs,
             finish: Some(finish),
         };
         // After a cancellation nobody may listen any more; that is not a failure.

@@ -6,6 +6,7 @@
 
 use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use baton_proto::state::{Attempt, UsageRecord};
@@ -203,8 +204,11 @@ pub(crate) fn whole_seconds(time: Duration) -> u64 {
 pub struct GenerationEvent {
     /// New tokens, in order; never repeated and never lost, across workers too. May be empty.
     pub tokens: Vec<u32>,
+    /// One for each of `tokens` where the job asks for them (`Sampling::top_logprobs`), else none.
+    pub logprobs: Vec<worker::TokenLogprobs>,
     /// Set exactly once, on the last event. Its counts are those of the whole request, whatever the number of
-    /// workers it took; its reason is never `PREFILLED`.
+    /// workers it took; its reason is never `PREFILLED`. With a
+    /// non-empty `invalid_field` no worker can serve the request as it is: the client's fault, in a sentence for it.
     pub finish: Option<worker::Finish>,
 }
 
@@ -299,14 +303,19 @@ impl Generation {
 
     /// The next event; `None` after the finish, or if the backend went away without one. Cancel-safe.
     pub async fn next(&mut self) -> Option<GenerationEvent> {
+        std::future::poll_fn(|context| self.poll_next(context)).await
+    }
+
+    /// The same for one that listens to several.
+    pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<GenerationEvent>> {
         if self.finished {
-            return None;
+            return Poll::Ready(None);
         }
-        let event = self.events.recv().await;
+        let event = ready!(self.events.poll_recv(context));
         if event.as_ref().is_some_and(|event| event.finish.is_some()) {
             self.finished = true;
         }
-        event
+        Poll::Ready(event)
     }
 
     /// Cancels the work at once, before the future is first polled; the future then waits at most `wait_max` for the

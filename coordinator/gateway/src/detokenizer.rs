@@ -10,6 +10,8 @@ use std::sync::{Arc, LazyLock};
 
 use tokenizers::{DecoderWrapper, Model, Tokenizer};
 
+use crate::generation::output::TokenText;
+
 /// Tokens of a window that may wait for a character to become complete. A character has at most four bytes, so a window
 /// that still ends in a replacement character after this many holds bytes that are no UTF-8, and is shown as it is.
 const WINDOW_PENDING_MAX: usize = 8;
@@ -17,6 +19,10 @@ const WINDOW_PENDING_MAX: usize = 8;
 /// What all sequences of a model share. Made once, in time proportional to the vocabulary.
 pub(crate) struct TokenTexts {
     tokenizer: Tokenizer,
+    /// One more than the largest id.
+    ids_end: u32,
+    /// The spellings of special tokens.
+    special: HashMap<u32, String>,
     /// With a byte-level decoder: the bytes of every token, one after another, and where each begins.
     bytes: Option<(Vec<u8>, Vec<u32>)>,
 }
@@ -24,8 +30,13 @@ pub(crate) struct TokenTexts {
 impl TokenTexts {
     pub fn new(tokenizer: Tokenizer) -> Self {
         let byte_level = matches!(tokenizer.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
+        let ids = ids_end(&tokenizer);
+        let special = tokenizer.get_added_tokens_decoder().into_iter();
+        let special = special
+            .filter(|(_, token)| token.special)
+            .map(|(id, token)| (id, token.content));
+        let special: HashMap<u32, String> = special.collect();
         let bytes = byte_level.then(|| {
-            let ids = ids_end(&tokenizer);
             let (mut bytes, mut starts) = (Vec::new(), Vec::with_capacity(ids as usize + 1));
             for id in 0..ids {
                 starts.push(bytes.len() as u32);
@@ -35,17 +46,79 @@ impl TokenTexts {
             bytes.shrink_to_fit();
             (bytes, starts)
         });
-        Self { tokenizer, bytes }
+        Self {
+            tokenizer,
+            ids_end: ids,
+            special,
+            bytes,
+        }
     }
 
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
     }
+
+    /// One more than the largest id.
+    pub fn vocabulary_size(&self) -> u32 {
+        self.ids_end
+    }
+
+    /// The special tokens that any of these texts holds.
+    pub fn special_in(&self, texts: &[&str]) -> Vec<u32> {
+        let named =
+            |(id, spelling): (&u32, &String)| texts.iter().any(|text| text.contains(spelling.as_str())).then_some(*id);
+        self.special.iter().filter_map(named).collect()
+    }
+
+    /// A token by itself, special ones too.
+    pub fn token(&self, id: u32) -> TokenText {
+        let bytes = match (self.special.get(&id), &self.bytes) {
+            (Some(spelling), _) => spelling.clone().into_bytes(),
+            (None, Some((bytes, starts))) => bytes_of(bytes, starts, id).to_vec(),
+            (None, None) => spelled_bytes(&self.tokenizer.id_to_token(id).unwrap_or_default()),
+        };
+        TokenText {
+            id,
+            text: String::from_utf8_lossy(&bytes).into_owned(),
+            bytes,
+        }
+    }
+}
+
+fn bytes_of<'a>(bytes: &'a [u8], starts: &[u32], id: u32) -> &'a [u8] {
+    match starts.get(id as usize..).and_then(|rest| rest.first_chunk::<2>()) {
+        Some(&[from, to]) => &bytes[from as usize..to as usize],
+        None => &[],
+    }
+}
+
+/// SentencePiece's spelling: a lower block for a space, `<0xE2>` for a byte.
+fn spelled_bytes(token: &str) -> Vec<u8> {
+    let byte = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
+    match byte
+        .filter(|hex| hex.len() == 2)
+        .and_then(|hex| u8::from_str_radix(hex, 16).ok())
+    {
+        Some(byte) => vec![byte],
+        None => token.replace('\u{2581}', " ").into_bytes(),
+    }
+}
+
+/// What of special tokens is text.
+#[derive(Clone, Debug)]
+pub(crate) enum Special {
+    /// Nothing.
+    Hidden,
+    /// All of them.
+    Shown,
+    /// These: parsers of tool calls and thoughts look for them.
+    Only(Arc<[u32]>),
 }
 
 /// Turns one sequence's tokens into text.
 pub(crate) struct Detokenizer {
     texts: Arc<TokenTexts>,
+    special: Special,
     mode: Mode,
 }
 
@@ -57,7 +130,7 @@ enum Mode {
 }
 
 impl Detokenizer {
-    pub fn new(texts: Arc<TokenTexts>) -> Self {
+    pub fn new(texts: Arc<TokenTexts>, special: Special) -> Self {
         let mode = match texts.bytes {
             Some(_) => Mode::Bytes(Vec::new()),
             None => Mode::Window {
@@ -65,17 +138,25 @@ impl Detokenizer {
                 read: 0,
             },
         };
-        Self { texts, mode }
+        Self { texts, special, mode }
     }
 
     /// The text that `id` adds; may be empty.
     pub fn push(&mut self, id: u32) -> String {
+        let shown = match &self.special {
+            Special::Hidden => false,
+            Special::Shown => true,
+            Special::Only(ids) => ids.contains(&id),
+        };
+        if shown && self.texts.special.contains_key(&id) {
+            let mut text = self.finish();
+            text.push_str(&self.texts.special[&id]);
+            return text;
+        }
         match &mut self.mode {
             Mode::Bytes(pending) => {
-                if let Some((bytes, starts)) = &self.texts.bytes
-                    && let Some(&[from, to]) = starts.get(id as usize..).and_then(|rest| rest.first_chunk::<2>())
-                {
-                    pending.extend_from_slice(&bytes[from as usize..to as usize]);
+                if let Some((bytes, starts)) = &self.texts.bytes {
+                    pending.extend_from_slice(bytes_of(bytes, starts, id));
                 }
                 take_characters(pending, false)
             }
@@ -85,6 +166,11 @@ impl Detokenizer {
                 window_delta(&self.texts.tokenizer, ids, read, force)
             }
         }
+    }
+
+    /// A token by itself.
+    pub fn token(&self, id: u32) -> TokenText {
+        self.texts.token(id)
     }
 
     /// The sequence is over: the text of what is still pending.
@@ -209,7 +295,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn streamed(tokenizer: &Arc<TokenTexts>, ids: &[u32]) -> String {
-        let mut detokenizer = Detokenizer::new(tokenizer.clone());
+        let mut detokenizer = Detokenizer::new(tokenizer.clone(), Special::Hidden);
         let mut text: String = ids.iter().map(|&id| detokenizer.push(id)).collect();
         text += &detokenizer.finish();
         text
@@ -254,13 +340,13 @@ mod tests {
         for tokenizer in [&*BYTE_LEVEL, &*SENTENCEPIECE] {
             let ids = tokenizer.tokenizer().encode("😀", false).unwrap().get_ids().to_vec();
             assert!(ids.len() >= 4, "the emoji is to be spelled in bytes");
-            let mut detokenizer = Detokenizer::new(tokenizer.clone());
+            let mut detokenizer = Detokenizer::new(tokenizer.clone(), Special::Hidden);
             let deltas: Vec<String> = ids.iter().map(|&id| detokenizer.push(id)).collect();
             assert_eq!(deltas.last().map(String::as_str), Some("😀"));
             assert!(deltas[..deltas.len() - 1].iter().all(String::is_empty), "{deltas:?}");
 
             // A lone lead byte, over and over: shown as replacement characters, not held for ever.
-            let mut detokenizer = Detokenizer::new(tokenizer.clone());
+            let mut detokenizer = Detokenizer::new(tokenizer.clone(), Special::Hidden);
             let lead = ids[ids.len() - 4];
             let shown: String = (0..64).map(|_| detokenizer.push(lead)).collect();
             assert!(shown.chars().count() > 32, "{shown:?}");
@@ -271,5 +357,30 @@ mod tests {
     fn special_tokens_have_no_text() {
         let eos = BYTE_LEVEL.tokenizer().token_to_id("<|im_end|>").unwrap();
         assert_eq!(streamed(&BYTE_LEVEL, &[eos, eos]), "");
+        let of = |special: Special| {
+            let mut detokenizer = Detokenizer::new(BYTE_LEVEL.clone(), special);
+            ["a", "b"]
+                .map(|text| detokenizer.push(u32::from(text.as_bytes()[0])) + &detokenizer.push(eos))
+                .concat()
+        };
+        assert_eq!(of(Special::Shown), "a<|im_end|>b<|im_end|>");
+        assert_eq!(of(Special::Only([eos].into())), "a<|im_end|>b<|im_end|>");
+        assert_eq!(of(Special::Only([eos - 1].into())), "ab");
+        assert_eq!(BYTE_LEVEL.special_in(&["x<|im_end|>", "<|im_start|"]), [eos]);
+    }
+
+    #[test]
+    fn a_token_alone_has_its_bytes() {
+        let emoji = SENTENCEPIECE
+            .tokenizer()
+            .encode("😀", false)
+            .unwrap()
+            .get_ids()
+            .to_vec();
+        let bytes: Vec<u8> = emoji.iter().flat_map(|&id| SENTENCEPIECE.token(id).bytes).collect();
+        assert!(String::from_utf8(bytes).unwrap().ends_with('😀'));
+        let token = BYTE_LEVEL.token(0xf0);
+        assert_eq!((token.text.as_str(), token.bytes.as_slice()), ("\u{fffd}", &[0xf0][..]));
+        assert_eq!(BYTE_LEVEL.token(u32::MAX).bytes, b"");
     }
 }

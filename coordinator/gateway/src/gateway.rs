@@ -1,11 +1,8 @@
-//! What all connections share, and a request's preparation: from body bytes to a job that fits the model. No HTTP.
+//! What all connections share: settings, models, callers, limits. No HTTP, and nothing of a single request.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use baton_proto::limits::PROMPT_TOKENS_MAX;
-use baton_proto::worker::Sampling;
-use serde_json::Value as Json;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -13,18 +10,14 @@ use tokio_util::task::TaskTracker;
 use crate::accounts::Accounts;
 use crate::api_error::ApiError;
 use crate::auth::{Caller, Keys};
-use crate::backend::{Backend, Job, LatencyTargets, ModelInfo};
+use crate::backend::{Backend, ModelInfo};
+use crate::clock::unix_ms;
 use crate::config::GatewayConfig;
 use crate::error::GatewayError;
+use crate::generation::draft::Ledger;
 use crate::metrics::Metrics;
-use crate::model::{ConversationError, ServedModel};
-use crate::prompt::PromptError;
-use crate::reader::TokenReader;
-use crate::request::ChatRequest;
-use crate::response::{ModelCard, ModelList};
-use crate::run::{Ledger, unix_ms};
-use crate::template::RenderError;
-use crate::trace::{RequestNames, random_seed};
+use crate::model::ServedModel;
+use crate::model_card::{ModelCard, ModelList};
 
 /// The state behind every route.
 pub(crate) struct Gateway<B> {
@@ -32,7 +25,7 @@ pub(crate) struct Gateway<B> {
     pub keys: Option<Keys>,
     pub accounts: Option<Arc<Accounts>>,
     pub ledger: Arc<Ledger<B>>,
-    /// One permit per chat request in work.
+    /// One permit per choice of a request in work.
     pub in_flight: Arc<Semaphore>,
     /// One permit per long prompt being tokenised: as many as there are cores, so that they cannot crowd out the rest.
     pub preparing: Arc<Semaphore>,
@@ -48,28 +41,6 @@ impl<B> Drop for Gateway<B> {
     fn drop(&mut self) {
         self.over.cancel();
     }
-}
-
-/// What a request's head says of it.
-#[derive(Clone)]
-pub(crate) struct Origin {
-    pub names: RequestNames,
-    pub caller: Caller,
-    pub targets: LatencyTargets,
-}
-
-/// A request that fits its model.
-pub(crate) struct Prepared {
-    pub job: Job,
-    pub reader: TokenReader,
-    pub stream: bool,
-    pub include_usage: bool,
-    /// The client said how many tokens it wants.
-    pub max_tokens_asked: bool,
-    /// The client gave a seed.
-    pub seeded: bool,
-    /// The client's user.
-    pub user: String,
 }
 
 impl<B: Backend> Gateway<B> {
@@ -121,88 +92,23 @@ impl<B: Backend> Gateway<B> {
         })
     }
 
-    /// Parses, checks, renders and tokenises. Time in proportion to the body.
-    pub fn prepare(&self, body: &[u8], origin: &Origin) -> Result<Prepared, ApiError> {
-        let names = &origin.names;
-        let request = ChatRequest::parse(body, self.config.messages_max)?;
-        let model = self
-            .models
-            .get(&request.model)
-            .ok_or_else(|| ApiError::model_not_found(&request.model))?;
-        check_tools(model, &request.messages)?;
-        if !origin.caller.allows(&request.model) {
-            return Err(ApiError::model_forbidden(&request.model));
+    /// The model of that name, for who may use it.
+    pub fn served(&self, name: &str, caller: &Caller) -> Result<&ServedModel, ApiError> {
+        let model = self.models.get(name).ok_or_else(|| ApiError::model_not_found(name))?;
+        if caller.allows(name) {
+            Ok(model)
+        } else {
+            Err(ApiError::model_forbidden(name))
         }
-        let context = self.context_length(model);
-        let cache_salt = origin.caller.cache_salt();
-        let prompt = model
-            .prompt(request.messages, &cache_salt)
-            .map_err(|error| conversation_error(error, names))?;
-        let prompt_tokens = prompt.len();
-        let room = u32::try_from(prompt_tokens)
-            .ok()
-            .and_then(|tokens| context.checked_sub(tokens))
-            .unwrap_or(0);
-        if room == 0 || prompt_tokens > PROMPT_TOKENS_MAX {
-            return Err(ApiError::context_length(format!(
-                "The model's context is {context} tokens and the messages are {prompt_tokens} tokens, which leaves no room \
-                 for an answer. Shorten the messages."
-            )));
-        }
-        if prompt.is_empty() {
-            return Err(ApiError::field("messages", "The messages render to nothing."));
-        }
-        // An explicit wish that cannot be met is refused, as OpenAI and vLLM do, rather than cut short in silence.
-        let max_tokens = match request.max_tokens {
-            None => room,
-            Some((_, wanted)) if wanted <= room => wanted,
-            Some((name, wanted)) => {
-                let total = prompt_tokens as u64 + u64::from(wanted);
-                let message = format!(
-                    "The model's context is {context} tokens, but {total} were asked for: {prompt_tokens} in the messages \
-                     and {wanted} in `{name}`. Shorten one of them."
-                );
-                return Err(ApiError {
-                    param: Some(name.into()),
-                    ..ApiError::context_length(message)
-                });
-            }
-        };
-        let defaults = model.defaults();
-        let (max_tokens_asked, seeded) = (request.max_tokens.is_some(), request.seed.is_some());
-        let job = Job {
-            request_id: names.request_id.clone(),
-            traceparent: names.traceparent.clone(),
-            model: request.model,
-            prompt: prompt.into(),
-            max_tokens,
-            sampling: Sampling {
-                temperature: request.temperature.unwrap_or(defaults.temperature),
-                top_p: request.top_p.unwrap_or(defaults.top_p),
-                top_k: request.top_k.unwrap_or(defaults.top_k),
-                seed: request.seed.unwrap_or_else(random_seed),
-                ..Sampling::default()
-            },
-            stop_token_ids: if request.ignore_eos {
-                Vec::new()
-            } else {
-                model.eos_ids().to_vec()
-            },
-            cache_salt,
-            tenant: origin.caller.tenant.clone(),
-            priority: -request.priority,
-            targets: origin.targets,
-        };
-        let reader = TokenReader::new(model.detokenizer(), request.stop);
-        Ok(Prepared {
-            job,
-            reader,
-            stream: request.stream,
-            include_usage: request.include_usage,
-            max_tokens_asked,
-            seeded,
-            user: request.user,
-        })
+    }
+
+    /// One more than may be in work.
+    pub fn too_many_in_work(&self) -> ApiError {
+        let message = format!(
+            "This gateway already has {} requests in work; retry.",
+            self.config.in_flight_max
+        );
+        ApiError::overloaded("queue_full", message, 1)
     }
 
     /// `GET /v1/models`: what is configured here, whether a worker serves it at the moment or not.
@@ -253,46 +159,10 @@ impl<B: Backend> Gateway<B> {
     }
 
     /// The smaller of what the model's files and its workers allow.
-    fn context_length(&self, model: &ServedModel) -> u32 {
+    pub fn context_length(&self, model: &ServedModel) -> u32 {
         match self.known(model).map(|info| info.context_length) {
             Some(length) if length > 0 => length.min(model.context_length()),
             _ => model.context_length(),
         }
     }
-}
-
-/// Earlier tool calls are for templates that can show them; another would drop them in silence.
-fn check_tools(model: &ServedModel, messages: &[Json]) -> Result<(), ApiError> {
-    let at = messages.iter().position(|message| message.get("tool_calls").is_some());
-    match at {
-        Some(at) if !model.template().mentions("tool_calls") => {
-            let param = format!("messages[{at}].tool_calls");
-            Err(ApiError::unsupported(
-                &param,
-                format!("`{param}`: this model's chat template has no tool calls."),
-            ))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn conversation_error(error: ConversationError, names: &RequestNames) -> ApiError {
-    let message = match error {
-        ConversationError::Render(RenderError::Refused(reason)) => {
-            let reason: String = reason.chars().take(512).collect();
-            format!("The model's chat template refuses these messages: {reason}")
-        }
-        ConversationError::Render(RenderError::Failed(cause)) => {
-            tracing::warn!(request_id = %names.request_id, cause, "a chat template failed");
-            "The model's chat template cannot render these messages.".into()
-        }
-        ConversationError::Prompt(PromptError::Ambiguous) => {
-            "The messages hold text that this model can only read as a control token. Leave it out.".into()
-        }
-        ConversationError::Prompt(PromptError::Tokenizer(cause)) => {
-            tracing::warn!(request_id = %names.request_id, cause, "a tokenizer failed");
-            "The messages cannot be tokenised.".into()
-        }
-    };
-    ApiError::field("messages", message)
 }

@@ -306,6 +306,8 @@ pub(crate) struct Counts {
     pub prompt: u32,
     pub cached: u32,
     pub completion: u32,
+    /// Of the completion, tokens of thought.
+    pub reasoning: u32,
 }
 
 fn label(model: &str) -> ModelLabel {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde_json::Value as Json;
 use tokenizers::Tokenizer;
 
-use crate::detokenizer::{Detokenizer, TokenTexts};
+use crate::detokenizer::{Detokenizer, Special, TokenTexts};
 use crate::error::GatewayError;
 use crate::prompt::{ControlTokens, PromptError};
 use crate::segment_cache::SegmentCache;
@@ -35,6 +35,8 @@ pub(crate) struct SamplingDefaults {
     pub temperature: f32,
     pub top_p: f32,
     pub top_k: u32,
+    /// 1 changes nothing.
+    pub repetition_penalty: f32,
 }
 
 /// Why a conversation has no prompt.
@@ -116,8 +118,24 @@ impl ServedModel {
         &self.template
     }
 
-    pub(crate) fn detokenizer(&self) -> Detokenizer {
-        Detokenizer::new(self.texts.clone())
+    /// One more than the largest token id that the tokenizer knows.
+    pub(crate) fn vocabulary_size(&self) -> u32 {
+        self.texts.vocabulary_size()
+    }
+
+    /// Reads one sequence; special tokens have a text only if they are to be shown.
+    pub(crate) fn detokenizer(&self, show_special: bool) -> Detokenizer {
+        let special = if show_special { Special::Shown } else { Special::Hidden };
+        Detokenizer::new(self.texts.clone(), special)
+    }
+
+    /// Tokenises a text as the tokenizer would: spelled control tokens are control tokens, and what the tokenizer puts
+    /// before a text is put. Takes time in proportion to the text.
+    pub(crate) fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
+        let encoding = self.texts.tokenizer().encode_fast(text, true);
+        encoding
+            .map(|encoding| encoding.get_ids().to_vec())
+            .map_err(|error| error.to_string())
     }
 
     /// Renders and tokenises a conversation of the tenant with that salt. Takes time in proportion to its text.
@@ -263,6 +281,9 @@ fn defaults(generation_config: &Json) -> SamplingDefaults {
             .and_then(Json::as_u64)
             .and_then(|top_k| u32::try_from(top_k).ok())
             .unwrap_or(0),
+        repetition_penalty: number("repetition_penalty")
+            .filter(|penalty| *penalty > 0.0 && *penalty <= 2.0)
+            .unwrap_or(1.0),
     }
 }
 
@@ -286,7 +307,8 @@ mod tests {
             SamplingDefaults {
                 temperature: 1.0,
                 top_p: 1.0,
-                top_k: 0
+                top_k: 0,
+                repetition_penalty: 1.0
             }
         );
         let prompt = model
@@ -364,7 +386,8 @@ mod tests {
             SamplingDefaults {
                 temperature: 1.0,
                 top_p: 1.0,
-                top_k: 20
+                top_k: 20,
+                repetition_penalty: 1.0
             }
         );
     }
@@ -385,7 +408,7 @@ mod tests {
             prompt,
             model.texts.tokenizer().encode(rendered, false).unwrap().get_ids()
         );
-        let mut detokenizer = model.detokenizer();
+        let mut detokenizer = model.detokenizer(false);
         let text: String = prompt.iter().map(|&id| detokenizer.push(id)).collect();
         assert_eq!(text, "user\nMy code is 7341.\nassistant\n");
     }

@@ -17,8 +17,8 @@ use crate::chat;
 use crate::coordinators;
 use crate::drain;
 use crate::gateway::Gateway;
+use crate::model_card::{ModelCard, ModelList};
 use crate::organization;
-use crate::response::{ModelCard, ModelList};
 use crate::snapshot;
 use crate::trace::RequestNames;
 

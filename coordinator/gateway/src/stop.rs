@@ -2,12 +2,14 @@
 //! nothing of tokens.
 //!
 //! The result does not depend on how the text is cut into pieces: the stop that is complete first wins, and of several
-//! complete at once the one that began first.
+//! complete at once the one that began first. A stop string itself is shown only where that was asked for.
 
 /// Watches for stop strings.
 #[derive(Debug)]
 pub(crate) struct StopMatcher {
     stops: Vec<String>,
+    /// The stop string is shown too.
+    include: bool,
     held: String,
 }
 
@@ -16,15 +18,16 @@ pub(crate) struct StopMatcher {
 pub(crate) enum Shown {
     /// Text to show; more may come.
     Text(String),
-    /// Last text to show, up to where a stop string began; the rest is to be thrown away.
-    Stopped(String),
+    /// Last text to show, up to where this stop string began (or with it); the rest is to be thrown away.
+    Stopped(String, String),
 }
 
 impl StopMatcher {
     /// Empty stop strings are ignored.
-    pub fn new(stops: Vec<String>) -> Self {
+    pub fn new(stops: Vec<String>, include: bool) -> Self {
         Self {
             stops: stops.into_iter().filter(|stop| !stop.is_empty()).collect(),
+            include,
             held: String::new(),
         }
     }
@@ -38,11 +41,12 @@ impl StopMatcher {
         let first = self
             .stops
             .iter()
-            .filter_map(|stop| self.held.find(stop.as_str()).map(|at| (at + stop.len(), at)))
+            .filter_map(|stop| self.held.find(stop.as_str()).map(|at| (at + stop.len(), at, stop)))
             .min();
-        if let Some((_, start)) = first {
-            self.held.truncate(start);
-            return Shown::Stopped(std::mem::take(&mut self.held));
+        if let Some((end, start, stop)) = first {
+            let stop = stop.clone();
+            self.held.truncate(if self.include { end } else { start });
+            return Shown::Stopped(std::mem::take(&mut self.held), stop);
         }
         let keep = self
             .stops
@@ -94,13 +98,13 @@ mod tests {
             stops in prop::collection::vec("[abé]{0,4}", 0..4),
         ) {
             let (text, stopped) = oracle(&pieces.concat(), &stops);
-            let mut matcher = StopMatcher::new(stops);
+            let mut matcher = StopMatcher::new(stops, false);
             let mut shown = String::new();
             let mut hit = false;
             for piece in &pieces {
                 match matcher.push(piece) {
                     Shown::Text(more) => shown += &more,
-                    Shown::Stopped(more) => {
+                    Shown::Stopped(more, _) => {
                         shown += &more;
                         hit = true;
                         break;
@@ -117,10 +121,17 @@ mod tests {
 
     #[test]
     fn nothing_is_held_without_need() {
-        let mut matcher = StopMatcher::new(vec!["END".into()]);
+        let mut matcher = StopMatcher::new(vec!["END".into()], false);
         assert_eq!(matcher.push("a E"), Shown::Text("a ".into()));
         assert_eq!(matcher.push("x"), Shown::Text("Ex".into()));
         assert_eq!(matcher.push("EN"), Shown::Text(String::new()));
-        assert_eq!(matcher.push("D tail"), Shown::Stopped(String::new()));
+        assert_eq!(matcher.push("D tail"), Shown::Stopped(String::new(), "END".into()));
+    }
+
+    #[test]
+    fn a_stop_string_is_shown_if_asked_for() {
+        let mut matcher = StopMatcher::new(vec!["END".into(), "ND".into()], true);
+        assert_eq!(matcher.push("a E"), Shown::Text("a ".into()));
+        assert_eq!(matcher.push("ND tail"), Shown::Stopped("END".into(), "END".into()));
     }
 }

@@ -45,7 +45,8 @@ async fn a_whole_answer_has_openais_shape_and_is_settled() {
         "logprobs": null, "finish_reason": "stop"});
     assert_eq!(json["choices"], json!([choice]));
     let usage = json!({"prompt_tokens": HI_TOKENS, "completion_tokens": completion, "total_tokens": HI_TOKENS + completion,
-        "prompt_tokens_details": {"cached_tokens": 16}});
+        "prompt_tokens_details": {"cached_tokens": 16}, "completion_tokens_details":
+            {"reasoning_tokens": 0, "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}});
     assert_eq!(json["usage"], usage);
 
     // Settled before the answer: no waiting here.

@@ -11,7 +11,7 @@ use baton_proto::state::{ApiKey, Budget, Project, Scope};
 use baton_state::view::{self, Access};
 
 use super::store::{AccountStore, StoreError};
-use crate::run::unix_ms;
+use crate::clock::unix_ms;
 
 /// Answers kept. Unknown keys count too, so an attacker can fill it; then all are looked up again.
 const ANSWERS_MAX: usize = 65_536;

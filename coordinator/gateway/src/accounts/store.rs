@@ -7,7 +7,7 @@ use std::pin::Pin;
 use baton_proto::state::{Checkpoint, Command, command::Kind};
 use baton_state::{Applied, Refused, Tables, TablesError};
 
-use crate::run::unix_ms;
+use crate::clock::unix_ms;
 
 /// One consistent version of the applied state.
 pub type TablesBox = Box<dyn Tables + Send>;

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::store::{AccountStore, StoreError, command};
-use crate::run::unix_ms;
+use crate::clock::unix_ms;
 
 /// Longest wait of a request for the group to set money aside: an election, with room.
 const LEASE_WAIT_MAX: Duration = Duration::from_secs(4);

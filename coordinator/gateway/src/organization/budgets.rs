@@ -14,7 +14,7 @@ use super::params::Params;
 use super::{Answer, Calls, Decimal, Shared, body, collect, new_id, page};
 use crate::accounts::store::StoreError;
 use crate::api_error::ApiError;
-use crate::run::unix_ms;
+use crate::clock::unix_ms;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -19,7 +19,7 @@ use crate::accounts::keys::sha256;
 use crate::accounts::store::StoreError;
 use crate::api_error::ApiError;
 use crate::auth::Caller;
-use crate::run::unix_ms;
+use crate::clock::unix_ms;
 
 /// The project of keys that administer.
 const ADMIN_PROJECT: &str = "proj_default";

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::params::Params;
 use super::{Answer, Calls, Decimal, Shared, body, collect, page};
 use crate::api_error::ApiError;
-use crate::run::unix_ms;
+use crate::clock::unix_ms;
 
 /// How far in the past a start may lie: the time that a client's clock and its request take.
 const PAST_MS_MAX: u64 = 60_000;

@@ -11,7 +11,7 @@ use super::params::Params;
 use super::{Answer, Shared};
 use crate::accounts::store::StoreError;
 use crate::api_error::ApiError;
-use crate::run::unix_ms;
+use crate::clock::unix_ms;
 
 /// The handler.
 pub(super) async fn completions(Extension(accounts): Shared, Query(pairs): Query<Vec<(String, String)>>) -> Answer {

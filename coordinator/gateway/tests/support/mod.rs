@@ -177,10 +177,20 @@ impl Backend for Mock {
                 Script::Say(tokens, reason) => (tokens, Some(reason)),
                 Script::SayThenHang(tokens) => {
                     sender.sampled(tokens.len());
-                    let _ = sender.send(GenerationEvent { tokens, finish: None }).await;
+                    let _ = sender
+                        .send(GenerationEvent {
+                            tokens,
+                            ..Default::default()
+                        })
+                        .await;
                     stop.cancelled().await;
                     let finish = Some(finish(FinishReason::Cancelled, 0));
-                    let _ = sender.send(GenerationEvent { tokens: vec![], finish }).await;
+                    let _ = sender
+                        .send(GenerationEvent {
+                            finish,
+                            ..Default::default()
+                        })
+                        .await;
                     return;
                 }
                 Script::SayThenVanish(tokens) => (tokens, None),
@@ -194,6 +204,7 @@ impl Backend for Mock {
                     .send(GenerationEvent {
                         tokens: vec![token],
                         finish,
+                        ..Default::default()
                     })
                     .await
                     .is_err()

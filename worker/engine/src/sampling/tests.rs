@@ -57,6 +57,7 @@ fn ranges_are_checked() {
         top_p: 0.9,
         top_k: 7,
         seed: 11,
+        ..worker::Sampling::default()
     };
     let parsed = SamplingParams::try_from(&wire).expect("in range");
     assert_eq!(worker::Sampling::from(&parsed), wire);

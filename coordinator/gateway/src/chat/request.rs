@@ -4,7 +4,9 @@
 use serde_json::{Map, Value as Json};
 
 use crate::api_error::ApiError;
+use crate::config::GatewayConfig;
 use crate::fields::{Field, FieldSupport};
+use crate::generation::request::{Chat, GenerationRequest, Prompt, SamplingWishes, StopWishes};
 use crate::messages;
 
 /// Stop strings in one request, as OpenAI's limit.
@@ -16,60 +18,56 @@ const USER_BYTES_MAX: usize = baton_state::bounds::TEXT_BYTES_MAX;
 /// Most tokens that can be asked for: far above every context, and no arithmetic with it overflows.
 const MAX_TOKENS_MAX: u64 = 1 << 30;
 
-/// A checked request. `None` is "not given".
-#[derive(Debug, PartialEq)]
-pub(crate) struct ChatRequest {
-    pub model: String,
-    /// Objects ready for the template.
-    pub messages: Vec<Json>,
-    /// The name of the field that set it, for messages to the client.
-    pub max_tokens: Option<(&'static str, u32)>,
-    pub temperature: Option<f32>,
-    pub top_p: Option<f32>,
-    /// 0 keeps all.
-    pub top_k: Option<u32>,
-    pub seed: Option<u64>,
-    pub stop: Vec<String>,
-    pub ignore_eos: bool,
+/// What of a request is the chat endpoint's own.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct ChatOptions {
     pub stream: bool,
     pub include_usage: bool,
-    /// vLLM's: lower goes first.
-    pub priority: i32,
-    /// The client's user: `safety_identifier`, or its older name `user`; empty if not given.
-    pub user: String,
+    /// With every chunk.
+    pub continuous_usage: bool,
+    /// Chunks are padded.
+    pub obfuscation: bool,
+    /// Log-probabilities are wanted.
+    pub logprobs: bool,
+    /// The client speaks of functions, as before there were tools.
+    pub functions: bool,
 }
 
-impl ChatRequest {
-    /// Parses and checks a body.
-    pub fn parse(body: &[u8], messages_max: usize) -> Result<Self, ApiError> {
-        let text = std::str::from_utf8(body).map_err(|error| {
-            ApiError::bad_request(format!("The body is not UTF-8: byte {} is wrong.", error.valid_up_to()))
-        })?;
-        // serde_json bounds the nesting itself.
-        let parsed: Json = serde_json::from_str(text)
-            .map_err(|error| ApiError::bad_request(format!("The body is not valid JSON: {error}.")))?;
-        let Json::Object(mut fields) = parsed else {
-            return Err(ApiError::bad_request("The body must be a JSON object."));
-        };
-        fields.retain(|_, value| !value.is_null());
-        refuse_unsupported(&fields)?;
+/// Parses and checks a body.
+pub(crate) fn parse(body: &[u8], config: &GatewayConfig) -> Result<(GenerationRequest, ChatOptions), ApiError> {
+    let text = std::str::from_utf8(body).map_err(|error| {
+        ApiError::bad_request(format!("The body is not UTF-8: byte {} is wrong.", error.valid_up_to()))
+    })?;
+    // serde_json bounds the nesting itself.
+    let parsed: Json = serde_json::from_str(text)
+        .map_err(|error| ApiError::bad_request(format!("The body is not valid JSON: {error}.")))?;
+    let Json::Object(mut fields) = parsed else {
+        return Err(ApiError::bad_request("The body must be a JSON object."));
+    };
+    fields.retain(|_, value| !value.is_null());
+    refuse_unsupported(&fields)?;
 
-        let model = match fields.remove("model") {
-            Some(Json::String(model)) => model,
-            Some(_) => return Err(ApiError::field("model", "`model` must be a string.")),
-            None => {
-                return Err(ApiError::field(
-                    "model",
-                    "`model` is missing. GET /v1/models lists what is served.",
-                ));
-            }
-        };
-        let messages = messages::parse(fields.remove("messages"), messages_max)?;
-        let stream = boolean(&fields, "stream")?;
-        Ok(Self {
-            model,
+    let model = match fields.remove("model") {
+        Some(Json::String(model)) => model,
+        Some(_) => return Err(ApiError::field("model", "`model` must be a string.")),
+        None => {
+            return Err(ApiError::field(
+                "model",
+                "`model` is missing. GET /v1/models lists what is served.",
+            ));
+        }
+    };
+    let messages = messages::parse(fields.remove("messages"), config.messages_max)?;
+    let stream = boolean(&fields, "stream")?;
+    let request = GenerationRequest {
+        model,
+        prompts: vec![Prompt::Chat(Chat {
             messages,
-            max_tokens: max_tokens(&fields)?,
+            ..Chat::default()
+        })],
+        n: 1,
+        max_tokens: max_tokens(&fields)?,
+        sampling: SamplingWishes {
             temperature: number(&fields, "temperature", "from 0 to 2", |value| {
                 (0.0..=2.0).contains(&value)
             })?,
@@ -78,14 +76,23 @@ impl ChatRequest {
             })?,
             top_k: top_k(&fields)?,
             seed: seed(&fields)?,
-            stop: stop(fields.remove("stop"))?,
+            ..SamplingWishes::default()
+        },
+        stop: StopWishes {
+            strings: stop(fields.remove("stop"))?,
             ignore_eos: boolean(&fields, "ignore_eos")?,
-            stream,
-            include_usage: include_usage(&fields, stream)?,
-            priority: priority(&fields)?,
-            user: user(&fields)?,
-        })
-    }
+            ..StopWishes::default()
+        },
+        priority: priority(&fields)?,
+        user: user(&fields)?,
+        ..GenerationRequest::default()
+    };
+    let options = ChatOptions {
+        stream,
+        include_usage: include_usage(&fields, stream)?,
+        ..ChatOptions::default()
+    };
+    Ok((request, options))
 }
 
 fn refuse_unsupported(fields: &Map<String, Json>) -> Result<(), ApiError> {
@@ -280,10 +287,10 @@ mod tests {
     use crate::fields::FIELDS;
     use serde_json::json;
 
-    fn parse(extra: Json) -> Result<ChatRequest, ApiError> {
+    fn parse(extra: Json) -> Result<(GenerationRequest, ChatOptions), ApiError> {
         let mut body = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}]});
         body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
-        ChatRequest::parse(body.to_string().as_bytes(), 8)
+        super::parse(body.to_string().as_bytes(), &GatewayConfig::default())
     }
 
     /// The request is refused with a 400 naming the field.
@@ -299,21 +306,22 @@ mod tests {
 
     #[test]
     fn takes_every_field_that_works() {
-        let request = parse(json!({"max_tokens": 7, "max_completion_tokens": 7, "temperature": 0, "top_p": 0.5, "top_k": -1,
+        let (request, options) = parse(json!({"max_tokens": 7, "max_completion_tokens": 7, "temperature": 0, "top_p": 0.5, "top_k": -1,
             "seed": -1, "stop": "x", "ignore_eos": true, "stream": true, "stream_options": {"include_usage": true},
             "user": "u", "metadata": {"a": "b"}, "store": false, "n": 1, "tools": [], "logit_bias": {}, "logprobs": false,
             "response_format": {"type": "text"}, "presence_penalty": 0.0, "tool_choice": null, "priority": -7}))
         .unwrap();
         assert_eq!((request.priority, request.user.as_str()), (-7, "u"));
         let both = parse(json!({"user": "u", "safety_identifier": "s"})).unwrap();
-        assert_eq!(both.user, "s");
+        assert_eq!(both.0.user, "s");
         assert_eq!(request.max_tokens, Some(("max_completion_tokens", 7)));
+        let sampling = &request.sampling;
         assert_eq!(
-            (request.temperature, request.top_p, request.top_k, request.seed),
+            (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed),
             (Some(0.0), Some(0.5), Some(0), Some(u64::MAX))
         );
-        assert!(request.ignore_eos && request.stream && request.include_usage);
-        assert_eq!(request.stop, ["x"]);
+        assert!(request.stop.ignore_eos && options.stream && options.include_usage);
+        assert_eq!(request.stop.strings, ["x"]);
     }
 
     #[test]
@@ -356,7 +364,7 @@ mod tests {
             refused(json!({"priority": bad}), "priority");
         }
         for (far, taken) in [(json!(i64::MIN), -i32::MAX), (json!(u64::MAX), i32::MAX)] {
-            assert_eq!(parse(json!({"priority": far})).unwrap().priority, taken);
+            assert_eq!(parse(json!({"priority": far})).unwrap().0.priority, taken);
         }
         refused(json!({"stream": "yes"}), "stream");
         refused(json!({"user": 7}), "user");
@@ -403,8 +411,14 @@ mod tests {
             deep.as_bytes(),
         ];
         for body in bodies {
-            assert_eq!(ChatRequest::parse(body, 8).unwrap_err().status.as_u16(), 400);
+            assert_eq!(
+                super::parse(body, &GatewayConfig::default())
+                    .unwrap_err()
+                    .status
+                    .as_u16(),
+                400
+            );
         }
-        assert!(ChatRequest::parse(br#"{"model":"\ud800"}"#, 8).is_err());
+        assert!(super::parse(br#"{"model":"\ud800"}"#, &GatewayConfig::default()).is_err());
     }
 }
