@@ -1,7 +1,7 @@
 //! `POST /v1/chat/completions`: the first endpoint over [`generation`](crate::generation), and the pattern of the others.
 
 pub(crate) mod request;
-mod response;
+pub(crate) mod response;
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::auth::Caller;
 use crate::backend::Backend;
 use crate::gateway::Gateway;
 use crate::generation::answer;
-use crate::generation::intake::receive;
+use crate::generation::intake::{Received, receive};
 use crate::generation::start::start;
 use crate::trace::RequestNames;
 
@@ -29,7 +29,12 @@ pub(crate) async fn completions<B: Backend>(
     request: Request,
 ) -> Result<Response, ApiError> {
     let received = receive(&gateway, ENDPOINT, names, caller, request).await?;
-    let started = start(&gateway, received, request::parse).await?;
+    respond(&gateway, received).await
+}
+
+/// Answers a request that was read.
+pub(crate) async fn respond<B: Backend>(gateway: &Arc<Gateway<B>>, received: Received) -> Result<Response, ApiError> {
+    let started = start(gateway, received, request::parse).await?;
     let (run, heading, options) = (started.run, started.heading, started.own);
     let mut response = if options.stream {
         let chunks = ChunkWriter::new(heading, &options, run.choices());

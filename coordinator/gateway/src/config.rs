@@ -63,6 +63,10 @@ pub struct GatewayConfig {
     pub in_flight_max: usize,
     /// Messages in one request.
     pub messages_max: usize,
+    /// Prompts in one request to `/v1/completions`.
+    pub prompts_max: usize,
+    /// Choices of one request: its prompts times its `n`.
+    pub choices_max: usize,
     /// Time for a request's headers, and for an idle connection to send its next request, in milliseconds.
     pub header_timeout_ms: u64,
     /// Time for a whole request body, in milliseconds.
@@ -93,6 +97,8 @@ impl Default for GatewayConfig {
             connections_max: 4096,
             in_flight_max: 1024,
             messages_max: 2048,
+            prompts_max: 128,
+            choices_max: 256,
             header_timeout_ms: 30_000,
             body_timeout_ms: 30_000,
             write_stall_ms_max: 30_000,
@@ -127,12 +133,14 @@ impl GatewayConfig {
                 problem: format!("must be from {BUDGET_LEASE_MS_MIN} to {SLICE_LEASE_MS_MAX}"),
             });
         }
-        let positive: [(&'static str, u64); 11] = [
+        let positive: [(&'static str, u64); 13] = [
             ("body_bytes_max", self.body_bytes_max as u64),
             ("bodies_bytes_max", self.bodies_bytes_max as u64),
             ("connections_max", self.connections_max as u64),
             ("in_flight_max", self.in_flight_max as u64),
             ("messages_max", self.messages_max as u64),
+            ("prompts_max", self.prompts_max as u64),
+            ("choices_max", self.choices_max as u64),
             ("header_timeout_ms", self.header_timeout_ms),
             ("body_timeout_ms", self.body_timeout_ms),
             ("write_stall_ms_max", self.write_stall_ms_max),

@@ -6,8 +6,10 @@ mod accounts;
 mod api_error;
 mod auth;
 pub mod backend;
+mod body;
 mod chat;
 mod clock;
+mod completions;
 mod config;
 mod coordinators;
 mod detokenizer;
@@ -36,6 +38,7 @@ mod test_support;
 mod tier_metrics;
 mod trace;
 mod turn;
+mod wishes;
 
 pub use accounts::idempotency::{IDEMPOTENCY_KEY_HEADER, REPLAYED_HEADER};
 pub use accounts::store::{AccountStore, Proposed, StoreError, TablesBox, command};

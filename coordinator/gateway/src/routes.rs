@@ -14,6 +14,7 @@ use crate::api_error::ApiError;
 use crate::auth::{self, Caller, Scopes};
 use crate::backend::{Backend, WorkerStatus};
 use crate::chat;
+use crate::completions;
 use crate::coordinators;
 use crate::drain;
 use crate::gateway::Gateway;
@@ -47,6 +48,7 @@ pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>) -> Router {
     Router::new()
         .route("/", get(index))
         .route("/v1/chat/completions", post(chat::completions::<B>))
+        .route("/v1/completions", post(completions::completions::<B>))
         .route("/v1/models", get(models::<B>))
         .route("/v1/models/{*id}", get(model::<B>))
         .route("/health", get(health))
@@ -70,12 +72,12 @@ pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>) -> Router {
 
 /// Around every request, the unknown ones too.
 async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut request: Request, next: Next) -> Response {
-    let names = RequestNames::from_headers(request.headers());
     let route = request
         .extensions()
         .get::<MatchedPath>()
         .map_or("other", MatchedPath::as_str)
         .to_owned();
+    let names = RequestNames::from_headers(request.headers(), &route);
     let caller = if OPEN_ROUTES.contains(&route.as_str()) {
         Ok(Caller::anonymous())
     } else {
@@ -114,7 +116,7 @@ async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut reques
 /// What a route needs of a key. The list of models is for all.
 fn needed(method: &Method, route: &str) -> Option<Scopes> {
     let under = |prefix: &str| route.starts_with(prefix);
-    if under("/v1/chat/") {
+    if under("/v1/chat/") || route == "/v1/completions" {
         Some(Scopes::INFERENCE)
     } else if under("/v1/organization/usage/") || route == "/v1/organization/costs" {
         Some(Scopes::USAGE)

@@ -108,7 +108,10 @@ pub(crate) fn prepare<B: Backend>(
             "prompt"
         };
         let tokens = tokens(&model, prompt, &cache_salt, &origin.names)?;
-        let max_tokens = room(context, tokens.len(), request.max_tokens, param)?;
+        let mut max_tokens = room(context, tokens.len(), request.max_tokens, param)?;
+        if let (None, Some(default)) = (request.max_tokens, request.max_tokens_default) {
+            max_tokens = max_tokens.min(default.max(request.stop.min_tokens));
+        }
         if request.stop.min_tokens > max_tokens {
             let message = format!("`min_tokens` must be at most the {max_tokens} tokens that may be generated.");
             return Err(ApiError::field("min_tokens", message));

@@ -15,6 +15,8 @@ pub(crate) struct GenerationRequest {
     pub n: u32,
     /// Tokens per choice, and the name of the field that says so, for messages to the client.
     pub max_tokens: Option<(&'static str, u32)>,
+    /// Where the client does not say: at most so many, as far as there is room. `None` is all the room there is.
+    pub max_tokens_default: Option<u32>,
     pub sampling: SamplingWishes,
     pub stop: StopWishes,
     pub tools: ToolWishes,

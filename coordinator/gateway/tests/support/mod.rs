@@ -15,7 +15,7 @@ use baton_gateway::{
     Placement, ServedModel, WorkerRole, WorkerState, WorkerStatus,
 };
 use baton_proto::state::{SettleUsage, UsageRecord, command::Kind};
-use baton_proto::worker::{Finish, FinishReason};
+use baton_proto::worker::{Finish, FinishReason, TokenLogprobs};
 use memory_store::MemoryStore;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -135,6 +135,7 @@ impl Backend for Mock {
             .pop_front()
             .unwrap_or_else(|| turn("hello"));
         let prompt_tokens = job.prompt.len() as u32;
+        let top_logprobs = job.sampling.top_logprobs;
         self.0.jobs.lock().unwrap().push(job);
         self.0.changed.notify_waiters();
         let stop = CancellationToken::new();
@@ -203,6 +204,7 @@ impl Backend for Mock {
                 if sender
                     .send(GenerationEvent {
                         tokens: vec![token],
+                        logprobs: top_logprobs.map(|top| likely(token, top)).into_iter().collect(),
                         finish,
                         ..Default::default()
                     })
@@ -270,6 +272,15 @@ impl Backend for Mock {
                 worker("prefill-0", WorkerRole::Prefill),
             ],
         }
+    }
+}
+
+/// Of a token that was the likeliest of `top`, the others its neighbours.
+fn likely(token: u32, top: u32) -> TokenLogprobs {
+    TokenLogprobs {
+        logprob: -0.25,
+        top_ids: (token..token + top).collect(),
+        top_logprobs: (0..top).map(|rank| -0.25 - rank as f32).collect(),
     }
 }
 
@@ -366,6 +377,12 @@ impl TestGateway {
 
     pub async fn get(&self, path: &str) -> Answer {
         self.request("GET", path, &[], b"").await
+    }
+
+    /// Posts JSON to a route.
+    pub async fn post(&self, path: &str, body: &Value) -> Answer {
+        let headers = [("content-type", "application/json")];
+        self.request("POST", path, &headers, body.to_string().as_bytes()).await
     }
 
     /// Posts JSON to the chat route.
