@@ -4,6 +4,7 @@
 
 mod accounts;
 mod admission;
+mod api_document;
 mod bad_input;
 mod clients;
 mod disaggregated;
@@ -12,6 +13,7 @@ mod failures;
 mod gguf;
 mod group;
 mod mock;
+mod official_clients;
 mod proof;
 mod serving;
 mod support;

@@ -1,5 +1,6 @@
-//! A JSON body read field by field: what is taken is checked, and what is left over in the end is refused by name. So a
-//! field works or is an error, and none can be ignored by oversight. Knows no endpoint.
+//! A JSON object, and those within it, read field by field: what is taken is checked, and what is left over in the end is
+//! refused by name. So a field works or is an error, and none can be ignored by oversight. Knows no endpoint. (Fields of
+//! sampling, which several endpoints share, are read by [`Params`](crate::params::Params).)
 
 use serde_json::{Map, Value as Json};
 
@@ -14,8 +15,6 @@ pub(crate) struct Body {
     fields: Map<String, Json>,
     /// Where it stands in the request, with the dot that follows; empty for the request itself.
     place: String,
-    #[cfg(test)]
-    asked: std::collections::BTreeSet<String>,
 }
 
 impl Body {
@@ -47,12 +46,7 @@ impl Body {
     /// `null` is "not given" throughout.
     fn new(mut fields: Map<String, Json>, place: String) -> Self {
         fields.retain(|_, value| !value.is_null());
-        Self {
-            fields,
-            place,
-            #[cfg(test)]
-            asked: Default::default(),
-        }
+        Self { fields, place }
     }
 
     /// A field's name with its place, for messages.
@@ -72,15 +66,8 @@ impl Body {
         self.wrong(name, "is missing")
     }
 
-    /// Whether a field is there.
-    pub fn has(&self, name: &str) -> bool {
-        self.fields.contains_key(name)
-    }
-
     /// Takes a field as it is.
     pub fn take(&mut self, name: &str) -> Option<Json> {
-        #[cfg(test)]
-        self.asked.insert(name.to_owned());
         self.fields.remove(name)
     }
 
@@ -90,16 +77,6 @@ impl Body {
             None => Ok(None),
             Some(Json::String(text)) => Ok(Some(text)),
             Some(_) => Err(self.wrong(name, "must be a string")),
-        }
-    }
-
-    /// Takes a text of at most so many bytes.
-    pub fn short_text(&mut self, name: &str, bytes_max: usize) -> Result<Option<String>, ApiError> {
-        match self.text(name)? {
-            Some(text) if text.len() > bytes_max => {
-                Err(self.wrong(name, format_args!("must be a string of at most {bytes_max} bytes")))
-            }
-            text => Ok(text),
         }
     }
 
@@ -154,6 +131,17 @@ impl Body {
         }
     }
 
+    /// Takes token ids; whether a model has them is not known here.
+    pub fn token_ids(&mut self, name: &str, max: usize) -> Result<Option<Vec<u32>>, ApiError> {
+        let Some(list) = self.list(name, max)? else {
+            return Ok(None);
+        };
+        let ids = list.iter().map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok()));
+        let ids: Option<Vec<u32>> = ids.collect();
+        ids.map(Some)
+            .ok_or_else(|| self.wrong(name, "must be an array of token ids"))
+    }
+
     /// Takes an object, to be read and finished by itself.
     pub fn object(&mut self, name: &str) -> Result<Option<Self>, ApiError> {
         match self.take(name) {
@@ -183,10 +171,6 @@ impl Body {
 
     /// To be called last: refuses what nobody took.
     pub fn finish(self) -> Result<(), ApiError> {
-        #[cfg(test)]
-        if self.place.is_empty() {
-            ASKED.with_borrow_mut(|asked| asked.extend(self.asked.iter().cloned()));
-        }
         match self.fields.keys().next() {
             None => Ok(()),
             Some(name) => {
@@ -195,21 +179,6 @@ impl Body {
             }
         }
     }
-}
-
-#[cfg(test)]
-thread_local! {
-    static ASKED: std::cell::RefCell<std::collections::BTreeSet<String>> = const {
-        std::cell::RefCell::new(std::collections::BTreeSet::new())
-    };
-}
-
-/// The names of the fields that `parse` asked its bodies for: what an endpoint takes, whatever is sent.
-#[cfg(test)]
-pub(crate) fn asked_by(parse: impl FnOnce()) -> Vec<String> {
-    ASKED.with_borrow_mut(std::collections::BTreeSet::clear);
-    parse();
-    ASKED.with_borrow(|asked| asked.iter().cloned().collect())
 }
 
 #[cfg(test)]

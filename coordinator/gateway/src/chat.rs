@@ -1,7 +1,9 @@
 //! `POST /v1/chat/completions`: the first endpoint over [`generation`](crate::generation), and the pattern of the others.
 
+pub(crate) mod format;
 pub(crate) mod request;
 pub(crate) mod response;
+mod tools;
 
 use std::sync::Arc;
 

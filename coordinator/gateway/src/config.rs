@@ -1,16 +1,18 @@
 //! The gateway's settings, with the limits that keep every queue, body and wait bounded (promise P5), and the check
 //! that nothing is served to a network without a key (promise P6). Paths and models are the coordinator's business.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use baton_proto::limits::{GRAMMAR_BYTES_MAX, TOP_LOGPROBS_MAX};
 use baton_state::SLICE_LEASE_MS_MAX;
 use serde::Deserialize;
 
 use crate::auth::DEFAULT_TENANT;
 use crate::error::GatewayError;
+use crate::family::ParserChoice;
 
 /// Shortest API key taken: 16 characters, so that nobody guards a cluster with a word.
 pub const API_KEY_CHARS_MIN: usize = 16;
@@ -59,7 +61,7 @@ pub struct GatewayConfig {
     pub bodies_bytes_max: usize,
     /// Open connections. Each costs a task and a few KiB; one more is answered 503 and closed.
     pub connections_max: usize,
-    /// Chat requests in work at once, from tokenising to the settled record. One more is answered 429.
+    /// Requests in work at once, each choice of one for itself, from tokenising to the settled record. One more is answered 429.
     pub in_flight_max: usize,
     /// Messages in one request.
     pub messages_max: usize,
@@ -67,6 +69,21 @@ pub struct GatewayConfig {
     pub prompts_max: usize,
     /// Choices of one request: its prompts times its `n`.
     pub choices_max: usize,
+    /// Choices per prompt (`n`). Each is a sequence on a worker, counts against `in_flight_max`, and multiplies what is
+    /// reserved of a budget: `n` times the tokens that may be generated.
+    pub n_max: usize,
+    /// Most likely tokens told beside each (`top_logprobs`), at most 20. Each costs bytes for every token.
+    pub top_logprobs_max: usize,
+    /// Stop strings in one request.
+    pub stops_max: usize,
+    /// Tools in one request.
+    pub tools_max: usize,
+    /// Bytes of one JSON schema: of an output format, or of a tool's parameters.
+    pub schema_bytes_max: usize,
+    /// Bytes of a grammar or regular expression that an answer must follow.
+    pub grammar_bytes_max: usize,
+    /// By model name: the parsers of tool calls and thoughts, where the chat template does not tell the right ones.
+    pub parsers: BTreeMap<String, ParserChoice>,
     /// Time for a request's headers, and for an idle connection to send its next request, in milliseconds.
     pub header_timeout_ms: u64,
     /// Time for a whole request body, in milliseconds.
@@ -99,6 +116,13 @@ impl Default for GatewayConfig {
             messages_max: 2048,
             prompts_max: 128,
             choices_max: 256,
+            n_max: 128,
+            top_logprobs_max: 20,
+            stops_max: 4,
+            tools_max: 128,
+            schema_bytes_max: 128 << 10,
+            grammar_bytes_max: 64 << 10,
+            parsers: BTreeMap::new(),
             header_timeout_ms: 30_000,
             body_timeout_ms: 30_000,
             write_stall_ms_max: 30_000,
@@ -133,7 +157,7 @@ impl GatewayConfig {
                 problem: format!("must be from {BUDGET_LEASE_MS_MIN} to {SLICE_LEASE_MS_MAX}"),
             });
         }
-        let positive: [(&'static str, u64); 13] = [
+        let positive: [(&'static str, u64); 18] = [
             ("body_bytes_max", self.body_bytes_max as u64),
             ("bodies_bytes_max", self.bodies_bytes_max as u64),
             ("connections_max", self.connections_max as u64),
@@ -141,6 +165,11 @@ impl GatewayConfig {
             ("messages_max", self.messages_max as u64),
             ("prompts_max", self.prompts_max as u64),
             ("choices_max", self.choices_max as u64),
+            ("n_max", self.n_max as u64),
+            ("stops_max", self.stops_max as u64),
+            ("tools_max", self.tools_max as u64),
+            ("schema_bytes_max", self.schema_bytes_max as u64),
+            ("grammar_bytes_max", self.grammar_bytes_max as u64),
             ("header_timeout_ms", self.header_timeout_ms),
             ("body_timeout_ms", self.body_timeout_ms),
             ("write_stall_ms_max", self.write_stall_ms_max),
@@ -155,6 +184,17 @@ impl GatewayConfig {
                     name,
                     problem: format!("must be from 1 to {}", u32::MAX),
                 });
+            }
+        }
+        // What the wire takes.
+        for (name, value, most) in [
+            ("top_logprobs_max", self.top_logprobs_max, TOP_LOGPROBS_MAX as usize),
+            ("schema_bytes_max", self.schema_bytes_max, GRAMMAR_BYTES_MAX),
+            ("grammar_bytes_max", self.grammar_bytes_max, GRAMMAR_BYTES_MAX),
+        ] {
+            if value > most {
+                let problem = format!("must be at most {most}");
+                return Err(GatewayError::Setting { name, problem });
             }
         }
         if self.bodies_bytes_max < self.body_bytes_max {

@@ -63,6 +63,12 @@ impl TokenTexts {
         self.ids_end
     }
 
+    /// The special token of that spelling.
+    pub fn special(&self, spelling: &str) -> Option<u32> {
+        let found = self.special.iter().find(|(_, text)| *text == spelling);
+        found.map(|(id, _)| *id)
+    }
+
     /// The special tokens that any of these texts holds.
     pub fn special_in(&self, texts: &[&str]) -> Vec<u32> {
         let named =

@@ -6,7 +6,7 @@ use serde_json::Value as Json;
 /// What happens to a field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FieldSupport {
-    /// Does what OpenAI's (or, for `top_k`, `ignore_eos` and `priority`, vLLM's) description says.
+    /// Does what OpenAI's (or, for the fields marked so, vLLM's) description says.
     Works,
     /// Taken and without effect on the result: labels and hints to OpenAI's own service.
     Harmless,
@@ -20,23 +20,27 @@ pub struct Field {
     pub name: &'static str,
     /// What happens to it.
     pub support: FieldSupport,
+    /// For people: limits, and where it comes from.
+    pub note: &'static str,
     /// For refused ones, the value that asks for nothing; written for people.
     pub neutral: &'static str,
     is_neutral: fn(&Json) -> bool,
 }
 
-const fn works(name: &'static str) -> Field {
+const fn works(name: &'static str, note: &'static str) -> Field {
     Field {
         name,
+        note,
         support: FieldSupport::Works,
         neutral: "",
         is_neutral: |_| false,
     }
 }
 
-const fn harmless(name: &'static str) -> Field {
+const fn harmless(name: &'static str, note: &'static str) -> Field {
     Field {
         name,
+        note,
         support: FieldSupport::Harmless,
         neutral: "",
         is_neutral: |_| true,
@@ -46,6 +50,7 @@ const fn harmless(name: &'static str) -> Field {
 const fn refused(name: &'static str, neutral: &'static str, is_neutral: fn(&Json) -> bool) -> Field {
     Field {
         name,
+        note: "",
         support: FieldSupport::Refused,
         neutral,
         is_neutral,
@@ -54,50 +59,103 @@ const fn refused(name: &'static str, neutral: &'static str, is_neutral: fn(&Json
 
 /// All known fields. `null` always means "not given".
 pub const FIELDS: &[Field] = &[
-    works("model"),
-    works("messages"),
-    works("max_completion_tokens"),
-    works("max_tokens"),
-    works("temperature"),
-    works("top_p"),
-    works("top_k"),
-    works("seed"),
-    works("stop"),
-    works("ignore_eos"),
-    works("stream"),
-    works("stream_options"),
-    works("priority"),
-    works("user"),
-    works("safety_identifier"),
-    harmless("metadata"),
-    harmless("store"),
-    harmless("prompt_cache_key"),
-    harmless("prompt_cache_retention"),
-    refused("n", "1", |value| value.as_u64() == Some(1)),
-    refused("tools", "[]", is_empty),
-    refused("tool_choice", "\"none\" or \"auto\"", |value| {
-        is(value, &["none", "auto"])
-    }),
-    refused("parallel_tool_calls", "a boolean, without tools", Json::is_boolean),
-    refused("functions", "[]", is_empty),
-    refused("function_call", "\"none\" or \"auto\"", |value| {
-        is(value, &["none", "auto"])
-    }),
-    refused("response_format", "{\"type\": \"text\"}", is_text_format),
-    refused("logprobs", "false", is_false),
-    refused("top_logprobs", "0", is_zero),
-    refused("frequency_penalty", "0", is_zero),
-    refused("presence_penalty", "0", is_zero),
-    refused("repetition_penalty", "1", |value| value.as_f64() == Some(1.0)),
-    refused("min_p", "0", is_zero),
-    refused("min_tokens", "0", is_zero),
-    refused("logit_bias", "{}", is_empty),
+    works("model", "What serves it: one of `GET /v1/models`."),
+    works(
+        "messages",
+        "Roles `system`, `developer`, `user`, `assistant`, `tool`, `function`; text parts only, nothing is fetched.",
+    ),
+    works(
+        "max_completion_tokens",
+        "Per choice. Together with the prompt within the context.",
+    ),
+    works("max_tokens", "Older name of `max_completion_tokens`."),
+    works("n", "Choice `i` has the seed `seed + i`. The prompt is counted once."),
+    works(
+        "temperature",
+        "0 to 2; 0 is greedy. Where it is left out: the model's own recommendation, else 1.",
+    ),
+    works("top_p", "As `temperature`."),
+    works("top_k", "vLLM's. 0 and -1 keep all."),
+    works("min_p", "vLLM's."),
+    works("seed", "The same seed, prompt and parameters give the same tokens."),
+    works("frequency_penalty", "-2 to 2."),
+    works("presence_penalty", "-2 to 2."),
+    works("repetition_penalty", "vLLM's; above 0, at most 2."),
+    works("logit_bias", "-100 to 100 by token id."),
+    works(
+        "logprobs",
+        "Of the model's distribution before temperature and truncation.",
+    ),
+    works("top_logprobs", "At most `top_logprobs_max`."),
+    works("stop", "At most `stops_max` strings; across token boundaries too."),
+    works("stop_token_ids", "vLLM's."),
+    works("include_stop_str_in_output", "vLLM's."),
+    works(
+        "min_tokens",
+        "vLLM's. Neither stop tokens nor stop strings end a choice before.",
+    ),
+    works("ignore_eos", "vLLM's."),
+    works("skip_special_tokens", "vLLM's; `true` where it is left out."),
+    works("stream", "Server-sent events."),
+    works(
+        "stream_options",
+        "`include_usage`, vLLM's `continuous_usage_stats`, `include_obfuscation` (off where it is left out).",
+    ),
+    works(
+        "response_format",
+        "`text`, `json_object`, `json_schema`: enforced while sampling; without `strict`, unknown keywords are passed over.",
+    ),
+    works(
+        "structured_outputs",
+        "vLLM's: one of `json`, `json_object`, `regex`, `choice`, `grammar` (Lark, in llguidance's dialect).",
+    ),
+    works("guided_json", "Older name of `structured_outputs.json`."),
+    works("guided_regex", "Older name of `structured_outputs.regex`."),
+    works("guided_choice", "Older name of `structured_outputs.choice`."),
+    works("guided_grammar", "Older name of `structured_outputs.grammar`."),
+    works(
+        "tools",
+        "Functions, at most `tools_max`. `strict` arguments are enforced, see below.",
+    ),
+    works(
+        "tool_choice",
+        "`none`, `auto`, `required`, one function, `allowed_tools`. Forced calls are always valid.",
+    ),
+    works(
+        "parallel_tool_calls",
+        "`false`: forced and strict calls come one a turn.",
+    ),
+    works("functions", "Older name of `tools`; answered with `function_call`."),
+    works("function_call", "Older name of `tool_choice`."),
+    works(
+        "reasoning_effort",
+        "Where the chat template has such a setting; else refused. `none` turns thinking off.",
+    ),
+    works(
+        "include_reasoning",
+        "vLLM's. `false` leaves `reasoning` and `reasoning_content` out.",
+    ),
+    works("chat_template_kwargs", "vLLM's: more variables for the chat template."),
+    works("documents", "vLLM's, where the chat template shows them; else refused."),
+    works("priority", "vLLM's: lower goes first."),
+    works("cache_salt", "vLLM's: a prefix cache of its own, within the tenant's."),
+    works("user", "Goes into the usage record."),
+    works("safety_identifier", "Newer name of `user`."),
+    harmless("metadata", "Checked, and not kept: completions are not stored."),
+    harmless("store", "Completions are not stored."),
+    harmless(
+        "prompt_cache_key",
+        "Requests go where their prefix is cached by themselves.",
+    ),
+    harmless("prompt_cache_retention", "The prefix cache keeps what it has room for."),
+    harmless(
+        "prediction",
+        "A hint that is not taken: nothing of it is accepted, and nothing billed.",
+    ),
     refused("modalities", "[\"text\"]", |value| {
         value.as_array().is_some_and(|all| all.iter().all(|one| one == "text"))
     }),
     refused("audio", "null", |_| false),
-    refused("prediction", "null", |_| false),
-    refused("reasoning_effort", "null", |_| false),
     refused("verbosity", "\"medium\"", |value| is(value, &["medium"])),
     refused("service_tier", "\"auto\" or \"default\"", |value| {
         is(value, &["auto", "default"])
@@ -105,12 +163,7 @@ pub const FIELDS: &[Field] = &[
     refused("web_search_options", "null", |_| false),
     refused("moderation", "null", |_| false),
     refused("best_of", "1", |value| value.as_u64() == Some(1)),
-    refused("stop_token_ids", "[]", is_empty),
-    refused("include_stop_str_in_output", "false", is_false),
-    refused("skip_special_tokens", "true", |value| value == &Json::Bool(true)),
     refused("chat_template", "null", |_| false),
-    refused("chat_template_kwargs", "{}", is_empty),
-    refused("cache_salt", "null", |_| false),
 ];
 
 impl Field {
@@ -127,20 +180,4 @@ impl Field {
 
 fn is(value: &Json, words: &[&str]) -> bool {
     value.as_str().is_some_and(|word| words.contains(&word))
-}
-
-fn is_false(value: &Json) -> bool {
-    value == &Json::Bool(false)
-}
-
-fn is_zero(value: &Json) -> bool {
-    value.as_f64() == Some(0.0)
-}
-
-fn is_empty(value: &Json) -> bool {
-    value.as_array().is_some_and(Vec::is_empty) || value.as_object().is_some_and(serde_json::Map::is_empty)
-}
-
-fn is_text_format(value: &Json) -> bool {
-    value.get("type").and_then(Json::as_str) == Some("text")
 }

@@ -49,6 +49,10 @@ impl<B: Backend> Gateway<B> {
         let mut by_name = BTreeMap::new();
         for model in models {
             let name = model.name().to_owned();
+            let model = match config.parsers.get(&name) {
+                Some(choice) => model.with_parsers(choice)?,
+                None => model,
+            };
             if name.is_empty() || name.len() > 128 {
                 return Err(GatewayError::Models {
                     problem: format!("the name `{name}` is not of 1 to 128 bytes"),
@@ -63,6 +67,12 @@ impl<B: Backend> Gateway<B> {
         if by_name.is_empty() {
             return Err(GatewayError::Models {
                 problem: "it is empty; configure at least one model".into(),
+            });
+        }
+        if let Some(name) = config.parsers.keys().find(|name| !by_name.contains_key(*name)) {
+            return Err(GatewayError::Setting {
+                name: "parsers",
+                problem: format!("names the model `{name}`, which is not served here"),
             });
         }
         let over = CancellationToken::new();
@@ -100,6 +110,24 @@ impl<B: Backend> Gateway<B> {
         } else {
             Err(ApiError::model_forbidden(name))
         }
+    }
+
+    /// The model's name, which may be left out where a caller has only one to choose.
+    pub fn named(&self, name: Option<String>, caller: &Caller) -> Result<String, ApiError> {
+        let mut allowed = self.models.keys().filter(|name| caller.allows(name));
+        match (name, allowed.next(), allowed.next()) {
+            (Some(name), ..) => Ok(name),
+            (None, Some(only), None) => Ok(only.clone()),
+            _ => Err(ApiError::field(
+                "model",
+                "`model` is missing. GET /v1/models lists what is served.",
+            )),
+        }
+    }
+
+    /// Whether a live worker serves a model.
+    pub fn is_served(&self, model: &ServedModel) -> bool {
+        self.known(model).is_some_and(|info| info.served)
     }
 
     /// One more than may be in work.

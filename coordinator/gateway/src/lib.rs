@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod accounts;
+mod anthropic;
 mod api_error;
 mod auth;
 pub mod backend;
@@ -13,19 +14,26 @@ mod completions;
 mod config;
 mod coordinators;
 mod detokenizer;
+mod dialect;
 mod drain;
 mod error;
+mod family;
 mod fields;
 mod gateway;
 mod generation;
+mod grammar;
+mod kserve;
 mod messages;
 mod metrics;
 mod model;
 mod model_card;
+mod openapi;
 mod organization;
+mod params;
 mod prompt;
 mod reader;
 mod routes;
+mod sagemaker;
 mod segment_cache;
 mod server;
 mod snapshot;
@@ -36,9 +44,10 @@ mod template;
 #[cfg(test)]
 mod test_support;
 mod tier_metrics;
+mod tokenize;
+mod tool_text;
 mod trace;
 mod turn;
-mod wishes;
 
 pub use accounts::idempotency::{IDEMPOTENCY_KEY_HEADER, REPLAYED_HEADER};
 pub use accounts::store::{AccountStore, Proposed, StoreError, TablesBox, command};
@@ -51,6 +60,7 @@ pub use backend::{
 pub use config::{API_KEY_CHARS_MIN, GatewayConfig, TenantConfig};
 pub use coordinators::{CoordinatorGroup, CoordinatorRole, CoordinatorStatus, GroupChange, NewCoordinator};
 pub use error::GatewayError;
+pub use family::ParserChoice;
 pub use fields::{FIELDS, Field, FieldSupport};
 pub use model::ServedModel;
 pub use server::serve;

@@ -54,21 +54,38 @@ fn one(message: Json, place: &str) -> Result<Json, ApiError> {
     let role = match role.as_str() {
         // Newer name of the same role; templates know the older one.
         "developer" => "system",
+        // The older name of a tool's.
+        "function" => "tool",
         "system" | "user" | "assistant" | "tool" => role.as_str(),
         _ => {
-            let message = format!("`{place}.role` must be one of system, developer, user, assistant, tool.");
+            let message = format!("`{place}.role` must be one of system, developer, user, assistant, tool, function.");
             return Err(ApiError::field(format!("{place}.role"), message));
         }
     };
     let mut out = Map::new();
     out.insert("role".into(), role.into());
+    if let Some(call) = fields.remove("function_call") {
+        // The older spelling of one call.
+        let call = serde_json::json!([{"id": call["name"], "type": "function", "function": call}]);
+        if role != "assistant" || fields.contains_key("tool_calls") {
+            return Err(unsupported(place, "function_call"));
+        }
+        fields.insert("tool_calls".into(), call);
+    }
     let tool_calls = match fields.remove("tool_calls") {
         Some(Json::Array(calls)) if calls.is_empty() => None,
         Some(calls) if role == "assistant" => Some(parse_tool_calls(calls, place)?),
         Some(_) => return Err(unsupported(place, "tool_calls")),
         None => None,
     };
-    let content = match fields.remove("content") {
+    let content = fields.remove("content");
+    // A refusal is what the assistant said.
+    let content = match fields.remove("refusal") {
+        Some(Json::String(refusal)) if role == "assistant" && content.is_none() => Some(Json::String(refusal)),
+        Some(_) => return Err(unsupported(place, "refusal")),
+        None => content,
+    };
+    let content = match content {
         Some(content) => Json::String(text(content, &format!("{place}.content"))?),
         None if tool_calls.is_some() => Json::Null,
         None => {
@@ -82,6 +99,11 @@ fn one(message: Json, place: &str) -> Result<Json, ApiError> {
         match (name.as_str(), value) {
             ("name", Json::String(value)) => out.insert(name, value.into()),
             ("tool_call_id", Json::String(value)) if role == "tool" => out.insert(name, value.into()),
+            // Templates of models that think look for the first name; both are ours.
+            ("reasoning_content", Json::String(value)) if role == "assistant" => out.insert(name, value.into()),
+            ("reasoning", Json::String(value)) if role == "assistant" => {
+                out.insert("reasoning_content".into(), value.into())
+            }
             // Clients send an answer back as they got it.
             ("annotations", Json::Array(list)) if list.is_empty() => None,
             (other, _) => return Err(unsupported(place, other)),
@@ -121,6 +143,7 @@ fn text(content: Json, place: &str) -> Result<String, ApiError> {
             part.get("text").and_then(Json::as_str),
         ) {
             (Some("text"), Some(text)) => texts.push(text),
+            (Some("refusal"), None) if part["refusal"].is_string() => texts.extend(part["refusal"].as_str()),
             _ => {
                 let message =
                     format!("`{place}` may hold only parts of type `text`; images, audio and files are not supported.");
@@ -188,6 +211,30 @@ mod tests {
             messages[3],
             json!({"role": "tool", "content": "7", "tool_call_id": "1"})
         );
+    }
+
+    #[test]
+    fn takes_older_words_and_its_own_answers_back() {
+        let messages = parse(
+            Some(json!([
+                {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}},
+                {"role": "function", "name": "f", "content": "7"},
+                {"role": "assistant", "content": "a", "reasoning": "r", "reasoning_content": "r", "refusal": null},
+                {"role": "assistant", "refusal": "no"},
+            ])),
+            8,
+        )
+        .unwrap();
+        assert_eq!(
+            messages[0]["tool_calls"][0]["function"],
+            json!({"name": "f", "arguments": {}})
+        );
+        assert_eq!(messages[1], json!({"role": "tool", "content": "7", "name": "f"}));
+        assert_eq!(
+            messages[2],
+            json!({"role": "assistant", "content": "a", "reasoning_content": "r"})
+        );
+        assert_eq!(messages[3]["content"], "no");
     }
 
     #[test]

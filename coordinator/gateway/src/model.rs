@@ -9,9 +9,11 @@ use tokenizers::Tokenizer;
 
 use crate::detokenizer::{Detokenizer, Special, TokenTexts};
 use crate::error::GatewayError;
+use crate::family::{Family, ParserChoice};
+use crate::grammar::Spell;
 use crate::prompt::{ControlTokens, PromptError};
 use crate::segment_cache::SegmentCache;
-use crate::template::{ChatTemplate, RenderError, TemplateTokens};
+use crate::template::{ChatTemplate, Conversation, RenderError, TemplateTokens};
 
 /// Largest tokenizer or configuration file read. The largest in use (260k-word vocabularies) are about 35 MB.
 const FILE_BYTES_MAX: u64 = 256 << 20;
@@ -27,6 +29,7 @@ pub struct ServedModel {
     control: Arc<ControlTokens>,
     segments: Arc<SegmentCache>,
     template: ChatTemplate,
+    family: Family,
 }
 
 /// Sampling parameters where a request has none: the model's `generation_config.json`, else OpenAI's.
@@ -37,6 +40,17 @@ pub(crate) struct SamplingDefaults {
     pub top_k: u32,
     /// 1 changes nothing.
     pub repetition_penalty: f32,
+}
+
+/// Bytes of a rendered prompt's end that tell how the answer begins.
+const TAIL_BYTES: usize = 256;
+
+/// A conversation as the model reads it.
+#[derive(Debug)]
+pub(crate) struct RenderedPrompt {
+    pub tokens: Vec<u32>,
+    /// The end of the text: whether it opens a thought.
+    pub tail: String,
 }
 
 /// Why a conversation has no prompt.
@@ -91,6 +105,7 @@ impl ServedModel {
             texts: Arc::new(TokenTexts::new(tokenizer)),
             control: Arc::new(control),
             segments: Arc::new(SegmentCache::new()),
+            family: Family::of(&source),
             template,
         })
     }
@@ -146,28 +161,66 @@ impl ServedModel {
         self.texts.vocabulary_size()
     }
 
-    /// Reads one sequence; special tokens have a text only if they are to be shown.
-    pub(crate) fn detokenizer(&self, show_special: bool) -> Detokenizer {
-        let special = if show_special { Special::Shown } else { Special::Hidden };
+    /// Reads one sequence.
+    pub(crate) fn detokenizer(&self, special: Special) -> Detokenizer {
         Detokenizer::new(self.texts.clone(), special)
     }
 
     /// Tokenises a text as the tokenizer would: spelled control tokens are control tokens, and what the tokenizer puts
     /// before a text is put. Takes time in proportion to the text.
     pub(crate) fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
-        let encoding = self.texts.tokenizer().encode_fast(text, true);
-        encoding
-            .map(|encoding| encoding.get_ids().to_vec())
-            .map_err(|error| error.to_string())
+        self.encode_plain(text, true)
     }
 
-    /// Renders and tokenises a conversation of the tenant with that salt. Takes time in proportion to its text.
-    pub(crate) fn prompt(&self, mut messages: Vec<Json>, salt: &[u8]) -> Result<Vec<u32>, ConversationError> {
-        let guarded = self.control.guard(&mut messages).map_err(ConversationError::Prompt)?;
-        let rendered = self.template.render(&messages).map_err(ConversationError::Render)?;
-        self.control
+    /// How its family writes tool calls and thoughts.
+    pub(crate) fn family(&self) -> &Family {
+        &self.family
+    }
+
+    /// With an operator's choice of parsers.
+    ///
+    /// # Errors
+    /// No parser has such a name.
+    pub(crate) fn with_parsers(mut self, choice: &ParserChoice) -> Result<Self, GatewayError> {
+        self.family = self.family.chosen(choice)?;
+        Ok(self)
+    }
+
+    /// The special tokens that any of these texts holds.
+    pub(crate) fn special_in(&self, texts: &[&str]) -> Arc<[u32]> {
+        self.texts.special_in(texts).into()
+    }
+
+    /// Renders and tokenises a conversation of the tenant with that salt; gives the end of the rendered text too (see
+    /// [`RenderedPrompt`]). Takes time in proportion to its text.
+    pub(crate) fn prompt(
+        &self,
+        mut conversation: Conversation,
+        salt: &[u8],
+    ) -> Result<RenderedPrompt, ConversationError> {
+        let guarded = self
+            .control
+            .guard(&mut conversation)
+            .map_err(ConversationError::Prompt)?;
+        let rendered = self.template.render(&conversation).map_err(ConversationError::Render)?;
+        let tokens = self
+            .control
             .encode(self.texts.tokenizer(), &rendered, &guarded, &self.segments, salt)
-            .map_err(ConversationError::Prompt)
+            .map_err(ConversationError::Prompt)?;
+        let start = rendered.len().saturating_sub(TAIL_BYTES);
+        let start = (start..=rendered.len())
+            .find(|&at| rendered.is_char_boundary(at))
+            .unwrap_or(rendered.len());
+        Ok(RenderedPrompt {
+            tokens,
+            tail: rendered[start..].to_owned(),
+        })
+    }
+}
+
+impl Spell for ServedModel {
+    fn special(&self, text: &str) -> Option<u32> {
+        self.texts.special(text)
     }
 }
 
@@ -316,6 +369,13 @@ mod tests {
     use crate::test_support::{CHATML, write_model};
     use serde_json::json;
 
+    fn said(text: &str) -> Conversation {
+        Conversation {
+            messages: vec![json!({"role": "user", "content": text})],
+            ..Conversation::default()
+        }
+    }
+
     #[test]
     fn loads_what_the_files_say() {
         let dir = tempfile::tempdir().unwrap();
@@ -334,9 +394,7 @@ mod tests {
                 repetition_penalty: 1.0
             }
         );
-        let prompt = model
-            .prompt(vec![json!({"role": "user", "content": "hi"})], b"")
-            .unwrap();
+        let prompt = model.prompt(said("hi"), b"").unwrap().tokens;
         assert_eq!(prompt.len(), "user\nhi\nassistant\n".len() + 3);
     }
 
@@ -355,13 +413,7 @@ mod tests {
         ));
         std::fs::write(dir.path().join("chat_template.jinja"), "{{ messages[0].content }}").unwrap();
         let model = ServedModel::load("m", dir.path()).unwrap();
-        assert_eq!(
-            model
-                .prompt(vec![json!({"role": "user", "content": "hi"})], b"")
-                .unwrap()
-                .len(),
-            2
-        );
+        assert_eq!(model.prompt(said("hi"), b"").unwrap().tokens.len(), 2);
     }
 
     #[test]
@@ -423,15 +475,13 @@ mod tests {
             return;
         }
         let model = ServedModel::load("demo", &dir).unwrap();
-        let prompt = model
-            .prompt(vec![json!({"role": "user", "content": "My code is 7341."})], b"")
-            .unwrap();
+        let prompt = model.prompt(said("My code is 7341."), b"").unwrap().tokens;
         let rendered = "<|im_start|>user\nMy code is 7341.<|im_end|>\n<|im_start|>assistant\n";
         assert_eq!(
             prompt,
             model.texts.tokenizer().encode(rendered, false).unwrap().get_ids()
         );
-        let mut detokenizer = model.detokenizer(false);
+        let mut detokenizer = model.detokenizer(Special::Hidden);
         let text: String = prompt.iter().map(|&id| detokenizer.push(id)).collect();
         assert_eq!(text, "user\nMy code is 7341.\nassistant\n");
     }

@@ -4,12 +4,14 @@
 //!
 //! Knows nothing of tokens: see `prompt.rs` for what keeps a user's text from becoming control tokens.
 
+mod json;
+
 use std::sync::Arc;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Value};
+use minijinja::value::Value;
 use minijinja::{Environment, Error, ErrorKind};
-use serde_json::Value as Json;
+use serde_json::{Map, Value as Json};
 
 /// Work one render may do: about one unit per instruction and per 64 bytes handled. A 4 MiB conversation passes a
 /// template's filters a few times (under 1 M); this leaves a factor of ten.
@@ -29,6 +31,28 @@ pub(crate) struct ChatTemplate {
     tokens: TemplateTokens,
     source: Arc<str>,
 }
+
+/// What a template shows. All of it is the client's.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Conversation {
+    pub messages: Vec<Json>,
+    /// Functions, in OpenAI's shape.
+    pub tools: Vec<Json>,
+    pub documents: Vec<Json>,
+    /// More variables. None has the name of one that is set here ([`RESERVED`]).
+    pub kwargs: Map<String, Json>,
+    /// No answer follows: none is opened.
+    pub closed: bool,
+}
+
+/// Variables that are not the client's to set.
+pub(crate) const RESERVED: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
+
+/// Most bytes of a rendered conversation, per byte of it. A template repeats a tool or a message a few times at most; one that
+/// does more is a bomb.
+const GROWTH_MAX: usize = 16;
+/// What a template may add by itself.
+const OWN_BYTES_MAX: usize = 1 << 20;
 
 /// Why a conversation could not be rendered.
 #[derive(Debug)]
@@ -68,7 +92,7 @@ impl ChatTemplate {
         environment.set_fuel(Some(FUEL));
         environment.set_recursion_limit(RECURSION_MAX);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_filter("tojson", tojson);
+        environment.add_filter("tojson", json::tojson);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         environment
@@ -86,30 +110,82 @@ impl ChatTemplate {
         self.source.contains(word)
     }
 
-    /// Renders a conversation, ready for the assistant's answer.
-    pub fn render(&self, messages: &[Json]) -> Result<String, RenderError> {
+    /// Renders a conversation, ready for the assistant's answer unless it is closed.
+    pub fn render(&self, conversation: &Conversation) -> Result<String, RenderError> {
         let template = self
             .environment
             .get_template(NAME)
             .map_err(|error| RenderError::Failed(error.to_string()))?;
-        let mut context: Vec<(String, Value)> = vec![
-            ("messages".into(), messages.iter().map(to_value).collect()),
-            ("add_generation_prompt".into(), Value::from(true)),
-            ("tools".into(), Value::from(())),
-            ("documents".into(), Value::from(())),
-        ];
-        context.extend(
-            self.tokens
-                .0
-                .iter()
-                .map(|(name, text)| (name.clone(), Value::from(text.as_str()))),
-        );
-        template
-            .render(Value::from_pairs(context))
-            .map_err(|error| match refusal(&error) {
+        let list = |items: &[Json]| match items {
+            [] => Value::from(()),
+            items => items.iter().map(to_value).collect(),
+        };
+        let mut context: Vec<(String, Value)> = Vec::new();
+        let tokens = self.tokens.0.iter();
+        context.extend(tokens.map(|(name, text)| (name.clone(), Value::from(text.as_str()))));
+        let kwargs = conversation.kwargs.iter();
+        context.extend(kwargs.map(|(name, value)| (name.clone(), to_value(value))));
+        context.extend([
+            ("messages".into(), conversation.messages.iter().map(to_value).collect()),
+            ("add_generation_prompt".into(), Value::from(!conversation.closed)),
+            ("tools".into(), list(&conversation.tools)),
+            ("documents".into(), list(&conversation.documents)),
+        ]);
+        let mut out = Bounded {
+            text: Vec::new(),
+            bytes_max: OWN_BYTES_MAX + GROWTH_MAX * conversation.bytes(),
+        };
+        let rendered = template.render_captured_to(Value::from_pairs(context), &mut out);
+        match rendered {
+            // Templates write strings alone.
+            Ok(_) => String::from_utf8(out.text).map_err(|error| RenderError::Failed(error.to_string())),
+            Err(error) => Err(match refusal(&error) {
                 Some(reason) => RenderError::Refused(reason),
                 None => RenderError::Failed(format!("{error:#}")),
-            })
+            }),
+        }
+    }
+}
+
+impl Conversation {
+    /// Bytes of all its strings, about.
+    fn bytes(&self) -> usize {
+        let all = self.messages.iter().chain(&self.tools).chain(&self.documents);
+        let kwargs: usize = self
+            .kwargs
+            .iter()
+            .map(|(name, value)| name.len() + json_bytes(value))
+            .sum();
+        all.map(json_bytes).sum::<usize>() + kwargs
+    }
+}
+
+fn json_bytes(value: &Json) -> usize {
+    match value {
+        Json::String(text) => text.len(),
+        Json::Array(items) => items.iter().map(json_bytes).sum(),
+        Json::Object(fields) => fields.iter().map(|(name, field)| name.len() + json_bytes(field)).sum(),
+        _ => 8,
+    }
+}
+
+/// Takes what a template writes, up to a limit.
+struct Bounded {
+    text: Vec<u8>,
+    bytes_max: usize,
+}
+
+impl std::io::Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.text.len() + bytes.len() > self.bytes_max {
+            return Err(std::io::Error::other("the template writes too much"));
+        }
+        self.text.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
 
@@ -149,39 +225,6 @@ fn strftime_now(format: String) -> Result<String, Error> {
         .map_err(|error| invalid(error.to_string()))
 }
 
-/// Python's `json.dumps(…, ensure_ascii=False)`. The built-in filter writes the same, but for the characters HTML
-/// minds, which it spells as `\u003c` and the like; those are put back.
-fn tojson(value: &Value, indent: Option<Value>, kwargs: Kwargs) -> Result<Value, Error> {
-    // Arguments of Python's that change nothing here.
-    let _: Option<bool> = kwargs.get("ensure_ascii")?;
-    let _: Option<bool> = kwargs.get("sort_keys")?;
-    let _: Option<Value> = kwargs.get("separators")?;
-    let indent = match indent {
-        Some(indent) => Some(indent),
-        None => kwargs.get("indent")?,
-    };
-    let indent = indent.filter(|indent| !indent.is_none());
-    let escaped = minijinja::filters::tojson(value, indent, std::iter::empty::<(String, Value)>().collect())?;
-    let escaped = escaped.as_str().unwrap_or_default();
-    let mut text = String::with_capacity(escaped.len());
-    let mut rest = escaped;
-    while let Some(at) = rest.find('\\') {
-        text.push_str(&rest[..at]);
-        rest = &rest[at..];
-        let html = [("\\u003c", '<'), ("\\u003e", '>'), ("\\u0026", '&'), ("\\u0027", '\'')];
-        if let Some((spelling, plain)) = html.iter().find(|(spelling, _)| rest.starts_with(spelling)) {
-            text.push(*plain);
-            rest = &rest[spelling.len()..];
-        } else {
-            // A backslash is always followed by an ASCII character; both stay.
-            text.push_str(&rest[..2]);
-            rest = &rest[2..];
-        }
-    }
-    text.push_str(rest);
-    Ok(Value::from(text))
-}
-
 fn to_value(json: &Json) -> Value {
     match json {
         Json::Null => Value::from(()),
@@ -207,9 +250,10 @@ mod tests {
             ("bos_token".into(), "<s>".into()),
             ("eos_token".into(), "</s>".into()),
         ]);
-        ChatTemplate::new(source, tokens)
-            .unwrap()
-            .render(messages.as_array().unwrap())
+        ChatTemplate::new(source, tokens).unwrap().render(&Conversation {
+            messages: messages.as_array().unwrap().clone(),
+            ..Conversation::default()
+        })
     }
 
     #[test]
@@ -242,6 +286,49 @@ mod tests {
     }
 
     #[test]
+    fn tojson_takes_pythons_arguments() {
+        // As Python 3 prints them.
+        let value = json!([{"b": {}, "a": [1, 2.0, 1e16, 1.5e-5, 1e300, -0.25], "é": []}]);
+        for (call, expected) in [
+            (
+                "tojson",
+                r#"{"b": {}, "a": [1, 2.0, 1e+16, 1.5e-05, 1e+300, -0.25], "é": []}"#,
+            ),
+            (
+                "tojson(sort_keys=true, separators=(',', ':'))",
+                r#"{"a":[1,2.0,1e+16,1.5e-05,1e+300,-0.25],"b":{},"é":[]}"#,
+            ),
+            (
+                "tojson(ensure_ascii=true)",
+                r#"{"b": {}, "a": [1, 2.0, 1e+16, 1.5e-05, 1e+300, -0.25], "\u00e9": []}"#,
+            ),
+            (
+                "tojson(indent=2)",
+                "{\n  \"b\": {},\n  \"a\": [\n    1,\n    2.0,\n    1e+16,\n    1.5e-05,\n    1e+300,\n    -0.25\n  ],\n  \"é\": []\n}",
+            ),
+        ] {
+            let source = format!("{{{{ messages[0] | {call} }}}}");
+            assert_eq!(render(&source, value.clone()).unwrap(), expected, "{call}");
+        }
+        assert!(render("{{ messages[0].nosuch | tojson }}", value).is_err());
+    }
+
+    #[test]
+    fn tools_documents_and_variables_are_shown() {
+        let template = "{% if tools %}{{ tools[0].function.name }}{% endif %}{% for d in documents or [] %}{{ d.text }}\
+            {% endfor %}{{ mood }}{% if thinking is defined and thinking is false %}!{% endif %}{{ tools is none }}";
+        let template = ChatTemplate::new(template, TemplateTokens::default()).unwrap();
+        let mut conversation = Conversation::default();
+        assert_eq!(template.render(&conversation).unwrap(), "true");
+        conversation.tools = vec![json!({"type": "function", "function": {"name": "f"}})];
+        conversation.documents = vec![json!({"text": "d"})];
+        conversation.kwargs.insert("mood".into(), json!("m"));
+        conversation.kwargs.insert("thinking".into(), json!(false));
+        conversation.kwargs.insert("messages".into(), json!("never"));
+        assert_eq!(template.render(&conversation).unwrap(), "fdm!false");
+    }
+
+    #[test]
     fn a_template_can_refuse_and_read_the_date() {
         let refused = render("{{ raise_exception('roles must alternate') }}", json!([]));
         assert!(matches!(refused, Err(RenderError::Refused(reason)) if reason == "roles must alternate"));
@@ -255,6 +342,7 @@ mod tests {
             "{% for a in range(100000) %}{% for b in range(100000) %}x{% endfor %}{% endfor %}",
             "{{ 'x' * 100000000000 }}",
             "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            "{% set x = 'x' * 60000 %}{% for a in range(1000) %}{{ x }}{% endfor %}",
         ] {
             assert!(matches!(render(bomb, json!([])), Err(RenderError::Failed(_))), "{bomb}");
         }

@@ -1,22 +1,23 @@
-//! A chat completion request: from bytes to checked values. What a field means for a model (its context length, its
-//! template) is checked by the caller. The fields' table is in `fields.rs`, messages are in `messages.rs`.
+//! A chat completion request: from bytes to the neutral request, and to what is the chat endpoint's own. The fields' table is
+//! in `fields.rs`, messages are in `messages.rs`.
 
-use serde_json::{Map, Value as Json};
+use serde_json::Value as Json;
 
+use super::{format, tools};
 use crate::api_error::ApiError;
 use crate::config::GatewayConfig;
 use crate::fields::{Field, FieldSupport};
-use crate::generation::request::{Chat, GenerationRequest, Prompt, SamplingWishes, StopWishes};
+use crate::generation::request::{Chat, GenerationRequest, Prompt};
 use crate::messages;
+use crate::params::Params;
+use crate::template::RESERVED;
 
-/// Stop strings in one request, as OpenAI's limit.
-pub(crate) const STOPS_MAX: usize = 4;
-/// Bytes of one stop string. Its whole length may be held back from the client.
-pub(crate) const STOP_BYTES_MAX: usize = 1024;
-/// Bytes of a user's name, as records take them.
-const USER_BYTES_MAX: usize = baton_state::bounds::TEXT_BYTES_MAX;
-/// Most tokens that can be asked for: far above every context, and no arithmetic with it overflows.
-const MAX_TOKENS_MAX: u64 = 1 << 30;
+/// Documents of one request.
+const DOCUMENTS_MAX: usize = 256;
+/// Bytes of `prompt_cache_key`'s like: labels.
+const LABEL_BYTES_MAX: usize = 1024;
+/// Efforts that OpenAI and the open models know.
+const EFFORTS: [&str; 7] = ["none", "minimal", "low", "medium", "high", "xhigh", "max"];
 
 /// What of a request is the chat endpoint's own.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -31,72 +32,59 @@ pub(crate) struct ChatOptions {
     pub logprobs: bool,
     /// The client speaks of functions, as before there were tools.
     pub functions: bool,
+    /// Thoughts are left out of the answer.
+    pub hide_reasoning: bool,
 }
 
 /// Parses and checks a body.
 pub(crate) fn parse(body: &[u8], config: &GatewayConfig) -> Result<(GenerationRequest, ChatOptions), ApiError> {
-    let text = std::str::from_utf8(body).map_err(|error| {
-        ApiError::bad_request(format!("The body is not UTF-8: byte {} is wrong.", error.valid_up_to()))
-    })?;
-    // serde_json bounds the nesting itself.
-    let parsed: Json = serde_json::from_str(text)
-        .map_err(|error| ApiError::bad_request(format!("The body is not valid JSON: {error}.")))?;
-    let Json::Object(mut fields) = parsed else {
-        return Err(ApiError::bad_request("The body must be a JSON object."));
-    };
-    fields.retain(|_, value| !value.is_null());
-    refuse_unsupported(&fields)?;
-
-    let model = match fields.remove("model") {
-        Some(Json::String(model)) => model,
-        Some(_) => return Err(ApiError::field("model", "`model` must be a string.")),
-        None => {
-            return Err(ApiError::field(
-                "model",
-                "`model` is missing. GET /v1/models lists what is served.",
-            ));
-        }
-    };
-    let messages = messages::parse(fields.remove("messages"), config.messages_max)?;
-    let stream = boolean(&fields, "stream")?;
+    let mut params = Params::parse(body)?;
+    refuse_unsupported(&params)?;
+    let model = params.model()?;
+    let messages = messages::parse(params.take("messages"), config.messages_max)?;
+    let stream = params.boolean("stream")?;
+    let streamed = params.stream_options(stream)?;
+    let logprobs = logprobs(&params, config)?;
+    let (wishes, functions) = tools::parse(&params, config)?;
+    let (format, format_param) = format::parse(&params, config)?;
+    check_labels(&params)?;
     let request = GenerationRequest {
         model,
         prompts: vec![Prompt::Chat(Chat {
             messages,
-            ..Chat::default()
+            template_kwargs: template_kwargs(&params)?,
+            documents: documents(&params)?,
+            reasoning_effort: reasoning_effort(&params)?,
+            closed: false,
         })],
-        n: 1,
-        max_tokens: max_tokens(&fields)?,
-        sampling: SamplingWishes {
-            temperature: number(&fields, "temperature", "from 0 to 2", |value| {
-                (0.0..=2.0).contains(&value)
-            })?,
-            top_p: number(&fields, "top_p", "above 0 and at most 1", |value| {
-                value > 0.0 && value <= 1.0
-            })?,
-            top_k: top_k(&fields)?,
-            seed: seed(&fields)?,
-            ..SamplingWishes::default()
-        },
-        stop: StopWishes {
-            strings: stop(fields.remove("stop"))?,
-            ignore_eos: boolean(&fields, "ignore_eos")?,
-            ..StopWishes::default()
-        },
-        priority: priority(&fields)?,
-        user: user(&fields)?,
-        ..GenerationRequest::default()
+        n: params.n(config)?,
+        max_tokens: params.max_tokens(&["max_completion_tokens", "max_tokens"], "max_completion_tokens")?,
+        max_tokens_default: None,
+        sampling: params.sampling()?,
+        stop: params.stop(config)?,
+        tools: wishes,
+        format,
+        format_param,
+        logprobs,
+        show_special_tokens: !params.boolean_or("skip_special_tokens", true)?,
+        priority: params.priority()?,
+        user: params.user()?,
+        cache_salt: params.cache_salt()?,
     };
     let options = ChatOptions {
         stream,
-        include_usage: include_usage(&fields, stream)?,
-        ..ChatOptions::default()
+        include_usage: streamed.include_usage,
+        continuous_usage: streamed.continuous_usage,
+        obfuscation: streamed.obfuscation,
+        logprobs: logprobs.is_some(),
+        functions,
+        hide_reasoning: !params.boolean_or("include_reasoning", true)?,
     };
     Ok((request, options))
 }
 
-fn refuse_unsupported(fields: &Map<String, Json>) -> Result<(), ApiError> {
-    for (name, value) in fields {
+fn refuse_unsupported(params: &Params) -> Result<(), ApiError> {
+    for (name, value) in &params.0 {
         match Field::find(name) {
             Some(field) if field.support != FieldSupport::Refused || field.asks_for_nothing(value) => {}
             Some(field) => {
@@ -115,176 +103,82 @@ fn refuse_unsupported(fields: &Map<String, Json>) -> Result<(), ApiError> {
     Ok(())
 }
 
-/// `max_completion_tokens`, or its older name. Both may be given if they agree.
-fn max_tokens(fields: &Map<String, Json>) -> Result<Option<(&'static str, u32)>, ApiError> {
-    let mut chosen: Option<(&'static str, u32)> = None;
-    for name in ["max_completion_tokens", "max_tokens"] {
-        let Some(value) = fields.get(name) else { continue };
-        let count = value
-            .as_u64()
-            .filter(|count| (1..=MAX_TOKENS_MAX).contains(count))
-            .and_then(|count| u32::try_from(count).ok());
-        let Some(count) = count else {
-            return Err(ApiError::field(
-                name,
-                format!("`{name}` must be an integer from 1 to {MAX_TOKENS_MAX}."),
-            ));
-        };
-        match chosen {
-            Some((_, other)) if other != count => {
-                let message = "`max_tokens` and `max_completion_tokens` differ; send only `max_completion_tokens`.";
-                return Err(ApiError::field(name, message));
-            }
-            Some(_) => {}
-            None => chosen = Some((name, count)),
-        }
-    }
-    Ok(chosen)
-}
-
-fn number(
-    fields: &Map<String, Json>,
-    name: &'static str,
-    range: &str,
-    allowed: impl Fn(f64) -> bool,
-) -> Result<Option<f32>, ApiError> {
-    let Some(value) = fields.get(name) else { return Ok(None) };
-    // The smallest values must not become 0 by rounding where 0 means something else.
-    let checked = value.as_f64().filter(|value| allowed(*value)).map(|value| {
-        if value > 0.0 {
-            (value as f32).max(f32::MIN_POSITIVE)
-        } else {
-            0.0
-        }
-    });
-    match checked {
-        Some(number) => Ok(Some(number)),
-        None => Err(ApiError::field(name, format!("`{name}` must be a number {range}."))),
-    }
-}
-
-/// vLLM's: 0 and -1 both keep all.
-fn top_k(fields: &Map<String, Json>) -> Result<Option<u32>, ApiError> {
-    let Some(value) = fields.get("top_k") else {
-        return Ok(None);
-    };
-    match value.as_i64() {
-        Some(-1) => Ok(Some(0)),
-        Some(count) if (0..=i64::from(i32::MAX)).contains(&count) => Ok(u32::try_from(count).ok()),
-        _ => Err(ApiError::field(
-            "top_k",
-            "`top_k` must be an integer of at least 0; 0 and -1 keep all tokens.",
+/// `logprobs` says whether, `top_logprobs` how many beside the sampled one.
+fn logprobs(params: &Params, config: &GatewayConfig) -> Result<Option<u32>, ApiError> {
+    let wanted = params.boolean("logprobs")?;
+    let top = params.count("top_logprobs", 0, config.top_logprobs_max as u64)?;
+    match top {
+        Some(1..) if !wanted => Err(ApiError::field(
+            "top_logprobs",
+            "`top_logprobs` needs `logprobs: true`.",
         )),
+        top => Ok(wanted.then_some(top.unwrap_or(0))),
     }
 }
 
-/// Any 64-bit integer, signed or not; a negative one stands for its two's complement.
-fn seed(fields: &Map<String, Json>) -> Result<Option<u64>, ApiError> {
-    let Some(value) = fields.get("seed") else {
-        return Ok(None);
+fn template_kwargs(params: &Params) -> Result<serde_json::Map<String, Json>, ApiError> {
+    let name = "chat_template_kwargs";
+    let kwargs = match params.get(name) {
+        None => return Ok(serde_json::Map::new()),
+        Some(Json::Object(kwargs)) => kwargs,
+        Some(_) => return Err(ApiError::field(name, format!("`{name}` must be an object."))),
     };
-    let seed = value.as_u64().or_else(|| value.as_i64().map(i64::cast_unsigned));
-    seed.map(Some)
-        .ok_or_else(|| ApiError::field("seed", "`seed` must be a 64-bit integer."))
+    match RESERVED.iter().find(|reserved| kwargs.contains_key(**reserved)) {
+        Some(reserved) => Err(ApiError::field(name, format!("`{name}` must not set `{reserved}`."))),
+        None => Ok(kwargs.clone()),
+    }
 }
 
-/// vLLM's: any integer, lower goes first. Far ones are taken as the end of the 32-bit range.
-fn priority(fields: &Map<String, Json>) -> Result<i32, ApiError> {
-    let Some(value) = fields.get("priority") else {
-        return Ok(0);
-    };
-    let end = |number: i64| number.clamp(-i64::from(i32::MAX), i64::from(i32::MAX)) as i32;
-    let priority = value.as_i64().map(end).or_else(|| value.as_u64().map(|_| i32::MAX));
-    priority.ok_or_else(|| ApiError::field("priority", "`priority` must be an integer; lower goes first."))
-}
-
-/// Goes into the usage record. Both may be given; `safety_identifier` counts then.
-fn user(fields: &Map<String, Json>) -> Result<String, ApiError> {
-    for name in ["safety_identifier", "user"] {
-        match fields.get(name) {
-            None => {}
-            Some(Json::String(user)) if user.len() <= USER_BYTES_MAX => return Ok(user.clone()),
-            Some(_) => {
-                let message = format!("`{name}` must be a string of at most {USER_BYTES_MAX} bytes.");
-                return Err(ApiError::field(name, message));
-            }
+fn documents(params: &Params) -> Result<Vec<Json>, ApiError> {
+    match params.get("documents") {
+        None => Ok(Vec::new()),
+        Some(Json::Array(all)) if all.len() <= DOCUMENTS_MAX && all.iter().all(Json::is_object) => Ok(all.clone()),
+        Some(_) => {
+            let message = format!("`documents` must be an array of at most {DOCUMENTS_MAX} objects.");
+            Err(ApiError::field("documents", message))
         }
     }
-    Ok(String::new())
 }
 
-fn stop(value: Option<Json>) -> Result<Vec<String>, ApiError> {
-    let message = format!(
-        "`stop` must be a string or an array of at most {STOPS_MAX} strings, each of 1 to {STOP_BYTES_MAX} bytes."
-    );
-    let wrong = || ApiError::field("stop", message.clone());
-    let stops = match value {
-        None => return Ok(Vec::new()),
-        Some(Json::String(one)) => vec![one],
-        Some(Json::Array(several)) if several.len() <= STOPS_MAX => several
-            .into_iter()
-            .map(|stop| match stop {
-                Json::String(stop) => Ok(stop),
-                _ => Err(wrong()),
-            })
-            .collect::<Result<_, _>>()?,
-        Some(_) => return Err(wrong()),
-    };
-    if stops.iter().any(|stop| stop.is_empty() || stop.len() > STOP_BYTES_MAX) {
-        return Err(wrong());
-    }
-    Ok(stops)
-}
-
-fn boolean(fields: &Map<String, Json>, name: &'static str) -> Result<bool, ApiError> {
-    match fields.get(name) {
-        None => Ok(false),
-        Some(Json::Bool(flag)) => Ok(*flag),
-        Some(_) => Err(ApiError::field(name, format!("`{name}` must be true or false."))),
-    }
-}
-
-fn include_usage(fields: &Map<String, Json>, stream: bool) -> Result<bool, ApiError> {
-    let options = match fields.get("stream_options") {
-        None => return Ok(false),
-        Some(Json::Object(options)) => options,
-        Some(_) => return Err(ApiError::field("stream_options", "`stream_options` must be an object.")),
-    };
-    if !stream {
-        return Err(ApiError::field(
-            "stream_options",
-            "`stream_options` is only allowed with `stream: true`.",
-        ));
-    }
-    let mut include = false;
-    for (name, value) in options {
-        match (name.as_str(), value) {
-            (_, Json::Null) => {}
-            ("include_usage", Json::Bool(flag)) => include = *flag,
-            ("include_usage", _) => {
-                return Err(ApiError::field(
-                    "stream_options.include_usage",
-                    "`include_usage` must be true or false.",
-                ));
-            }
-            // Padding against traffic analysis, which is not done here: asking for none is fine.
-            ("include_obfuscation" | "continuous_usage_stats", Json::Bool(false)) => {}
-            (other, _) => {
-                let shown: String = format!("stream_options.{other}").chars().take(64).collect();
-                return Err(ApiError::unsupported(
-                    &shown,
-                    format!("`{shown}` is not supported by this server."),
-                ));
-            }
+fn reasoning_effort(params: &Params) -> Result<Option<String>, ApiError> {
+    match params.get("reasoning_effort") {
+        None => Ok(None),
+        Some(Json::String(effort)) if EFFORTS.contains(&effort.as_str()) => Ok(Some(effort.clone())),
+        Some(_) => {
+            let message = format!("`reasoning_effort` must be one of {}.", EFFORTS.join(", "));
+            Err(ApiError::field("reasoning_effort", message))
         }
     }
-    Ok(include)
+}
+
+/// Fields without an effect are checked all the same: what is taken today must not be refused tomorrow.
+fn check_labels(params: &Params) -> Result<(), ApiError> {
+    params.check_metadata()?;
+    params.boolean("store")?;
+    params.text("prompt_cache_key", LABEL_BYTES_MAX)?;
+    params.text("prompt_cache_retention", LABEL_BYTES_MAX)?;
+    let prediction = params.get("prediction");
+    let content = |prediction: &Json| match &prediction["content"] {
+        Json::String(_) => true,
+        Json::Array(parts) => parts
+            .iter()
+            .all(|part| part["type"] == "text" && part["text"].is_string()),
+        _ => false,
+    };
+    match prediction {
+        Some(prediction) if prediction["type"] != "content" || !content(prediction) => Err(ApiError::field(
+            "prediction",
+            "`prediction` must be an object with `type`: \"content\" and `content`: a string or text parts.",
+        )),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::fields::FIELDS;
+    use crate::generation::request::{OutputFormat, ToolChoice};
     use serde_json::json;
 
     fn parse(extra: Json) -> Result<(GenerationRequest, ChatOptions), ApiError> {
@@ -306,12 +200,19 @@ mod tests {
 
     #[test]
     fn takes_every_field_that_works() {
-        let (request, options) = parse(json!({"max_tokens": 7, "max_completion_tokens": 7, "temperature": 0, "top_p": 0.5, "top_k": -1,
-            "seed": -1, "stop": "x", "ignore_eos": true, "stream": true, "stream_options": {"include_usage": true},
-            "user": "u", "metadata": {"a": "b"}, "store": false, "n": 1, "tools": [], "logit_bias": {}, "logprobs": false,
-            "response_format": {"type": "text"}, "presence_penalty": 0.0, "tool_choice": null, "priority": -7}))
+        let (request, options) = parse(
+            json!({"max_tokens": 7, "max_completion_tokens": 7, "temperature": 0, "top_p": 0.5,
+            "top_k": -1, "seed": -1, "stop": "x", "ignore_eos": true, "stream": true, "user": "u",
+            "stream_options": {"include_usage": true, "continuous_usage_stats": true, "include_obfuscation": true},
+            "metadata": {"a": "b"}, "store": false, "n": 3, "tools": [], "logit_bias": {"7": -100, "8": 0.5},
+            "logprobs": true, "top_logprobs": 2, "response_format": {"type": "text"}, "presence_penalty": -2.0,
+            "frequency_penalty": 2, "repetition_penalty": 1.1, "min_p": 0.25, "min_tokens": 3, "stop_token_ids": [5],
+            "include_stop_str_in_output": true, "skip_special_tokens": false, "tool_choice": null, "priority": -7,
+            "cache_salt": "s", "reasoning_effort": "low", "chat_template_kwargs": {"a": 1}, "include_reasoning": false,
+            "documents": [{"text": "d"}], "prediction": {"type": "content", "content": "guess"}}),
+        )
         .unwrap();
-        assert_eq!((request.priority, request.user.as_str()), (-7, "u"));
+        assert_eq!((request.priority, request.user.as_str(), request.n), (-7, "u", 3));
         let both = parse(json!({"user": "u", "safety_identifier": "s"})).unwrap();
         assert_eq!(both.0.user, "s");
         assert_eq!(request.max_tokens, Some(("max_completion_tokens", 7)));
@@ -320,8 +221,29 @@ mod tests {
             (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed),
             (Some(0.0), Some(0.5), Some(0), Some(u64::MAX))
         );
-        assert!(request.stop.ignore_eos && options.stream && options.include_usage);
-        assert_eq!(request.stop.strings, ["x"]);
+        assert_eq!(
+            (
+                sampling.presence_penalty,
+                sampling.frequency_penalty,
+                sampling.repetition_penalty,
+                sampling.min_p
+            ),
+            (Some(-2.0), Some(2.0), Some(1.1), Some(0.25))
+        );
+        assert_eq!(sampling.logit_bias, [(7, -100.0), (8, 0.5)]);
+        let stop = &request.stop;
+        assert!(stop.ignore_eos && stop.include && stop.min_tokens == 3 && stop.token_ids == [5]);
+        assert_eq!(stop.strings, ["x"]);
+        assert!(options.stream && options.include_usage && options.continuous_usage && options.obfuscation);
+        assert!(options.logprobs && options.hide_reasoning && request.show_special_tokens);
+        assert_eq!((request.logprobs, request.cache_salt.as_str()), (Some(2), "s"));
+        let Prompt::Chat(chat) = &request.prompts[0] else {
+            panic!()
+        };
+        assert_eq!(
+            (chat.reasoning_effort.as_deref(), chat.documents.len()),
+            (Some("low"), 1)
+        );
     }
 
     #[test]
@@ -337,10 +259,23 @@ mod tests {
         ] {
             refused(json!({"max_tokens": bad}), "max_tokens");
             refused(json!({"max_completion_tokens": bad}), "max_completion_tokens");
+            refused(json!({"n": bad}), "n");
         }
+        refused(json!({"n": 129}), "n");
         refused(json!({"max_tokens": 1, "max_completion_tokens": 2}), "max_tokens");
         for bad in [json!(-0.1), json!(2.1), json!(1e300), json!("1"), json!([])] {
             refused(json!({"temperature": bad}), "temperature");
+        }
+        for name in ["presence_penalty", "frequency_penalty"] {
+            for bad in [json!(-2.1), json!(2.1), json!("1")] {
+                refused(json!({name: bad}), name);
+            }
+        }
+        for bad in [json!(0), json!(-1), json!(2.1)] {
+            refused(json!({"repetition_penalty": bad}), "repetition_penalty");
+        }
+        for bad in [json!(-0.1), json!(1.1)] {
+            refused(json!({"min_p": bad}), "min_p");
         }
         for bad in [json!(0), json!(1.1), json!(-1), json!("x")] {
             refused(json!({"top_p": bad}), "top_p");
@@ -352,6 +287,16 @@ mod tests {
             refused(json!({"seed": bad}), "seed");
         }
         for bad in [
+            json!([]),
+            json!({"x": 1}),
+            json!({"7": 101}),
+            json!({"07": 1}),
+            json!({"-1": 1}),
+            json!({"7": "1"}),
+        ] {
+            refused(json!({"logit_bias": bad}), "logit_bias");
+        }
+        for bad in [
             json!(1),
             json!(""),
             json!(["a", 1]),
@@ -360,6 +305,8 @@ mod tests {
         ] {
             refused(json!({"stop": bad}), "stop");
         }
+        refused(json!({"stop_token_ids": [-1]}), "stop_token_ids");
+        refused(json!({"stop_token_ids": vec![1; 65]}), "stop_token_ids");
         for bad in [json!(1.5), json!("1"), json!(true), json!(1e30)] {
             refused(json!({"priority": bad}), "priority");
         }
@@ -374,26 +321,91 @@ mod tests {
             json!({"stream": true, "stream_options": {"odd": 1}}),
             "stream_options.odd",
         );
+        refused(json!({"top_logprobs": 2}), "top_logprobs");
+        refused(json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs");
+        refused(json!({"metadata": {"a": 1}}), "metadata");
+        refused(json!({"prediction": {"type": "other"}}), "prediction");
+        refused(json!({"reasoning_effort": "huge"}), "reasoning_effort");
+        refused(
+            json!({"chat_template_kwargs": {"messages": []}}),
+            "chat_template_kwargs",
+        );
+        refused(json!({"cache_salt": ""}), "cache_salt");
         refused(json!({"model": 7}), "model");
         refused(json!({"model": null}), "model");
+    }
+
+    #[test]
+    fn tools_and_formats_become_wishes() {
+        let tool =
+            json!({"type": "function", "function": {"name": "f", "parameters": {"type": "object"}, "strict": true}});
+        let (request, _) =
+            parse(json!({"tools": [tool], "tool_choice": "required", "parallel_tool_calls": false})).unwrap();
+        assert!(request.tools.single && request.tools.tools[0].strict && request.tools.choice == ToolChoice::Required);
+        let choice = json!({"type": "function", "function": {"name": "f"}});
+        let (request, _) = parse(json!({"tools": [tool], "tool_choice": choice})).unwrap();
+        assert_eq!(request.tools.choice, ToolChoice::Named("f".into()));
+        let choice = json!({"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [choice]}});
+        let (request, _) = parse(json!({"tools": [tool], "tool_choice": choice})).unwrap();
+        let allowed = ToolChoice::Allowed {
+            names: vec!["f".into()],
+            required: true,
+        };
+        assert_eq!(request.tools.choice, allowed);
+        let (request, options) = parse(json!({"functions": [{"name": "f"}], "function_call": {"name": "f"}})).unwrap();
+        assert!(options.functions && request.tools.choice == ToolChoice::Named("f".into()) && request.tools.single);
+
+        refused(json!({"tools": [{"type": "custom", "custom": {}}]}), "tools[0].type");
+        refused(
+            json!({"tools": [{"type": "function", "function": {"name": "a b"}}]}),
+            "tools[0].function.name",
+        );
+        refused(json!({"tools": [tool, tool]}), "tools[1].function.name");
+        refused(
+            json!({"tools": [{"type": "function", "function": {"name": "f", "parameters": 7}}]}),
+            "tools[0].function.parameters",
+        );
+        refused(json!({"tools": vec![tool.clone(); 129]}), "tools");
+        refused(json!({"tool_choice": "sometimes"}), "tool_choice");
+        refused(json!({"tools": [tool], "functions": [{"name": "f"}]}), "functions");
+
+        let schema =
+            json!({"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "null"}, "strict": true}});
+        let (request, _) = parse(json!({"response_format": schema})).unwrap();
+        let expected = OutputFormat::JsonSchema {
+            schema: json!({"type": "null"}),
+            strict: true,
+        };
+        assert_eq!((request.format, request.format_param), (expected, "response_format"));
+        let format = |extra: Json| parse(extra).unwrap().0.format;
+        assert_eq!(
+            format(json!({"response_format": {"type": "json_object"}})),
+            OutputFormat::JsonObject
+        );
+        assert_eq!(format(json!({"guided_regex": "a+"})), OutputFormat::Regex("a+".into()));
+        assert_eq!(
+            format(json!({"structured_outputs": {"choice": ["a"]}})),
+            OutputFormat::Choice(vec!["a".into()])
+        );
+        assert_eq!(
+            format(json!({"structured_outputs": {"grammar": "start: x"}})),
+            OutputFormat::Lark("start: x".into())
+        );
+        refused(json!({"guided_regex": "a", "guided_choice": ["a"]}), "guided_choice");
+        refused(json!({"structured_outputs": {"odd": 1}}), "structured_outputs.odd");
+        refused(json!({"response_format": {"type": "xml"}}), "response_format.type");
+        let large =
+            json!({"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": "x".repeat(200_000)}}});
+        refused(json!({"response_format": large}), "response_format");
+        refused(json!({"guided_grammar": "x".repeat(70_000)}), "guided_grammar");
     }
 
     #[test]
     fn every_field_works_or_is_refused_by_name() {
         refused(json!({"bogus": 1}), "bogus");
         for field in FIELDS.iter().filter(|field| field.support == FieldSupport::Refused) {
-            refused(json!({field.name: {"type": "json_object"}}), field.name);
+            refused(json!({field.name: {"type": "odd"}}), field.name);
             parse(json!({field.name: null})).unwrap();
-        }
-        for (name, value) in [
-            ("n", json!(2)),
-            ("logprobs", json!(true)),
-            ("presence_penalty", json!(0.5)),
-            ("logit_bias", json!({"1": 2})),
-            ("tools", json!([{"type": "function"}])),
-            ("tool_choice", json!("required")),
-        ] {
-            refused(json!({name: value}), name);
         }
     }
 
@@ -410,15 +422,10 @@ mod tests {
             b"{\"a\": \"\xff\"}",
             deep.as_bytes(),
         ];
+        let config = GatewayConfig::default();
         for body in bodies {
-            assert_eq!(
-                super::parse(body, &GatewayConfig::default())
-                    .unwrap_err()
-                    .status
-                    .as_u16(),
-                400
-            );
+            assert_eq!(super::parse(body, &config).unwrap_err().status.as_u16(), 400);
         }
-        assert!(super::parse(br#"{"model":"\ud800"}"#, &GatewayConfig::default()).is_err());
+        assert!(super::parse(br#"{"model":"\ud800"}"#, &config).is_err());
     }
 }

@@ -232,8 +232,8 @@ fn message<'a>(options: &ChatOptions, answer: &'a Answer) -> Message<'a> {
             text
         },
         refusal: (),
-        reasoning: given(&answer.reasoning),
-        reasoning_content: given(&answer.reasoning),
+        reasoning: given(&answer.reasoning).filter(|_| !options.hide_reasoning),
+        reasoning_content: given(&answer.reasoning).filter(|_| !options.hide_reasoning),
         function_call: if options.functions {
             answer.tool_calls.first().map(Function::from)
         } else {
@@ -419,7 +419,12 @@ impl Render for ChunkWriter {
         let counts = self.options.continuous_usage.then(counts);
         // Probabilities go with the first delta; those of tokens without a text of their own, with an empty one.
         let mut logprobs = (!piece.logprobs.is_empty()).then(|| Logprobs::of(&piece.logprobs));
-        let mut deltas: Vec<Delta<'_>> = piece.deltas.iter().map(|part| self.delta(part)).collect();
+        let hidden = |part: &&Part| self.options.hide_reasoning && matches!(part, Part::Reasoning(_));
+        let shown = piece.deltas.iter().filter(|part| !hidden(part));
+        let mut deltas: Vec<Delta<'_>> = shown.map(|part| self.delta(part)).collect();
+        if deltas.is_empty() && logprobs.is_none() {
+            return;
+        }
         if deltas.is_empty() {
             deltas.push(Delta {
                 content: Some(""),

@@ -1,50 +1,54 @@
 //! A completion request: from bytes to checked values.
 
-use baton_proto::limits::{PROMPT_TOKENS_MAX, TOP_LOGPROBS_MAX};
+use baton_proto::limits::PROMPT_TOKENS_MAX;
 use serde_json::Value as Json;
 
 use crate::api_error::ApiError;
-use crate::body::Body;
+use crate::chat::format;
 use crate::config::GatewayConfig;
 use crate::generation::request::{GenerationRequest, Prompt};
-use crate::wishes::{self, MAX_TOKENS_MAX};
+use crate::params::Params;
 
 /// Tokens of an answer where the request says nothing: OpenAI's and vLLM's 16.
 const MAX_TOKENS_DEFAULT: u32 = 16;
-/// Choices of one prompt: OpenAI's limit.
-const N_MAX: u32 = 128;
 
-/// The fields, as the API's description lists them; a test holds it against what [`parse`] asks for.
+/// All fields; others are refused. The API's description lists them too.
 pub(crate) const FIELDS: &[&str] = &[
-    "best_of",
-    "cache_salt",
-    "echo",
-    "frequency_penalty",
-    "ignore_eos",
-    "include_stop_str_in_output",
-    "logit_bias",
-    "logprobs",
-    "max_tokens",
-    "min_p",
-    "min_tokens",
     "model",
-    "n",
-    "presence_penalty",
-    "priority",
     "prompt",
-    "repetition_penalty",
-    "safety_identifier",
-    "seed",
-    "skip_special_tokens",
-    "stop",
-    "stop_token_ids",
+    "max_tokens",
+    "n",
+    "best_of",
+    "echo",
+    "suffix",
+    "logprobs",
     "stream",
     "stream_options",
-    "suffix",
     "temperature",
-    "top_k",
     "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "min_tokens",
+    "skip_special_tokens",
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "priority",
     "user",
+    "safety_identifier",
+    "cache_salt",
 ];
 
 /// What of a request is this endpoint's own.
@@ -63,121 +67,112 @@ pub(crate) struct CompletionOptions {
 
 /// Parses and checks a body.
 pub(crate) fn parse(bytes: &[u8], config: &GatewayConfig) -> Result<(GenerationRequest, CompletionOptions), ApiError> {
-    let mut body = Body::parse(bytes)?;
-    let model = body.needed_text("model")?;
-    let prompts = prompts(&mut body, config.prompts_max)?;
-    let n = body.count("n", 1, N_MAX)?.unwrap_or(1);
-    let choices = prompts.len() * n as usize;
+    let mut params = Params::parse(bytes)?;
+    params.only(FIELDS)?;
+    let model = params.model()?;
+    let prompts = prompts(params.take("prompt"), config.prompts_max)?;
+    let n = params.n(config)?;
+    let choices = prompts.len().saturating_mul(n as usize);
     if choices > config.choices_max {
-        let is = format!(
-            "times the number of prompts is {choices} choices; at most {} are made",
-            config.choices_max
-        );
-        return Err(body.wrong("n", is));
+        let most = config.choices_max;
+        let message = format!("`n` times the number of prompts is {choices} choices; at most {most} are made.");
+        return Err(ApiError::field("n", message));
     }
-    if body.count("best_of", 1, u32::MAX)?.is_some_and(|best| best != n) {
+    if params
+        .count("best_of", 1, u64::from(u32::MAX))?
+        .is_some_and(|best| best != n)
+    {
         let message = "`best_of` must equal `n`: all that is generated is returned and billed.";
         return Err(ApiError::unsupported("best_of", message));
     }
-    body.refuse("suffix", "text is not inserted; leave it out", |value| value == "")?;
-    let logprobs = logprobs(&mut body)?;
-    let echo = body.flag("echo", false)?;
+    if params.get("suffix").is_some_and(|suffix| suffix != "") {
+        let message = "`suffix` is not supported: text is continued, not filled in. Leave it out.";
+        return Err(ApiError::unsupported("suffix", message));
+    }
+    let logprobs = params.count("logprobs", 0, config.top_logprobs_max as u64)?;
+    let echo = params.boolean("echo")?;
     if echo && logprobs.is_some() {
         let message =
             "`echo` with `logprobs` is not supported: the probabilities of a prompt's tokens are not computed.";
         return Err(ApiError::unsupported("echo", message));
     }
-    let stream = body.flag("stream", false)?;
-    let usage = stream_options(&mut body, stream)?;
-    let max_tokens = body.count("max_tokens", 1, MAX_TOKENS_MAX)?;
-    let request = GenerationRequest {
-        model,
-        n,
-        max_tokens: max_tokens.map(|count| ("max_tokens", count)),
-        max_tokens_default: Some(MAX_TOKENS_DEFAULT),
-        sampling: wishes::sampling(&mut body)?,
-        stop: wishes::stop(&mut body)?,
-        logprobs,
-        show_special_tokens: !body.flag("skip_special_tokens", true)?,
-        priority: wishes::priority(&mut body)?,
-        user: wishes::user(&mut body)?,
-        cache_salt: wishes::cache_salt(&mut body)?,
-        ..GenerationRequest::default()
-    };
-    body.finish()?;
+    let stream = params.boolean("stream")?;
+    let streamed = params.stream_options(stream)?;
+    if streamed.obfuscation {
+        let place = "stream_options.include_obfuscation";
+        return Err(ApiError::unsupported(
+            place,
+            "`include_obfuscation` works for chat completions only.",
+        ));
+    }
+    let (format, format_param) = format::parse(&params, config)?;
     let options = CompletionOptions {
         stream,
-        include_usage: usage.0,
-        continuous_usage: usage.1,
+        include_usage: streamed.include_usage,
+        continuous_usage: streamed.continuous_usage,
         logprobs: logprobs.is_some(),
         n,
         echo: if echo { prompts.clone() } else { Vec::new() },
     };
-    Ok((GenerationRequest { prompts, ..request }, options))
+    let request = GenerationRequest {
+        model,
+        prompts,
+        n,
+        max_tokens: params.max_tokens(&["max_tokens"], "max_tokens")?,
+        max_tokens_default: Some(MAX_TOKENS_DEFAULT),
+        sampling: params.sampling()?,
+        stop: params.stop(config)?,
+        format,
+        format_param,
+        logprobs,
+        show_special_tokens: !params.boolean_or("skip_special_tokens", true)?,
+        priority: params.priority()?,
+        user: params.user()?,
+        cache_salt: params.cache_salt()?,
+        ..GenerationRequest::default()
+    };
+    Ok((request, options))
 }
 
 /// A text, texts, token ids, or arrays of those.
-fn prompts(body: &mut Body, prompts_max: usize) -> Result<Vec<Prompt>, ApiError> {
-    let wrong = |body: &Body| {
-        let is = "must be a string, an array of strings, an array of token ids, or an array of such arrays";
-        body.wrong("prompt", is)
+fn prompts(given: Option<Json>, prompts_max: usize) -> Result<Vec<Prompt>, ApiError> {
+    let wrong = |is: &str| Err(ApiError::field("prompt", format!("`prompt` {is}.")));
+    let shapes = "must be a string, an array of strings, an array of token ids, or an array of such arrays";
+    let list = match given {
+        None => return wrong("is missing"),
+        Some(Json::String(text)) => return Ok(vec![Prompt::Text(text)]),
+        Some(Json::Array(list)) => list,
+        Some(_) => return wrong(shapes),
     };
-    let tokens = |list: &[Json]| wishes::token_ids(list).map(Prompt::Tokens);
-    let prompts = match body.take("prompt") {
-        None => return Err(body.missing("prompt")),
-        Some(Json::String(text)) => vec![Prompt::Text(text)],
-        Some(Json::Array(list)) => match list.first() {
-            None => return Err(body.wrong("prompt", "is empty")),
-            Some(Json::Number(_)) if list.len() > PROMPT_TOKENS_MAX => {
-                return Err(body.wrong("prompt", format_args!("has more than {PROMPT_TOKENS_MAX} tokens")));
-            }
-            Some(Json::Number(_)) => vec![tokens(&list).ok_or_else(|| wrong(body))?],
-            Some(_) if list.len() > prompts_max => {
-                let is = format!("has {} prompts; at most {prompts_max} are taken", list.len());
-                return Err(body.wrong("prompt", is));
-            }
-            Some(_) => {
-                let one = |prompt| match prompt {
-                    Json::String(text) => Some(Prompt::Text(text)),
-                    Json::Array(ids) => tokens(&ids),
-                    _ => None,
-                };
-                let all: Option<Vec<Prompt>> = list.into_iter().map(one).collect();
-                all.ok_or_else(|| wrong(body))?
-            }
-        },
-        Some(_) => return Err(wrong(body)),
+    let ids = |list: &[Json]| {
+        let ids = list.iter().map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok()));
+        ids.collect::<Option<Vec<u32>>>().map(Prompt::Tokens)
     };
-    Ok(prompts)
-}
-
-/// How many of the most likely tokens are told beside the sampled one. (Clients of chat completions send truth values.)
-fn logprobs(body: &mut Body) -> Result<Option<u32>, ApiError> {
-    body.count("logprobs", 0, TOP_LOGPROBS_MAX)
-}
-
-/// Whether usage is told at the end of a stream, and with every chunk.
-fn stream_options(body: &mut Body, stream: bool) -> Result<(bool, bool), ApiError> {
-    let Some(mut options) = body.object("stream_options")? else {
-        return Ok((false, false));
-    };
-    if !stream {
-        return Err(body.wrong("stream_options", "is only allowed with `stream: true`"));
+    match list.first() {
+        None => wrong("is empty"),
+        Some(Json::Number(_)) if list.len() > PROMPT_TOKENS_MAX => {
+            wrong(&format!("has more than {PROMPT_TOKENS_MAX} tokens"))
+        }
+        Some(Json::Number(_)) => ids(&list).map_or_else(|| wrong(shapes), |prompt| Ok(vec![prompt])),
+        Some(_) if list.len() > prompts_max => {
+            let is = format!("has {} prompts; at most {prompts_max} are taken", list.len());
+            wrong(&is)
+        }
+        Some(_) => {
+            let one = |prompt| match prompt {
+                Json::String(text) => Some(Prompt::Text(text)),
+                Json::Array(list) => ids(&list),
+                _ => None,
+            };
+            let all: Option<Vec<Prompt>> = list.into_iter().map(one).collect();
+            all.map_or_else(|| wrong(shapes), Ok)
+        }
     }
-    let include = options.flag("include_usage", false)?;
-    let continuous = options.flag("continuous_usage_stats", false)?;
-    options.refuse("include_obfuscation", "completions are not padded", |value| {
-        value == &Json::Bool(false)
-    })?;
-    options.finish()?;
-    // vLLM's: the second says nothing without the first.
-    Ok((include, include && continuous))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::body::asked_by;
     use serde_json::json;
 
     fn parse(extra: Json) -> Result<(GenerationRequest, CompletionOptions), ApiError> {
@@ -186,10 +181,15 @@ mod tests {
         super::parse(body.to_string().as_bytes(), &GatewayConfig::default())
     }
 
+    /// A field that nobody looks at would be ignored in silence.
     #[test]
-    fn the_list_of_fields_is_what_is_asked_for() {
-        let asked = asked_by(|| drop(parse(json!({}))));
-        assert_eq!(asked, FIELDS);
+    fn every_field_is_looked_at() {
+        // Any object is a schema.
+        for name in FIELDS.iter().filter(|name| **name != "guided_json") {
+            let error = parse(json!({*name: {"odd": [[]]}})).expect_err(name);
+            let param = error.param.unwrap();
+            assert!(error.status == 400 && param.starts_with(name), "{name}: {param}");
+        }
     }
 
     #[test]

@@ -4,21 +4,26 @@
 use std::sync::Arc;
 
 use baton_proto::limits::{GRAMMAR_BYTES_MAX, PROMPT_TOKENS_MAX, STOP_TOKEN_IDS_MAX};
-use baton_proto::worker::{Grammar, LogitBias, Sampling, grammar};
+use baton_proto::worker::grammar::Kind;
+use baton_proto::worker::{Grammar, LogitBias, Sampling};
 
 use super::intake::Origin;
-use super::request::{GenerationRequest, OutputFormat, Prompt, SamplingWishes};
+use super::request::{Chat, GenerationRequest, OutputFormat, Prompt, SamplingWishes, Tool, ToolChoice, ToolWishes};
 use super::sequence::ChoiceReader;
 use crate::api_error::ApiError;
 use crate::backend::{Backend, Job};
+use crate::detokenizer::Special;
+use crate::family::ToolFormat;
 use crate::gateway::Gateway;
+use crate::grammar::{self, CallRules, Thought};
 use crate::model::{ConversationError, ServedModel};
 use crate::prompt::PromptError;
 use crate::reader::TokenReader;
 use crate::stop::StopMatcher;
-use crate::template::RenderError;
+use crate::template::{Conversation, RenderError};
+use crate::tool_text;
 use crate::trace::{RequestNames, random_seed};
-use crate::turn::Turn;
+use crate::turn::{Calls, Thinking, Turn};
 
 /// A request that fits its model.
 pub(crate) struct Prepared {
@@ -36,22 +41,40 @@ pub(crate) struct Prepared {
     pub grammar_param: &'static str,
     model: ServedModel,
     request: GenerationRequest,
+    /// One per prompt.
+    readings: Vec<Reading>,
+}
+
+/// A prompt, and how what follows it is to be read.
+struct Reading {
+    /// The prompt ends inside a thought; `None` where no thoughts are looked for.
+    thought_open: Option<bool>,
+    /// Calls are looked for, by this parser.
+    calls: Option<ToolFormat>,
+    special: Special,
 }
 
 impl Prepared {
     /// The job of choice `index`, and how it is to be read.
     pub fn choice(&self, index: u32) -> Option<(Job, ChoiceReader)> {
-        let mut job = self.jobs.get((index / self.n) as usize)?.clone();
+        let at = (index / self.n) as usize;
+        let mut job = self.jobs.get(at)?.clone();
         job.sampling.seed = job.sampling.seed.wrapping_add(u64::from(index % self.n));
         if index > 0 {
             job.request_id = format!("{}-{index}", job.request_id);
         }
+        let reading = self.readings.get(at)?;
         let stop = &self.request.stop;
         let stops = StopMatcher::new(stop.strings.clone(), stop.include);
-        let detokenizer = self.model.detokenizer(self.request.show_special_tokens);
+        let detokenizer = self.model.detokenizer(reading.special.clone());
+        let thoughts = self.model.family().thoughts.as_ref();
+        let thinking = reading.thought_open.zip(thoughts);
+        let thinking = thinking.and_then(|(open, format)| Thinking::new(format, open));
+        let calls = reading.calls.as_ref();
+        let calls = calls.and_then(|format| Calls::new(format, &self.request.tools.tools));
         let reader = ChoiceReader {
             tokens: TokenReader::new(detokenizer, stops, stop.min_tokens),
-            turn: Turn::default(),
+            turn: Turn::new(thinking, calls),
             stop_token_ids: stop.token_ids.clone(),
             include_stop: stop.include,
             logprobs: self.request.logprobs.is_some(),
@@ -91,8 +114,7 @@ pub(crate) fn prepare<B: Backend>(
 ) -> Result<Prepared, ApiError> {
     let model = gateway.served(&request.model, &origin.caller)?.clone();
     let context = gateway.context_length(&model);
-    let (grammar, grammar_param) = grammar(&request.format)?;
-    let sampling = sampling(&request, &model, grammar)?;
+    let sampling = sampling(&request, &model)?;
     let stop_token_ids = stop_token_ids(&request, &model)?;
     let mut cache_salt = origin.caller.cache_salt();
     if !request.cache_salt.is_empty() {
@@ -100,14 +122,23 @@ pub(crate) fn prepare<B: Backend>(
         cache_salt.push(0);
         cache_salt.extend_from_slice(request.cache_salt.as_bytes());
     }
-    let mut jobs = Vec::with_capacity(request.prompts.len());
-    for prompt in std::mem::take(&mut request.prompts) {
+    check_choice(&request.tools)?;
+    // All of them, whatever is forced, so that the prompt's beginning stays the same from turn to turn.
+    let shown = match request.tools.choice {
+        ToolChoice::None => Vec::new(),
+        _ => request.tools.tools.clone(),
+    };
+    let prompts = std::mem::take(&mut request.prompts);
+    let mut jobs = Vec::with_capacity(prompts.len());
+    let mut readings = Vec::with_capacity(prompts.len());
+    let mut grammar_param = "";
+    for prompt in prompts {
         let param = if matches!(prompt, Prompt::Chat(_)) {
             "messages"
         } else {
             "prompt"
         };
-        let tokens = tokens(&model, prompt, &cache_salt, &origin.names)?;
+        let (tokens, tail) = tokens(&model, prompt, &shown, &cache_salt, &origin.names)?;
         let mut max_tokens = room(context, tokens.len(), request.max_tokens, param)?;
         if let (None, Some(default)) = (request.max_tokens, request.max_tokens_default) {
             max_tokens = max_tokens.min(default.max(request.stop.min_tokens));
@@ -116,13 +147,25 @@ pub(crate) fn prepare<B: Backend>(
             let message = format!("`min_tokens` must be at most the {max_tokens} tokens that may be generated.");
             return Err(ApiError::field("min_tokens", message));
         }
+        let (grammar, reading) = rules(&model, &request, tail.as_deref())?;
+        if grammar.is_some() {
+            grammar_param = if request.format == OutputFormat::Text {
+                "tools"
+            } else {
+                request.format_param
+            };
+        }
+        readings.push(reading);
         jobs.push(Job {
             request_id: origin.names.request_id.clone(),
             traceparent: origin.names.traceparent.clone(),
             model: request.model.clone(),
             prompt: tokens.into(),
             max_tokens,
-            sampling: sampling.clone(),
+            sampling: Sampling {
+                grammar,
+                ..sampling.clone()
+            },
             stop_token_ids: stop_token_ids.clone(),
             cache_salt: cache_salt.clone(),
             tenant: Arc::clone(&origin.caller.tenant),
@@ -139,33 +182,134 @@ pub(crate) fn prepare<B: Backend>(
         grammar_param,
         model,
         request,
+        readings,
     })
+}
+
+/// A choice must be one of the tools there are.
+fn check_choice(wishes: &ToolWishes) -> Result<(), ApiError> {
+    let ToolWishes { tools, choice, .. } = wishes;
+    let known = |name: &String| tools.iter().any(|tool| tool.name == *name);
+    let named: &[String] = match choice {
+        ToolChoice::Named(name) => std::slice::from_ref(name),
+        ToolChoice::Allowed { names, .. } => names,
+        _ => &[],
+    };
+    if let Some(name) = named.iter().find(|name| !known(name)) {
+        return Err(ApiError::field(
+            "tool_choice",
+            format!("`tool_choice` names `{name}`, which is not in `tools`."),
+        ));
+    }
+    let forced = !matches!(choice, ToolChoice::Auto | ToolChoice::None);
+    if forced && tools.is_empty() {
+        return Err(ApiError::field("tool_choice", "`tool_choice` needs `tools`."));
+    }
+    Ok(())
+}
+
+/// The tools that a choice leaves, and whether one must be called.
+fn callable(wishes: &ToolWishes) -> (Vec<Tool>, bool) {
+    let (names, forced): (&[String], bool) = match &wishes.choice {
+        ToolChoice::None => return (Vec::new(), false),
+        ToolChoice::Auto => return (wishes.tools.clone(), false),
+        ToolChoice::Required => return (wishes.tools.clone(), true),
+        ToolChoice::Named(name) => (std::slice::from_ref(name), true),
+        ToolChoice::Allowed { names, required } => (names, *required),
+    };
+    let allowed = wishes.tools.iter().filter(|tool| names.contains(&tool.name));
+    (allowed.cloned().collect(), forced)
+}
+
+/// What is to be enforced of a turn, and how it is to be read. `tail` is the end of a rendered chat; other prompts have none,
+/// and what follows them is text.
+fn rules(
+    model: &ServedModel,
+    request: &GenerationRequest,
+    tail: Option<&str>,
+) -> Result<(Option<Grammar>, Reading), ApiError> {
+    let family = model.family();
+    let thoughts = family.thoughts.as_ref().zip(tail);
+    let thought = match thoughts {
+        None => Thought::None,
+        Some((format, tail)) if tail.trim_end().ends_with(format.open) => Thought::Open(format.clone()),
+        Some((format, tail)) if tail.trim_end().ends_with(format.close) => Thought::None,
+        Some((format, _)) => Thought::Possible(format.clone()),
+    };
+    let (tools, forced) = callable(&request.tools);
+    let mut format = family.tool_format();
+    let calls = (tail.is_some() && !tools.is_empty()).then(|| CallRules {
+        tools: &tools,
+        parser: &format.parser,
+        forced,
+        single: request.tools.single,
+    });
+    let grammar = grammar::compose(&request.format, calls.as_ref(), &thought, model);
+    let grammar = grammar.map_err(|message| {
+        ApiError::field(
+            "tool_choice",
+            format!("{}{}.", message[..1].to_uppercase(), &message[1..]),
+        )
+    })?;
+    check_size(grammar.as_ref(), request)?;
+    let parser = calls.as_ref().map(|calls| calls.parser().to_owned());
+    if let Some(parser) = &parser {
+        format.parser.clone_from(parser);
+    }
+    let mut marks: Vec<&str> = thoughts.map_or(Vec::new(), |(format, _)| vec![format.open, format.close]);
+    if parser.is_some() {
+        marks.extend(format.marks);
+    }
+    let reading = Reading {
+        thought_open: thoughts.map(|_| matches!(thought, Thought::Open(_))),
+        calls: parser.map(|_| format),
+        special: match marks[..] {
+            _ if request.show_special_tokens => Special::Shown,
+            [] => Special::Hidden,
+            _ => Special::Only(model.special_in(&marks)),
+        },
+    };
+    Ok((grammar, reading))
+}
+
+fn check_size(grammar: Option<&Grammar>, request: &GenerationRequest) -> Result<(), ApiError> {
+    let Some(kind) = grammar.and_then(|grammar| grammar.kind.as_ref()) else {
+        return Ok(());
+    };
+    let (Kind::JsonSchema(text) | Kind::Regex(text) | Kind::Lark(text)) = kind;
+    if text.len() <= GRAMMAR_BYTES_MAX {
+        return Ok(());
+    }
+    let param = if request.format == OutputFormat::Text {
+        "tools"
+    } else {
+        request.format_param
+    };
+    let message = format!("What `{param}` asks to enforce is larger than {GRAMMAR_BYTES_MAX} bytes.");
+    Err(ApiError::field(param, message))
 }
 
 fn saturated(count: usize) -> u32 {
     u32::try_from(count).unwrap_or(u32::MAX)
 }
 
-fn tokens(model: &ServedModel, prompt: Prompt, salt: &[u8], names: &RequestNames) -> Result<Vec<u32>, ApiError> {
+/// The prompt's tokens and, of a chat, the end of its text.
+pub(crate) fn tokens(
+    model: &ServedModel,
+    prompt: Prompt,
+    tools: &[Tool],
+    salt: &[u8],
+    names: &RequestNames,
+) -> Result<(Vec<u32>, Option<String>), ApiError> {
     match prompt {
         Prompt::Chat(chat) => {
-            let tools = chat
-                .messages
-                .iter()
-                .position(|message| message.get("tool_calls").is_some());
-            if let Some(at) = tools.filter(|_| !model.template().mentions("tool_calls")) {
-                // A template that cannot show them would drop them in silence.
-                let param = format!("messages[{at}].tool_calls");
-                let message = format!("`{param}`: this model's chat template has no tool calls.");
-                return Err(ApiError::unsupported(&param, message));
-            }
-            let tokens = model
-                .prompt(chat.messages, salt)
+            let prompt = model
+                .prompt(conversation(model, chat, tools)?, salt)
                 .map_err(|error| conversation_error(error, names))?;
-            if tokens.is_empty() {
+            if prompt.tokens.is_empty() {
                 return Err(ApiError::field("messages", "The messages render to nothing."));
             }
-            Ok(tokens)
+            Ok((prompt.tokens, Some(prompt.tail)))
         }
         Prompt::Text(text) => {
             let tokens = model.encode(&text).map_err(|error| {
@@ -175,7 +319,7 @@ fn tokens(model: &ServedModel, prompt: Prompt, salt: &[u8], names: &RequestNames
             if tokens.is_empty() {
                 return Err(ApiError::field("prompt", "`prompt` is empty."));
             }
-            Ok(tokens)
+            Ok((tokens, None))
         }
         Prompt::Tokens(tokens) => {
             let vocabulary = model.vocabulary_size();
@@ -188,10 +332,52 @@ fn tokens(model: &ServedModel, prompt: Prompt, salt: &[u8], names: &RequestNames
                     ),
                 )),
                 None if tokens.is_empty() => Err(ApiError::field("prompt", "`prompt` is empty.")),
-                None => Ok(tokens),
+                None => Ok((tokens, None)),
             }
         }
     }
+}
+
+/// What the template is to show.
+fn conversation(model: &ServedModel, chat: Chat, tools: &[Tool]) -> Result<Conversation, ApiError> {
+    let template = model.template();
+    let Chat {
+        messages,
+        template_kwargs,
+        documents,
+        reasoning_effort,
+        closed,
+    } = chat;
+    if !documents.is_empty() && !template.mentions("documents") {
+        let message = "`documents`: this model's chat template does not show any; put them into a message.";
+        return Err(ApiError::unsupported("documents", message));
+    }
+    let mut kwargs = template_kwargs;
+    if let Some(effort) = reasoning_effort {
+        let switches = ["enable_thinking", "thinking"]
+            .into_iter()
+            .filter(|name| template.mentions(name));
+        let switches: Vec<&str> = switches.collect();
+        if switches.is_empty() && !template.mentions("reasoning_effort") {
+            let message = "`reasoning_effort`: this model's chat template has no such setting.";
+            return Err(ApiError::unsupported("reasoning_effort", message));
+        }
+        for name in switches {
+            kwargs.entry(name).or_insert((effort != "none").into());
+        }
+        kwargs.entry("reasoning_effort").or_insert(effort.into());
+    }
+    let mut conversation = Conversation {
+        messages,
+        tools: tools.iter().map(Tool::shown).collect(),
+        documents,
+        kwargs,
+        closed,
+    };
+    if !template.mentions("tools") {
+        tool_text::describe(&mut conversation);
+    }
+    Ok(conversation)
 }
 
 /// Tokens that may be generated.
@@ -227,7 +413,8 @@ fn room(context: u32, prompt_tokens: usize, wanted: Option<(&'static str, u32)>,
     }
 }
 
-fn sampling(request: &GenerationRequest, model: &ServedModel, grammar: Option<Grammar>) -> Result<Sampling, ApiError> {
+/// All but the grammar.
+fn sampling(request: &GenerationRequest, model: &ServedModel) -> Result<Sampling, ApiError> {
     let SamplingWishes {
         temperature,
         top_p,
@@ -263,7 +450,7 @@ fn sampling(request: &GenerationRequest, model: &ServedModel, grammar: Option<Gr
             .collect(),
         min_tokens: request.stop.min_tokens,
         top_logprobs: request.logprobs,
-        grammar,
+        grammar: None,
     })
 }
 
@@ -289,36 +476,6 @@ fn stop_token_ids(request: &GenerationRequest, model: &ServedModel) -> Result<Ve
         return Err(ApiError::field("stop_token_ids", message));
     }
     Ok(ids)
-}
-
-/// What the workers are to enforce, and where the request says so.
-fn grammar(format: &OutputFormat) -> Result<(Option<Grammar>, &'static str), ApiError> {
-    let (kind, param) = match format {
-        OutputFormat::Text => return Ok((None, "")),
-        OutputFormat::JsonObject => (
-            grammar::Kind::JsonSchema("{\"type\":\"object\"}".into()),
-            "response_format",
-        ),
-        OutputFormat::JsonSchema { schema, param } => (grammar::Kind::JsonSchema(schema.to_string()), *param),
-        OutputFormat::Regex(regex) => (grammar::Kind::Regex(regex.clone()), "structured_outputs.regex"),
-        OutputFormat::Lark(lark) => (grammar::Kind::Lark(lark.clone()), "structured_outputs.grammar"),
-        OutputFormat::Choice(choices) => {
-            let alternatives: Vec<String> = choices
-                .iter()
-                .map(|choice| serde_json::json!(choice).to_string())
-                .collect();
-            let lark = format!("start: {}", alternatives.join(" | "));
-            (grammar::Kind::Lark(lark), "structured_outputs.choice")
-        }
-    };
-    let bytes = match &kind {
-        grammar::Kind::JsonSchema(text) | grammar::Kind::Regex(text) | grammar::Kind::Lark(text) => text.len(),
-    };
-    if bytes > GRAMMAR_BYTES_MAX {
-        let message = format!("`{param}` is larger than {GRAMMAR_BYTES_MAX} bytes.");
-        return Err(ApiError::field(param, message));
-    }
-    Ok((Some(Grammar { kind: Some(kind) }), param))
 }
 
 fn conversation_error(error: ConversationError, names: &RequestNames) -> ApiError {

@@ -21,6 +21,8 @@ pub(crate) struct GenerationRequest {
     pub stop: StopWishes,
     pub tools: ToolWishes,
     pub format: OutputFormat,
+    /// Where in the request the format stands, for messages.
+    pub format_param: &'static str,
     /// Log-probabilities are wanted, of the sampled token and of so many of the most likely.
     pub logprobs: Option<u32>,
     /// Special tokens are shown as text.
@@ -54,6 +56,8 @@ pub(crate) struct Chat {
     pub documents: Vec<Json>,
     /// How long to think, for templates that know the variable.
     pub reasoning_effort: Option<String>,
+    /// No answer follows: the template is not to open one.
+    pub closed: bool,
 }
 
 /// Sampling parameters; what is not given is the model's default.
@@ -92,12 +96,8 @@ pub(crate) enum OutputFormat {
     Text,
     /// Any JSON object.
     JsonObject,
-    /// A JSON value that the schema admits. Not `strict` is a wish to the model; it is enforced all the same.
-    JsonSchema {
-        schema: Json,
-        /// Where the schema stands in the request, for messages.
-        param: &'static str,
-    },
+    /// A JSON value that the schema admits. It is enforced either way; without `strict`, keywords that cannot be are passed over.
+    JsonSchema { schema: Json, strict: bool },
     /// The whole text matches.
     Regex(String),
     /// A grammar in llguidance's dialect of Lark.
@@ -140,4 +140,19 @@ pub(crate) enum ToolChoice {
     Named(String),
     /// Of these only; at least one if `required`.
     Allowed { names: Vec<String>, required: bool },
+}
+
+impl Tool {
+    /// As templates read it: OpenAI's shape.
+    pub fn shown(&self) -> Json {
+        let mut function = Map::new();
+        function.insert("name".into(), self.name.as_str().into());
+        if let Some(description) = &self.description {
+            function.insert("description".into(), description.as_str().into());
+        }
+        if let Some(parameters) = &self.parameters {
+            function.insert("parameters".into(), parameters.clone());
+        }
+        serde_json::json!({"type": "function", "function": function})
+    }
 }

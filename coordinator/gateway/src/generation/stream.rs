@@ -29,7 +29,6 @@ impl Frames {
     }
 
     /// An event with a name, as OpenAI's responses and Anthropic's messages have them.
-    #[expect(dead_code, reason = "for endpoints whose events have names")]
     pub fn event(&mut self, name: &str, json: &[u8]) {
         self.0.push_back(
             [b"event: ", name.as_bytes(), b"\ndata: ", json, b"\n\n"]

@@ -1,0 +1,447 @@
+//! What the workers are to enforce: an output format, forced or strict tool calls, and the thoughts before them, put
+//! together into one grammar. Text in, text out: compiling it is the workers' business, and so is saying what is wrong with
+//! a schema.
+
+use baton_proto::worker::{Grammar, grammar::Kind};
+use serde_json::{Value as Json, json};
+
+use crate::family::ThoughtFormat;
+use crate::generation::request::{OutputFormat, Tool};
+
+/// Text and special tokens as a grammar spells them.
+pub(crate) trait Spell {
+    /// The id of the special token of this spelling, if there is one: a grammar cannot spell it as text.
+    fn special(&self, text: &str) -> Option<u32>;
+}
+
+/// How the turn begins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Thought {
+    /// With the answer.
+    None,
+    /// Maybe with a thought.
+    Possible(ThoughtFormat),
+    /// Inside one.
+    Open(ThoughtFormat),
+}
+
+/// Which calls are to come.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct CallRules<'a> {
+    /// Those that may be called; not empty.
+    pub tools: &'a [Tool],
+    /// The family's parser.
+    pub parser: &'a str,
+    /// At least one call, and nothing else.
+    pub forced: bool,
+    /// At most one call.
+    pub single: bool,
+}
+
+impl CallRules<'_> {
+    /// The parser that reads what this grammar lets through.
+    pub fn parser(&self) -> &str {
+        if self.forced && !NATIVE.contains(&self.parser) {
+            "json"
+        } else {
+            self.parser
+        }
+    }
+}
+
+/// Families whose own format the grammar writes. Forced calls of the others are a JSON array, which is as good for whoever
+/// reads them, and strict arguments are enforced only there.
+const NATIVE: [&str; 3] = ["qwen", "mistral", "llama"];
+
+/// Puts a grammar together; `None` if nothing is to be enforced.
+///
+/// # Errors
+/// A sentence for the client: the wishes cannot be met together.
+pub(crate) fn compose(
+    format: &OutputFormat,
+    calls: Option<&CallRules<'_>>,
+    thought: &Thought,
+    spell: &impl Spell,
+) -> Result<Option<Grammar>, &'static str> {
+    let forced = calls.is_some_and(|calls| calls.forced);
+    let strict = calls.is_some_and(|calls| calls.tools.iter().any(|tool| tool.strict));
+    let kind = match (format, calls) {
+        (OutputFormat::Text, None) => return Ok(None),
+        (OutputFormat::Text, Some(calls)) if !calls.forced => {
+            if !strict || !["qwen", "mistral"].contains(&calls.parser) {
+                return Ok(None);
+            }
+            Kind::Lark(interspersed(calls, thought, spell))
+        }
+        (_, Some(calls)) if forced => {
+            let (rules, body) = call_rules(calls, spell);
+            Kind::Lark(format!(
+                "start: {}{body}\n{rules}{}",
+                lead(thought),
+                thought_rules(thought, spell)
+            ))
+        }
+        (_, Some(calls)) => {
+            if !["qwen", "mistral"].contains(&calls.parser) {
+                return Err(
+                    "an output format and tools that may or may not be called cannot be had together of this model; \
+                            set `tool_choice` to `none` or `required`",
+                );
+            }
+            let (rules, body) = call_rules(calls, spell);
+            let (start, more) = body_rules(format);
+            let lead = lead(thought);
+            let thoughts = thought_rules(thought, spell);
+            Kind::Lark(format!("start: {lead}({start} | {body})\n{more}{rules}{thoughts}"))
+        }
+        (_, None) if *thought == Thought::None => match format {
+            OutputFormat::Text => return Ok(None),
+            OutputFormat::JsonObject => Kind::JsonSchema(json!({"type": "object"}).to_string()),
+            OutputFormat::JsonSchema { schema, strict } => Kind::JsonSchema(tuned(schema, *strict).to_string()),
+            OutputFormat::Regex(regex) => Kind::Regex(regex.clone()),
+            OutputFormat::Lark(lark) => Kind::Lark(lark.clone()),
+            OutputFormat::Choice(_) => {
+                let (start, more) = body_rules(format);
+                Kind::Lark(format!("start: {start}\n{more}"))
+            }
+        },
+        (_, None) => {
+            let (start, more) = body_rules(format);
+            let lead = lead(thought);
+            Kind::Lark(format!("start: {lead}{start}\n{more}{}", thought_rules(thought, spell)))
+        }
+    };
+    Ok(Some(Grammar { kind: Some(kind) }))
+}
+
+fn lead(thought: &Thought) -> &'static str {
+    match thought {
+        Thought::None => "",
+        Thought::Possible(_) => "thought? ",
+        Thought::Open(_) => "thought ",
+    }
+}
+
+fn thought_rules(thought: &Thought, spell: &impl Spell) -> String {
+    let (format, open) = match thought {
+        Thought::None => return String::new(),
+        Thought::Possible(format) => (format, format!("{} ", mark(format.open, spell))),
+        Thought::Open(format) => (format, String::new()),
+    };
+    match spell.special(format.close) {
+        Some(id) => format!("thought: {open}/(?s:.*)/ <[{id}]> /\\s*/\n"),
+        None => {
+            let close = regex_literal(format.close);
+            format!("thought: {open}thinking /\\s*/\nthinking[lazy]: /(?s:.*){close}/\n")
+        }
+    }
+}
+
+/// A mark as a terminal or a special token.
+fn mark(text: &str, spell: &impl Spell) -> String {
+    match spell.special(text) {
+        Some(id) => format!("<[{id}]>"),
+        None => quoted(text),
+    }
+}
+
+/// JSON's strings are Lark's.
+fn quoted(text: &str) -> String {
+    Json::from(text).to_string()
+}
+
+/// Every character stands for itself within `/…/`.
+fn regex_literal(text: &str) -> String {
+    let special = |character: char| "\\/.+*?()|[]{}^$#&-~".contains(character);
+    text.chars().fold(String::new(), |mut out, character| {
+        if special(character) {
+            out.push('\\');
+        }
+        out.push(character);
+        out
+    })
+}
+
+/// What `start` says for a format, and the rules that it needs.
+fn body_rules(format: &OutputFormat) -> (String, String) {
+    match format {
+        OutputFormat::Text => ("TEXT".into(), "TEXT: /(?s:.*)/\n".into()),
+        OutputFormat::JsonObject => ("body".into(), "body: %json {\"type\":\"object\"}\n".into()),
+        OutputFormat::JsonSchema { schema, strict } => {
+            ("body".into(), format!("body: %json {}\n", tuned(schema, *strict)))
+        }
+        OutputFormat::Regex(regex) => {
+            let regex = slashed(regex);
+            ("BODY".into(), format!("BODY: /{regex}/\n"))
+        }
+        OutputFormat::Lark(lark) => {
+            let rule = |line: &str| {
+                let rest = line.strip_prefix("start")?;
+                rest.trim_start().starts_with(':').then(|| format!("body{rest}"))
+            };
+            let lines = lark.lines().map(|line| rule(line).unwrap_or_else(|| line.to_owned()));
+            ("body".into(), lines.collect::<Vec<_>>().join("\n") + "\n")
+        }
+        OutputFormat::Choice(choices) => {
+            let all: Vec<String> = choices.iter().map(|choice| quoted(choice)).collect();
+            ("body".into(), format!("body: {}\n", all.join(" | ")))
+        }
+    }
+}
+
+/// A regular expression between slashes.
+fn slashed(regex: &str) -> String {
+    let mut out = String::with_capacity(regex.len());
+    let mut escaped = false;
+    for character in regex.chars() {
+        match character {
+            '/' if !escaped => out.push_str("\\/"),
+            '\n' => out.push_str("\\n"),
+            _ => out.push(character),
+        }
+        escaped = character == '\\' && !escaped;
+    }
+    out
+}
+
+/// What is not `strict` may have keywords that nobody can enforce.
+fn tuned(schema: &Json, strict: bool) -> Json {
+    let mut schema = schema.clone();
+    if let (false, Some(fields)) = (strict, schema.as_object_mut()) {
+        fields.entry("x-guidance").or_insert_with(|| json!({"lenient": true}));
+    }
+    schema
+}
+
+/// The rules of calls in the family's format, and what `start` says for them.
+fn call_rules(calls: &CallRules<'_>, spell: &impl Spell) -> (String, &'static str) {
+    let rules = match calls.parser {
+        "qwen" => {
+            let (open, close) = (mark("<tool_call>", spell), mark("</tool_call>", spell));
+            let more = if calls.single { "" } else { " (\"\\n\" call)*" };
+            format!(
+                "calls: call{more}\ncall: {open} \"\\n\" object \"\\n\" {close}\nobject: %json {}\n",
+                one_of(calls.tools, "arguments")
+            )
+        }
+        "mistral" => format!(
+            "calls: {} \" \" list\nlist: %json {}\n",
+            mark("[TOOL_CALLS]", spell),
+            list_of(calls, "arguments")
+        ),
+        "llama" => format!("calls: %json {}\n", one_of(calls.tools, "parameters")),
+        _ => format!("calls: %json {}\n", list_of(calls, "parameters")),
+    };
+    (rules, "calls")
+}
+
+/// Free text, and calls anywhere in it: what follows the mark of a call must be one.
+fn interspersed(calls: &CallRules<'_>, thought: &Thought, spell: &impl Spell) -> String {
+    let (open, inner) = match calls.parser {
+        "qwen" => {
+            let close = mark("</tool_call>", spell);
+            let inner = format!(
+                "\"\\n\" object \"\\n\" {close}\nobject: %json {}\n",
+                one_of(calls.tools, "arguments")
+            );
+            ("<tool_call>", inner)
+        }
+        _ => {
+            let inner = format!("\" \" list\nlist: %json {}\n", list_of(calls, "arguments"));
+            ("[TOOL_CALLS]", inner)
+        }
+    };
+    let head = match spell.special(open) {
+        Some(id) => format!("head: TEXT <[{id}]>\n"),
+        None => format!("head[lazy]: TEXT {}\n", quoted(open)),
+    };
+    let many = if calls.single { "?" } else { "*" };
+    let lead = lead(thought);
+    let thoughts = thought_rules(thought, spell);
+    format!("start: {lead}call{many} rest\nrest: TEXT\nTEXT: /(?s:.*)/\n{head}call: head {inner}{thoughts}")
+}
+
+/// The schema of a call of any of these.
+fn one_of(tools: &[Tool], arguments: &str) -> Json {
+    let mut definitions = serde_json::Map::new();
+    let mut calls: Vec<Json> = Vec::with_capacity(tools.len());
+    for (at, tool) in tools.iter().enumerate() {
+        let name = format!("tool{at}");
+        let mut parameters = tool.parameters.clone().unwrap_or_else(|| {
+            // OpenAI's: none given, none taken.
+            json!({"type": "object", "properties": {}, "additionalProperties": false})
+        });
+        rebase(&mut parameters, &format!("#/$defs/{name}"));
+        calls.push(json!({"type": "object", "properties": {
+                "name": {"const": tool.name}, arguments: {"$ref": format!("#/$defs/{name}")}},
+            "required": ["name", arguments], "additionalProperties": false}));
+        definitions.insert(name, parameters);
+    }
+    let strict = tools.iter().all(|tool| tool.strict);
+    tuned(&json!({"anyOf": calls, "$defs": definitions}), strict)
+}
+
+/// The schema of a list of calls.
+fn list_of(calls: &CallRules<'_>, arguments: &str) -> Json {
+    let mut one = one_of(calls.tools, arguments);
+    let fields = one.as_object_mut();
+    let (definitions, guidance) = match fields {
+        Some(fields) => (fields.remove("$defs"), fields.remove("x-guidance")),
+        None => (None, None),
+    };
+    let mut list = json!({"type": "array", "items": one, "minItems": 1, "$defs": definitions});
+    if calls.single {
+        list["maxItems"] = 1.into();
+    }
+    if let Some(guidance) = guidance {
+        list["x-guidance"] = guidance;
+    }
+    list
+}
+
+/// Lets references within a schema find their targets where the schema now stands.
+fn rebase(schema: &mut Json, to: &str) {
+    match schema {
+        Json::Array(items) => items.iter_mut().for_each(|item| rebase(item, to)),
+        Json::Object(fields) => {
+            for (name, field) in fields.iter_mut() {
+                match field {
+                    Json::String(target) if name == "$ref" => {
+                        if let Some(rest) = target.strip_prefix('#') {
+                            *target = format!("{to}{rest}");
+                        }
+                    }
+                    field => rebase(field, to),
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::family::Family;
+
+    struct Words(&'static [(&'static str, u32)]);
+
+    impl Spell for Words {
+        fn special(&self, text: &str) -> Option<u32> {
+            self.0.iter().find(|(spelling, _)| *spelling == text).map(|(_, id)| *id)
+        }
+    }
+
+    fn tool(strict: bool) -> Tool {
+        Tool {
+            name: "f".into(),
+            description: None,
+            parameters: Some(
+                json!({"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"type": "null"}}}),
+            ),
+            strict,
+        }
+    }
+
+    fn lark(grammar: Option<Grammar>) -> String {
+        match grammar.expect("a grammar").kind {
+            Some(Kind::Lark(text)) => text,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_format_alone_is_told_as_it_is() {
+        let none = &Words(&[]);
+        let told = |format: OutputFormat| {
+            compose(&format, None, &Thought::None, none)
+                .unwrap()
+                .map(|told| told.kind.unwrap())
+        };
+        assert_eq!(told(OutputFormat::Text), None);
+        let schema = json!({"type": "string"});
+        let strict = OutputFormat::JsonSchema {
+            schema: schema.clone(),
+            strict: true,
+        };
+        assert_eq!(told(strict), Some(Kind::JsonSchema(schema.to_string())));
+        assert_eq!(told(OutputFormat::Regex("a/b".into())), Some(Kind::Regex("a/b".into())));
+        let choice = OutputFormat::Choice(vec!["a\"".into(), "b".into()]);
+        assert_eq!(
+            told(choice),
+            Some(Kind::Lark("start: body\nbody: \"a\\\"\" | \"b\"\n".into()))
+        );
+    }
+
+    #[test]
+    fn thoughts_come_before_a_format() {
+        let format = Family::of("</think>").thoughts.unwrap();
+        let regex = OutputFormat::Regex("a/b".into());
+        let text = lark(compose(&regex, None, &Thought::Open(format.clone()), &Words(&[])).unwrap());
+        assert!(text.starts_with("start: thought BODY\nBODY: /a\\/b/\n"), "{text}");
+        assert!(text.contains("thinking[lazy]: /(?s:.*)<\\/think>/"), "{text}");
+        let user = OutputFormat::Lark("start: x\nx: \"start\"".into());
+        let special = Words(&[("<think>", 7), ("</think>", 8)]);
+        let text = lark(compose(&user, None, &Thought::Possible(format), &special).unwrap());
+        assert!(
+            text.starts_with("start: thought? body\nbody: x\nx: \"start\"\n"),
+            "{text}"
+        );
+        assert!(text.contains("thought: <[7]> /(?s:.*)/ <[8]>"), "{text}");
+    }
+
+    #[test]
+    fn forced_calls_are_in_the_familys_words() {
+        let tools = [tool(true)];
+        let rules = |parser, single| CallRules {
+            tools: &tools,
+            parser,
+            forced: true,
+            single,
+        };
+        let none = &Words(&[]);
+        let of = |rules: &CallRules<'_>| lark(compose(&OutputFormat::Text, Some(rules), &Thought::None, none).unwrap());
+        let text = of(&rules("qwen", false));
+        assert!(
+            text.contains("call: \"<tool_call>\" \"\\n\" object \"\\n\" \"</tool_call>\""),
+            "{text}"
+        );
+        assert!(
+            text.contains("(\"\\n\" call)*") && text.contains("#/$defs/tool0/$defs/A"),
+            "{text}"
+        );
+        assert!(!of(&rules("qwen", true)).contains(")*"));
+        let text = of(&rules("kimik2", true));
+        assert!(
+            text.contains("\"maxItems\":1") && rules("kimik2", true).parser() == "json",
+            "{text}"
+        );
+        assert_eq!(rules("llama", false).parser(), "llama");
+    }
+
+    #[test]
+    fn free_text_is_left_free_but_for_strict_calls() {
+        let none = &Words(&[]);
+        let (strict, lax) = ([tool(true)], [tool(false)]);
+        let rules = |tools, parser| CallRules {
+            tools,
+            parser,
+            forced: false,
+            single: false,
+        };
+        let told = |rules: &CallRules<'_>| compose(&OutputFormat::Text, Some(rules), &Thought::None, none).unwrap();
+        assert!(told(&rules(&lax, "qwen")).is_none());
+        assert!(told(&rules(&strict, "kimik2")).is_none());
+        assert!(lark(told(&rules(&strict, "qwen"))).contains("head[lazy]: TEXT \"<tool_call>\""));
+        let both = |parser| {
+            compose(
+                &OutputFormat::JsonObject,
+                Some(&rules(&lax, parser)),
+                &Thought::None,
+                none,
+            )
+        };
+        assert!(lark(both("qwen").unwrap()).starts_with("start: (body | calls)"));
+        assert!(both("kimik2").is_err());
+    }
+}
