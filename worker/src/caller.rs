@@ -52,6 +52,7 @@ impl Outbox {
             Some(&index) => {
                 let waiting = &mut self.waiting[index];
                 waiting.token_ids.extend(delta.token_ids);
+                waiting.logprobs.extend(delta.logprobs);
                 waiting.cached_tokens = delta.cached_tokens.or(waiting.cached_tokens);
                 waiting.finish = delta.finish;
                 if waiting.finish.is_some() {

@@ -8,10 +8,12 @@ use crate::block_feed::BlockFeed;
 use crate::caller::{CallerId, OutboundSender};
 use crate::engine_loop::EngineLoop;
 use crate::fill::{FillContext, FillEnd};
+use crate::grammars::Refusal;
 use crate::push::LayerPush;
 use crate::rates::TransferRate;
 use crate::tiers::{OpenTiers, WorkerTiers};
 use baton_engine::{Engine, Scheduler, SchedulerConfig};
+use baton_grammar::TokenMatcher;
 use baton_kvtransfer::PushReport;
 use baton_proto::block_hash::BlockHash;
 use baton_proto::cluster::Heartbeat;
@@ -46,6 +48,15 @@ pub(crate) enum Command {
         ticket: Ticket,
         caller: CallerId,
         request: Box<Generate>,
+        /// Of the request's grammar, after the tokens emitted so far.
+        grammar: Option<Box<TokenMatcher>>,
+    },
+    /// A request that never becomes a sequence.
+    Refuse {
+        ticket: Ticket,
+        caller: CallerId,
+        id: u64,
+        refusal: Refusal,
     },
     Prefill(Box<PrefillCommand>),
     Cancel {
@@ -84,6 +95,8 @@ pub(crate) struct PrefillCommand {
     pub(crate) ticket: Ticket,
     pub(crate) caller: CallerId,
     pub(crate) request: Prefill,
+    /// As of [`Command::Generate`].
+    pub(crate) grammar: Option<Box<TokenMatcher>>,
     pub(crate) layers: LayerPush,
     /// Takes the first token; dropped when there will be none.
     pub(crate) prefilled: oneshot::Sender<PrefillDone>,

@@ -45,6 +45,8 @@ pub(crate) struct FillJob {
     pub(crate) sampling: Option<Sampling>,
     pub(crate) cache_salt: Vec<u8>,
     pub(crate) priority: i32,
+    pub(crate) emitted_tokens: u32,
+    pub(crate) stop_token_ids: Vec<u32>,
     /// Leading tokens whose blocks are here already; a multiple of the block size.
     pub(crate) cached_tokens: usize,
     /// This worker's blocks for the positions after them.
@@ -134,7 +136,8 @@ async fn attempt(
             }
             .into(),
             priority: job.priority,
-            ..Prefill::default()
+            emitted_tokens: job.emitted_tokens,
+            stop_token_ids: job.stop_token_ids,
         })
         .map_err(|error| error.to_string())?;
     let payload = loop {

@@ -128,6 +128,7 @@ mod tests {
             start_pos: 0,
             blocks: Vec::new(),
             sample: None,
+            shaping: None,
         };
         StepBatch {
             seqs: lens.iter().enumerate().map(span).collect(),

@@ -3,6 +3,8 @@
 use crate::block_teller::BlockTeller;
 use crate::engine_thread::{self, EngineHandle};
 use crate::fill::FillContext;
+use crate::grammars::Grammars;
+use crate::mock::{EngineKind, MockAnswers};
 use crate::peers::Peers;
 use crate::service::{AttachService, Service};
 use crate::{WorkerConfig, WorkerError, drain, membership, tiers};
@@ -159,6 +161,12 @@ pub async fn serve(
         agent,
         region,
         advertised: advertised.clone(),
+        grammars: Arc::new(Grammars::new(match (config.engine, config.mock.answers) {
+            (EngineKind::Mock, MockAnswers::Cheap) => {
+                Err("this mock worker heeds no grammar; give it mock.answers = \"honest\"")
+            }
+            _ => Ok(config.model_path.clone()),
+        })),
     });
     // Connections end with the process: a caller's stream may be open for days, so there is nothing to wait for.
     let stop_serving = CancellationToken::new();

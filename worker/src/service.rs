@@ -8,6 +8,7 @@
 use crate::caller::{OUTBOUND_MESSAGES_MAX, OutboundSender};
 use crate::compression::Rows;
 use crate::engine_thread::{Command, EngineHandle, PrefillCommand, Ticket};
+use crate::grammars::Grammars;
 use crate::push::{CallersBlocks, Compressed, LayerPush, hand_over};
 use crate::server::Advertised;
 use baton_identity::{Role, require_role};
@@ -15,7 +16,8 @@ use baton_kvtransfer::{Agent, Region};
 use baton_model::KvGeometry;
 use baton_proto::worker::worker_server::Worker;
 use baton_proto::worker::{
-    FromWorker, Generate, HelloReply, KvCompression, Prefill, ReadAhead, ToWorker, from_worker, to_worker,
+    FromWorker, Generate, Grammar, HelloReply, KvCompression, Prefill, ReadAhead, Sampling, ToWorker, from_worker,
+    to_worker,
 };
 use baton_proto::{PROTOCOL_VERSION, limits};
 use baton_watchdog::PULSE_INTERVAL_MS;
@@ -42,6 +44,7 @@ pub(crate) struct Service {
     pub(crate) agent: Agent,
     pub(crate) region: Arc<Region>,
     pub(crate) advertised: Arc<Advertised>,
+    pub(crate) grammars: Arc<Grammars>,
 }
 
 /// What is open on one stream.
@@ -224,13 +227,30 @@ impl Service {
         if request.stop_token_ids.len() > limits::STOP_TOKEN_IDS_MAX {
             return Err(Status::invalid_argument("too many stop token ids"));
         }
-        self.engine
-            .send(Command::Generate {
-                ticket,
-                caller,
-                request: Box::new(request),
-            })
-            .await;
+        let send = move |request, grammar| Command::Generate {
+            ticket,
+            caller,
+            request: Box::new(request),
+            grammar,
+        };
+        let Some(grammar) = grammar(&request.sampling) else {
+            self.engine.send(send(request, None)).await;
+            return Ok(());
+        };
+        let emitted = emitted(&request.prompt, request.emitted_tokens);
+        let (engine, grammars) = (self.engine.clone(), self.grammars.clone());
+        tokio::spawn(async move {
+            let command = match grammars.matcher(grammar, emitted).await {
+                Ok(matcher) => send(request, Some(matcher)),
+                Err(refusal) => Command::Refuse {
+                    ticket,
+                    caller,
+                    id: request.id,
+                    refusal,
+                },
+            };
+            engine.send(command).await;
+        });
         Ok(())
     }
 
@@ -317,17 +337,48 @@ impl Service {
         );
         let pushing = hand_over(push, prefilled, cancelled.clone(), ticket, self.engine.clone());
         tokio::spawn(pushing.instrument(span));
-        let command = PrefillCommand {
+        let mut command = PrefillCommand {
             ticket,
             caller,
             request,
+            grammar: None,
             layers,
             prefilled: sender,
             cancelled,
         };
-        self.engine.send(Command::Prefill(Box::new(command))).await;
+        let Some(grammar) = grammar(&command.request.sampling) else {
+            self.engine.send(Command::Prefill(Box::new(command))).await;
+            return Ok(());
+        };
+        let emitted = emitted(&command.request.prompt, command.request.emitted_tokens);
+        let (engine, grammars) = (self.engine.clone(), self.grammars.clone());
+        tokio::spawn(async move {
+            let command = match grammars.matcher(grammar, emitted).await {
+                Ok(matcher) => {
+                    command.grammar = Some(matcher);
+                    Command::Prefill(Box::new(command))
+                }
+                // Dropping the command ends the push.
+                Err(refusal) => Command::Refuse {
+                    ticket,
+                    caller,
+                    id: command.request.id,
+                    refusal,
+                },
+            };
+            engine.send(command).await;
+        });
         Ok(())
     }
+}
+
+fn grammar(sampling: &Option<Sampling>) -> Option<Grammar> {
+    sampling.as_ref()?.grammar.clone()
+}
+
+/// The last so many tokens of a prompt.
+fn emitted(prompt: &[u32], count: u32) -> Vec<u32> {
+    prompt[prompt.len().saturating_sub(count as usize)..].to_vec()
 }
 
 #[allow(clippy::result_large_err)]

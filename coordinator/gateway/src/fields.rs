@@ -103,7 +103,7 @@ pub const FIELDS: &[Field] = &[
     ),
     works(
         "response_format",
-        "`text`, `json_object`, `json_schema`: enforced while sampling; without `strict`, unknown keywords are passed over.",
+        "`text`, `json_object`, `json_schema`: enforced while sampling, `strict` or not.",
     ),
     works(
         "structured_outputs",
@@ -121,10 +121,7 @@ pub const FIELDS: &[Field] = &[
         "tool_choice",
         "`none`, `auto`, `required`, one function, `allowed_tools`. Forced calls are always valid.",
     ),
-    works(
-        "parallel_tool_calls",
-        "`false`: forced and strict calls come one a turn.",
-    ),
+    works("parallel_tool_calls", "`false`: at most one call a turn."),
     works("functions", "Older name of `tools`; answered with `function_call`."),
     works("function_call", "Older name of `tool_choice`."),
     works(
@@ -148,6 +145,7 @@ pub const FIELDS: &[Field] = &[
         "Requests go where their prefix is cached by themselves.",
     ),
     harmless("prompt_cache_retention", "The prefix cache keeps what it has room for."),
+    harmless("prompt_cache_options", "As `prompt_cache_retention`."),
     harmless(
         "prediction",
         "A hint that is not taken: nothing of it is accepted, and nothing billed.",

@@ -97,7 +97,7 @@ pub(crate) fn compose(
         (_, None) if *thought == Thought::None => match format {
             OutputFormat::Text => return Ok(None),
             OutputFormat::JsonObject => Kind::JsonSchema(json!({"type": "object"}).to_string()),
-            OutputFormat::JsonSchema { schema, strict } => Kind::JsonSchema(tuned(schema, *strict).to_string()),
+            OutputFormat::JsonSchema { schema, .. } => Kind::JsonSchema(schema.to_string()),
             OutputFormat::Regex(regex) => Kind::Regex(regex.clone()),
             OutputFormat::Lark(lark) => Kind::Lark(lark.clone()),
             OutputFormat::Choice(_) => {
@@ -166,10 +166,14 @@ fn regex_literal(text: &str) -> String {
 fn body_rules(format: &OutputFormat) -> (String, String) {
     match format {
         OutputFormat::Text => ("TEXT".into(), "TEXT: /(?s:.*)/\n".into()),
-        OutputFormat::JsonObject => ("body".into(), "body: %json {\"type\":\"object\"}\n".into()),
-        OutputFormat::JsonSchema { schema, strict } => {
-            ("body".into(), format!("body: %json {}\n", tuned(schema, *strict)))
+        OutputFormat::JsonObject => {
+            let object = tuned(&json!({"type": "object"}), JSON_WHITESPACE);
+            ("body".into(), format!("body: %json {object}\n"))
         }
+        OutputFormat::JsonSchema { schema, .. } => (
+            "body".into(),
+            format!("body: %json {}\n", tuned(schema, JSON_WHITESPACE)),
+        ),
         OutputFormat::Regex(regex) => {
             let regex = slashed(regex);
             ("BODY".into(), format!("BODY: /{regex}/\n"))
@@ -204,11 +208,18 @@ fn slashed(regex: &str) -> String {
     out
 }
 
-/// What is not `strict` may have keywords that nobody can enforce.
-fn tuned(schema: &Json, strict: bool) -> Json {
+/// Blanks between the tokens of JSON within a grammar: a line break and indentation, but no endless run, which is what a
+/// model that has lost its way likes best. Alone, schemas get the same from the workers.
+const JSON_WHITESPACE: &str = r"[ \n\r\t]{1,40}";
+
+/// The same within calls, which models write on one line: every blank is a token that the caller waits and pays for.
+const CALL_WHITESPACE: &str = r"[ \n]{1,2}";
+
+/// With our options; the client's own are not taken.
+fn tuned(schema: &Json, whitespace: &str) -> Json {
     let mut schema = schema.clone();
-    if let (false, Some(fields)) = (strict, schema.as_object_mut()) {
-        fields.entry("x-guidance").or_insert_with(|| json!({"lenient": true}));
+    if let Some(fields) = schema.as_object_mut() {
+        fields.insert("x-guidance".into(), json!({"whitespace_pattern": whitespace}));
     }
     schema
 }
@@ -277,26 +288,21 @@ fn one_of(tools: &[Tool], arguments: &str) -> Json {
             "required": ["name", arguments], "additionalProperties": false}));
         definitions.insert(name, parameters);
     }
-    let strict = tools.iter().all(|tool| tool.strict);
-    tuned(&json!({"anyOf": calls, "$defs": definitions}), strict)
+    tuned(&json!({"anyOf": calls, "$defs": definitions}), CALL_WHITESPACE)
 }
 
 /// The schema of a list of calls.
 fn list_of(calls: &CallRules<'_>, arguments: &str) -> Json {
     let mut one = one_of(calls.tools, arguments);
-    let fields = one.as_object_mut();
-    let (definitions, guidance) = match fields {
-        Some(fields) => (fields.remove("$defs"), fields.remove("x-guidance")),
-        None => (None, None),
-    };
+    let definitions = one.as_object_mut().and_then(|fields| {
+        fields.remove("x-guidance");
+        fields.remove("$defs")
+    });
     let mut list = json!({"type": "array", "items": one, "minItems": 1, "$defs": definitions});
     if calls.single {
         list["maxItems"] = 1.into();
     }
-    if let Some(guidance) = guidance {
-        list["x-guidance"] = guidance;
-    }
-    list
+    tuned(&list, CALL_WHITESPACE)
 }
 
 /// Lets references within a schema find their targets where the schema now stands.
@@ -443,5 +449,172 @@ mod tests {
         };
         assert!(lark(both("qwen").unwrap()).starts_with("start: (body | calls)"));
         assert!(both("kimik2").is_err());
+    }
+
+    /// Whether the library that the workers use takes a grammar, and whether that admits a text.
+    fn admits(grammar: &Grammar, text: &str) -> bool {
+        use llguidance::api::TopLevelGrammar;
+        use llguidance::toktrie::ApproximateTokEnv;
+        let grammar = match grammar.kind.as_ref().unwrap() {
+            Kind::JsonSchema(schema) => TopLevelGrammar::from_json_schema(serde_json::from_str(schema).unwrap()),
+            Kind::Regex(regex) => TopLevelGrammar::from_regex(regex),
+            Kind::Lark(lark) => TopLevelGrammar::from_lark(lark.clone()),
+        };
+        let factory = llguidance::ParserFactory::new_simple(&ApproximateTokEnv::single_byte_env()).unwrap();
+        let mut matcher = llguidance::Matcher::new(factory.create_parser(grammar));
+        assert_eq!(matcher.get_error(), None);
+        let tokens: Vec<u32> = text.bytes().map(u32::from).collect();
+        matcher.consume_tokens(&tokens).is_ok() && matcher.is_accepting().unwrap_or(false)
+    }
+
+    #[test]
+    fn grammars_admit_what_they_should_and_nothing_else() {
+        let none = &Words(&[]);
+        let format = Family::of("</think>").thoughts.unwrap();
+        let tools = [
+            tool(true),
+            Tool {
+                name: "g".into(),
+                parameters: None,
+                ..tool(true)
+            },
+        ];
+        let f = "{\"name\": \"f\", \"arguments\": {\"a\": null}}";
+        let call = |body: &str| format!("<tool_call>\n{body}\n</tool_call>");
+        let g = call("{\"name\":\"g\",\"arguments\":{}}");
+        let text = OutputFormat::Text;
+        let schema = json!({"type": "object", "properties": {"x": {"const": 1}}, "required": ["x"], "additionalProperties": false});
+        let json = OutputFormat::JsonSchema { schema, strict: true };
+        let check = |format: &OutputFormat,
+                     rules: Option<&CallRules<'_>>,
+                     thought: &Thought,
+                     good: &[String],
+                     bad: &[String]| {
+            let grammar = compose(format, rules, thought, none).unwrap().unwrap();
+            good.iter()
+                .for_each(|text| assert!(admits(&grammar, text), "{text:?}: {grammar:?}"));
+            bad.iter()
+                .for_each(|text| assert!(!admits(&grammar, text), "{text:?}: {grammar:?}"));
+        };
+        let rules = |parser, forced, single| CallRules {
+            tools: &tools,
+            parser,
+            forced,
+            single,
+        };
+        let wrong = call("{\"name\": \"f\", \"arguments\": {\"a\": 7}}");
+        check(
+            &text,
+            Some(&rules("qwen", true, false)),
+            &Thought::None,
+            &[call(f), format!("{}\n{g}", call(f))],
+            &["hi".into(), wrong.clone(), format!("{} ", call(f))],
+        );
+        check(
+            &text,
+            Some(&rules("qwen", true, true)),
+            &Thought::None,
+            std::slice::from_ref(&g),
+            &[format!("{g}\n{g}")],
+        );
+        check(
+            &text,
+            Some(&rules("qwen", false, false)),
+            &Thought::None,
+            &["hi".into(), String::new(), format!("well {} and {g}!", call(f))],
+            &[format!("well {wrong}")],
+        );
+        check(
+            &json,
+            Some(&rules("qwen", false, false)),
+            &Thought::None,
+            &["{\"x\": 1}".into(), call(f)],
+            &["hi".into(), "{}".into(), wrong],
+        );
+        let list = "[{\"name\": \"g\", \"parameters\": {}}]";
+        check(
+            &text,
+            Some(&rules("kimik2", true, true)),
+            &Thought::None,
+            &[list.into()],
+            &["[]".into(), f.into()],
+        );
+        check(
+            &text,
+            Some(&rules("llama", true, true)),
+            &Thought::None,
+            &["{\"name\": \"g\", \"parameters\": {}}".into()],
+            &[list.into()],
+        );
+        let mistral = "[TOOL_CALLS] [{\"name\": \"g\", \"arguments\": {}}]";
+        check(
+            &text,
+            Some(&rules("mistral", true, false)),
+            &Thought::None,
+            &[mistral.into()],
+            &[list.into()],
+        );
+        check(
+            &text,
+            Some(&rules("mistral", false, false)),
+            &Thought::None,
+            &[format!("so {mistral}")],
+            &["[TOOL_CALLS] x".into()],
+        );
+
+        let (open, possible) = (Thought::Open(format.clone()), Thought::Possible(format));
+        check(
+            &json,
+            None,
+            &open,
+            &["so <b>\n</think>\n{\"x\":1}".into()],
+            &["{\"x\":1}".into(), "so</think>no".into()],
+        );
+        check(
+            &json,
+            None,
+            &possible,
+            &["<think>so</think>{\"x\":1}".into(), "{\"x\":1}".into()],
+            &["so</think>{\"x\":1}".into()],
+        );
+        check(
+            &text,
+            Some(&rules("qwen", true, true)),
+            &open,
+            &[format!("so</think>\n\n{g}")],
+            std::slice::from_ref(&g),
+        );
+        check(
+            &text,
+            Some(&rules("qwen", false, false)),
+            &possible,
+            &[format!("<think>so</think>hi {g}")],
+            &[],
+        );
+        let regex = OutputFormat::Regex("a/b|c".into());
+        check(
+            &regex,
+            None,
+            &open,
+            &["x</think>a/b".into(), "x</think> c".into()],
+            &["x</think>a".into()],
+        );
+        let lark = OutputFormat::Lark("start: \"a\" x\nx: \"b\"".into());
+        check(&lark, None, &open, &["x</think>ab".into()], &["ab".into()]);
+        let choice = OutputFormat::Choice(vec!["a\"\n".into(), "b".into()]);
+        check(
+            &choice,
+            None,
+            &Thought::None,
+            &["a\"\n".into(), "b".into()],
+            &["a".into()],
+        );
+        check(
+            &choice,
+            None,
+            &possible,
+            &["b".into(), "<think></think>b".into()],
+            &["x".into()],
+        );
     }
 }

@@ -383,7 +383,7 @@ mod tests {
         let model = ServedModel::load("m", dir.path()).unwrap();
         assert_eq!(
             (model.name(), model.context_length(), model.eos_ids()),
-            ("m", 512, &[257][..])
+            ("m", 4096, &[257][..])
         );
         assert_eq!(
             model.defaults(),

@@ -319,13 +319,13 @@ mod tests {
             {% endfor %}{{ mood }}{% if thinking is defined and thinking is false %}!{% endif %}{{ tools is none }}";
         let template = ChatTemplate::new(template, TemplateTokens::default()).unwrap();
         let mut conversation = Conversation::default();
-        assert_eq!(template.render(&conversation).unwrap(), "true");
+        assert_eq!(template.render(&conversation).unwrap(), "True");
         conversation.tools = vec![json!({"type": "function", "function": {"name": "f"}})];
         conversation.documents = vec![json!({"text": "d"})];
         conversation.kwargs.insert("mood".into(), json!("m"));
         conversation.kwargs.insert("thinking".into(), json!(false));
         conversation.kwargs.insert("messages".into(), json!("never"));
-        assert_eq!(template.render(&conversation).unwrap(), "fdm!false");
+        assert_eq!(template.render(&conversation).unwrap(), "fdm!False");
     }
 
     #[test]

@@ -48,15 +48,15 @@ impl Turn {
         }
     }
 
-    /// The turn is over: what was held back.
-    pub fn finish(&mut self, out: &mut Vec<Delta>) {
+    /// The turn is over: what was held back. `cut_short`: the model had more to say.
+    pub fn finish(&mut self, cut_short: bool, out: &mut Vec<Delta>) {
         if let Some(thinking) = &mut self.thinking {
             let (thought, rest) = thinking.finish();
             add_reasoning(&thought, out);
             self.answer(&rest, out);
         }
         if let Some(calls) = &mut self.calls {
-            calls.finish(out);
+            calls.finish(cut_short, out);
         }
     }
 

@@ -83,7 +83,9 @@ async fn logprobs_have_the_older_shape_whole_and_streamed() {
     let gateway = TestGateway::start().await;
     let mut merged = Vec::new();
     for stream in [false, true] {
-        gateway.backend.script(turn("aé"));
+        gateway
+            .backend
+            .script(Script::SayLikely([ids("aé"), vec![257]].concat(), 2));
         let body = json!({"model": "m", "prompt": "x", "logprobs": 2, "stream": stream});
         let answer = gateway.post(PATH, &body).await;
         let chunks = if stream {
@@ -104,8 +106,8 @@ async fn logprobs_have_the_older_shape_whole_and_streamed() {
     let all = &merged[0];
     // The two bytes of é are no characters by themselves.
     assert_eq!(all["tokens"], json!(["a", "bytes:\\xc3", "bytes:\\xa9"]));
-    assert_eq!(all["token_logprobs"], json!([-0.25, -0.25, -0.25]));
-    assert_eq!(all["top_logprobs"][0], json!({"a": -0.25, "b": -1.25}));
+    assert_eq!(all["token_logprobs"], json!([-0.5, -0.5, -0.5]));
+    assert_eq!(all["top_logprobs"][0], json!({"a": -0.5, "b": -1.5}));
     assert_eq!(all["text_offset"], json!([0, 1, 2]));
     assert_eq!(gateway.backend.last_job().sampling.top_logprobs, Some(2));
 }

@@ -78,6 +78,7 @@ impl SimWorker {
             prompt,
             max_tokens,
             sampling: SamplingParams::GREEDY,
+            shaping: None,
             stop_token_ids: Vec::new(),
             cache_salt: Vec::new(),
             remote_prefill: false,

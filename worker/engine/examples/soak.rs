@@ -219,6 +219,7 @@ impl Soak {
             prompt: prompt.into(),
             max_tokens: rng.random_range(1..400),
             sampling: sampling.unwrap_or(SamplingParams::GREEDY),
+            shaping: None,
             stop_token_ids: vec![2],
             cache_salt: vec![rng.random_range(0..3)],
             remote_prefill: rng.random_bool(0.1),
@@ -253,6 +254,7 @@ impl Soak {
             let request = PrefillRequest {
                 prompt,
                 sampling,
+                shaping: None,
                 cache_salt,
                 skip_tokens: 0,
                 priority: 0,

@@ -113,6 +113,52 @@ pub enum SamplingError {
     /// Not a number in `(0, 1]`.
     #[error("top_p is {0}; it must be greater than 0 and at most 1")]
     TopP(f32),
+    /// Not a number in `[0, 1]`.
+    #[error("min_p is {0}; it must be from 0 to 1")]
+    MinP(f32),
+    /// An additive penalty that is not a number in its range.
+    #[error("{name} is {value}; it must be from -{max} to {max}", max = crate::sampling::shaping::PENALTY_ABS_MAX)]
+    Penalty {
+        /// Which.
+        name: &'static str,
+        /// What was sent.
+        value: f32,
+    },
+    /// Not a number in `[0, REPETITION_PENALTY_MAX]`.
+    #[error("repetition_penalty is {0}; it must be greater than 0 and at most {max}", max = crate::sampling::shaping::REPETITION_PENALTY_MAX)]
+    RepetitionPenalty(f32),
+    /// A bias that is not a number in its range.
+    #[error("a logit_bias is {0}; it must be from -{max} to {max}", max = crate::sampling::shaping::LOGIT_BIAS_ABS_MAX)]
+    Bias(f32),
+    /// A bias of a token that the model does not have.
+    #[error("logit_bias names token {token}, but the model's ids are below {vocab_size}")]
+    BiasToken {
+        /// The offending id.
+        token: u32,
+        /// Ids are below this.
+        vocab_size: usize,
+    },
+    /// More biases than are taken.
+    #[error("logit_bias has {0} tokens; at most {max} are taken", max = baton_proto::limits::LOGIT_BIAS_MAX)]
+    TooManyBiases(usize),
+    /// More likely tokens than are told.
+    #[error("top_logprobs is {0}; at most {max} are told", max = baton_proto::limits::TOP_LOGPROBS_MAX)]
+    TopLogprobs(u32),
+}
+
+impl SamplingError {
+    /// The field of the wire's `Sampling` at fault.
+    pub fn field(&self) -> &'static str {
+        match self {
+            SamplingError::Temperature(_) => "temperature",
+            SamplingError::TopP(_) => "top_p",
+            SamplingError::MinP(_) => "min_p",
+            SamplingError::Penalty { name, .. } => name,
+            SamplingError::RepetitionPenalty(_) => "repetition_penalty",
+            SamplingError::Bias(_) | SamplingError::BiasToken { .. } | SamplingError::TooManyBiases(_) => "logit_bias",
+            SamplingError::TopLogprobs(_) => "top_logprobs",
+        }
+    }
 }
 
 /// A step that could not be computed. None of its tokens count; the KV of its spans is undefined.

@@ -43,7 +43,7 @@ pub use model_engine::ModelEngine;
 pub use profile::{MockProfile, MockTiming};
 pub use rank::{PASSES_PER_PRIORITY, PRIORITY_MAX};
 pub use request::{Cancelled, FillRequest, Finish, FinishReason, Output, Plan, PrefillRequest, Request, Reuse};
-pub use sampling::{Sampler, SamplingParams};
+pub use sampling::{Asked, Sampler, SamplingParams, Shaping};
 pub use scheduler::Scheduler;
 pub use stats::Stats;
 pub use step::{Engine, SeqId, StepBatch, StepSeq};

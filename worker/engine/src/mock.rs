@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use baton_kvtransfer::Region;
 use baton_model::{KvDtype, KvGeometry, KvHalf};
+use baton_proto::worker::TokenLogprobs;
 
 use crate::error::EngineError;
 use crate::profile::MockTiming;
@@ -28,7 +29,7 @@ pub enum MockAnswer {
     Honest,
     /// A hash of the last position's KV, itself a chain over all tokens before, picks one of `count` ids from `first` on.
     /// For load tests: a token costs nothing, whatever the context and the vocabulary. Of the sampling parameters it
-    /// heeds the seed, unless greedy. A wrong byte of KV before the last position shows only in what is computed from it.
+    /// heeds the seed, unless greedy; grammars are not for it. A wrong byte of KV before the last position shows only in what is computed from it.
     Cheap {
         /// The first id.
         first: u32,
@@ -218,14 +219,25 @@ impl MockEngine {
         if let MockAnswer::Cheap { first, count } = self.config.answer {
             let key = self.key(span, self.geometry.layers - 1, span.end_pos() - 1)?;
             let seed = if params.temperature() > 0.0 { params.seed() } else { 0 };
-            return Ok(Some(first + (mix(key, seed) % u64::from(count)) as u32));
+            let token = first + (mix(key, seed) % u64::from(count)) as u32;
+            if let Some((shaping, top)) = span.shaping.as_ref().and_then(|s| Some((s, s.top_logprobs()?))) {
+                // It was certain.
+                let top = top.min(1) as usize;
+                shaping.tell_logprobs(Some(TokenLogprobs {
+                    logprob: 0.0,
+                    top_ids: vec![token; top],
+                    top_logprobs: vec![0.0; top],
+                }));
+            }
+            return Ok(Some(token));
         }
         let digest = self.digest(span)?;
         self.logits.clear();
         // Logits in [0, 8): peaked enough that temperature and filters matter.
         self.logits
             .extend((0..self.config.vocab_size as u64).map(|id| (mix(digest, id) >> 40) as f32 / (1u64 << 21) as f32));
-        Ok(self.sampler.sample(&self.logits, params, span.end_pos() as u64))
+        let (position, shaping) = (span.end_pos() as u64, span.shaping.as_deref());
+        Ok(self.sampler.sample_shaped(&self.logits, params, position, shaping))
     }
 }
 
@@ -299,6 +311,7 @@ mod tests {
             start_pos,
             blocks: blocks.to_vec(),
             sample: Some(SamplingParams::GREEDY),
+            shaping: None,
         }
     }
 

@@ -105,7 +105,12 @@ impl<O: Ops> Engine for ModelEngine<O> {
         self.pool.run(spans.len(), &|worker, row| {
             if let Some(params) = &spans[row].sample {
                 let mut sampler = lock(&self.samplers[worker]);
-                *lock(&tokens[row]) = sampler.sample(logits.row(row), params, spans[row].end_pos() as u64);
+                *lock(&tokens[row]) = sampler.sample_shaped(
+                    logits.row(row),
+                    params,
+                    spans[row].end_pos() as u64,
+                    spans[row].shaping.as_deref(),
+                );
             }
         });
         let mut tokens = tokens.into_iter();

@@ -214,6 +214,7 @@ mod tests {
             start_pos,
             blocks: Vec::new(),
             sample: None,
+            shaping: None,
         };
         StepBatch {
             seqs: spans.iter().map(span).collect(),

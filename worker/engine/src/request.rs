@@ -3,9 +3,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use baton_proto::worker;
+use baton_proto::worker::{self, TokenLogprobs};
 
-use crate::sampling::SamplingParams;
+use crate::sampling::{SamplingParams, Shaping};
 use crate::step::{SeqId, StepBatch};
 
 /// Generate tokens after a prompt.
@@ -17,6 +17,8 @@ pub struct Request {
     pub max_tokens: usize,
     /// How to sample.
     pub sampling: SamplingParams,
+    /// What else it asks of its logits, with the state of this sequence; most ask for nothing.
+    pub shaping: Option<Arc<Shaping>>,
     /// Any of these ends the sequence with [`FinishReason::Stop`]. A caller that wants EOS ignored leaves it out.
     pub stop_token_ids: Vec<u32>,
     /// Separates tenants in the prefix cache.
@@ -35,6 +37,8 @@ pub struct PrefillRequest {
     pub prompt: Arc<[u32]>,
     /// How to sample the first token.
     pub sampling: SamplingParams,
+    /// As of [`Request`].
+    pub shaping: Option<Arc<Shaping>>,
     /// Separates tenants in the prefix cache.
     pub cache_salt: Vec<u8>,
     /// Leading tokens the caller holds already: a multiple of the block size, less than the prompt. They are computed
@@ -134,15 +138,19 @@ pub struct Finish {
     pub completion_tokens: usize,
     /// With [`FinishReason::Error`]: a sentence; otherwise empty.
     pub error: String,
+    /// With [`FinishReason::Error`]: the field of the request that no worker can take as it is, if that is why.
+    pub invalid_field: Option<&'static str>,
 }
 
 /// News of one sequence.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Output {
     /// Whose.
     pub seq: SeqId,
     /// Newly emitted tokens, in order. Never repeated, never taken back.
     pub tokens: Vec<u32>,
+    /// One for each of them, where they are asked for.
+    pub logprobs: Vec<TokenLogprobs>,
     /// Set exactly once, on the last output of a sequence.
     pub finish: Option<Finish>,
 }

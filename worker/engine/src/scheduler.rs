@@ -59,6 +59,7 @@ use std::time::Duration;
 
 use baton_proto::block_hash;
 use baton_proto::limits::STOP_TOKEN_IDS_MAX;
+use baton_proto::worker::TokenLogprobs;
 
 use crate::block_events::BlockEvents;
 use crate::blocks::BlockManager;
@@ -66,7 +67,7 @@ use crate::config::SchedulerConfig;
 use crate::error::{AdmitError, ConfigError};
 use crate::rank::Rank;
 use crate::request::{Cancelled, Finish, FinishReason, Output, PrefillRequest, Request};
-use crate::sampling::SamplingParams;
+use crate::sampling::{SamplingParams, Shaping};
 use crate::sequence::{Sequence, State, Task};
 use crate::stats::Stats;
 use crate::step::{SeqId, StepBatch};
@@ -144,7 +145,7 @@ impl Scheduler {
         self.enqueue(
             task,
             request.prompt,
-            request.sampling,
+            (request.sampling, request.shaping),
             &request.cache_salt,
             request.priority,
         )
@@ -163,7 +164,7 @@ impl Scheduler {
         self.enqueue(
             Task::Prefill,
             request.prompt,
-            request.sampling,
+            (request.sampling, request.shaping),
             &request.cache_salt,
             request.priority,
         )
@@ -173,7 +174,7 @@ impl Scheduler {
         &mut self,
         task: Task,
         prompt: Arc<[u32]>,
-        sampling: SamplingParams,
+        (sampling, shaping): (SamplingParams, Option<Arc<Shaping>>),
         salt: &[u8],
         priority: i32,
     ) -> Result<SeqId, AdmitError> {
@@ -209,7 +210,7 @@ impl Scheduler {
         self.next_id += 1;
         let rank = Rank::new(id, priority);
         let root = block_hash::root(&block_hash::cache_root(&config.model_digest, salt));
-        let mut seq = Sequence::new(rank, task, prompt, sampling, root, config.block_size);
+        let mut seq = Sequence::new(rank, task, prompt, sampling, shaping, root, config.block_size);
         if config.prefix_cache {
             seq.expected_cached = expected_cached(&mut seq, &self.blocks);
         }
@@ -236,7 +237,7 @@ impl Scheduler {
             if span.sample.is_some() {
                 let output = match sampled.get(index).copied().flatten() {
                     Some(token) => self.emit(span.seq, token),
-                    None => self.fail(span.seq, "the model gave no usable logits"),
+                    None => self.fail_sampling(span.seq),
                 };
                 outputs.extend(output);
             }
@@ -275,15 +276,34 @@ impl Scheduler {
 
     /// The blocks of a [`FillRequest`](crate::FillRequest) are complete, and the prefill worker sampled `first_token`.
     /// Answers with that token's output; `None` if the sequence was cancelled meanwhile (this releases it) or is unknown.
-    pub fn fill_done(&mut self, id: SeqId, first_token: u32) -> Option<Output> {
-        if first_token as usize >= self.config.vocab_size {
+    ///
+    /// `logprobs` are the token's where the request asks for them; if they are missing then the fill failed.
+    pub fn fill_done_with(&mut self, id: SeqId, first_token: u32, logprobs: Option<TokenLogprobs>) -> Option<Output> {
+        let shaping = self.seqs.get(&id).and_then(|seq| seq.shaping.clone());
+        let top = shaping.as_ref().and_then(|shaping| shaping.top_logprobs());
+        let told = match (&logprobs, top) {
+            (None, None) => true,
+            (Some(told), Some(top)) => {
+                told.top_ids.len() == told.top_logprobs.len() && told.top_ids.len() <= top as usize
+            }
+            _ => false,
+        };
+        if first_token as usize >= self.config.vocab_size || !told {
             self.fill_failed(id);
             return None;
+        }
+        if let Some(shaping) = &shaping {
+            shaping.tell_logprobs(logprobs);
         }
         let seq = self.leave_transport(id)?;
         seq.computed = seq.prompt.len();
         self.register_computed(id);
         self.emit(id, first_token)
+    }
+
+    /// The same for a request that asks for no log probabilities.
+    pub fn fill_done(&mut self, id: SeqId, first_token: u32) -> Option<Output> {
+        self.fill_done_with(id, first_token, None)
     }
 
     /// The fill will not be completed and its window is closed: the sequence prefills here, from its cached prefix on. If
@@ -375,6 +395,14 @@ impl Scheduler {
     fn emit(&mut self, id: SeqId, token: u32) -> Option<Output> {
         let length_max = self.config.length_max();
         let seq = self.seqs.get_mut(&id)?;
+        let mut logprobs = None;
+        if let Some(shaping) = &seq.shaping {
+            match shaping.push(token) {
+                Ok(told) => logprobs = told,
+                // The token is not part of an answer that its grammar refuses.
+                Err(error) => return self.fail_for(id, &error.to_string(), Some("grammar")),
+            }
+        }
         seq.generated.push(token);
         self.totals.generation_tokens += 1;
         let reason = match &seq.task {
@@ -393,18 +421,36 @@ impl Scheduler {
         Some(Output {
             seq: id,
             tokens: vec![token],
+            logprobs: logprobs.into_iter().collect(),
             finish,
         })
     }
 
+    /// No token could be sampled.
+    fn fail_sampling(&mut self, id: SeqId) -> Option<Output> {
+        let shaping = self.seqs.get(&id).and_then(|seq| seq.shaping.clone());
+        match shaping.and_then(|shaping| shaping.take_error()) {
+            Some(error) => self.fail_for(id, &error.to_string(), Some("grammar")),
+            None => self.fail(id, "the model gave no usable logits"),
+        }
+    }
+
     fn fail(&mut self, id: SeqId, error: &str) -> Option<Output> {
+        self.fail_for(id, error, None)
+    }
+
+    fn fail_for(&mut self, id: SeqId, error: &str, invalid_field: Option<&'static str>) -> Option<Output> {
         let seq = self.seqs.get(&id).filter(|s| s.state == State::Running)?;
-        let finish = Some(finish(seq, FinishReason::Error, error));
+        let finish = Finish {
+            invalid_field,
+            ..finish(seq, FinishReason::Error, error)
+        };
         self.retire(id);
         Some(Output {
             seq: id,
             tokens: Vec::new(),
-            finish,
+            logprobs: Vec::new(),
+            finish: Some(finish),
         })
     }
 
@@ -478,5 +524,6 @@ fn finish(seq: &Sequence, reason: FinishReason, error: &str) -> Finish {
         cached_tokens: seq.cached_tokens,
         completion_tokens: seq.generated.len(),
         error: error.to_owned(),
+        invalid_field: None,
     }
 }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use baton_proto::block_hash::{self, BlockHash};
 
 use crate::rank::Rank;
-use crate::sampling::SamplingParams;
+use crate::sampling::{SamplingParams, Shaping};
 use crate::step::SeqId;
 
 /// Where a sequence is in its life. A finished sequence is gone.
@@ -58,6 +58,7 @@ pub(crate) struct Sequence {
     pub prompt: Arc<[u32]>,
     pub generated: Vec<u32>,
     pub sampling: SamplingParams,
+    pub shaping: Option<Arc<Shaping>>,
     pub blocks: Vec<u32>,
     pub computed: usize,
     pub registered: usize,
@@ -78,11 +79,13 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
+    #[allow(clippy::too_many_arguments)] // a constructor of plain data
     pub fn new(
         rank: Rank,
         task: Task,
         prompt: Arc<[u32]>,
         sampling: SamplingParams,
+        shaping: Option<Arc<Shaping>>,
         root: BlockHash,
         block_size: usize,
     ) -> Self {
@@ -94,6 +97,7 @@ impl Sequence {
             prompt,
             generated: Vec::new(),
             sampling,
+            shaping,
             blocks: Vec::new(),
             computed: 0,
             registered: 0,
@@ -212,6 +216,7 @@ mod tests {
             Task::Prefill,
             prompt.into(),
             SamplingParams::GREEDY,
+            None,
             root,
             4,
         )

@@ -15,7 +15,7 @@ use baton_kvtransfer::Region;
 use baton_model::KvGeometry;
 
 use crate::error::EngineError;
-use crate::sampling::SamplingParams;
+use crate::sampling::{SamplingParams, Shaping};
 
 /// Names a sequence within one scheduler. Ids grow in order of submission and are never reused, so the smaller id is
 /// the older sequence.
@@ -41,6 +41,8 @@ pub struct StepSeq {
     pub blocks: Vec<u32>,
     /// When set, sample the token that follows the span; its position is `start_pos + tokens.len()`.
     pub sample: Option<SamplingParams>,
+    /// With `sample`: what else to do to the logits; the sampler leaves there what is told of the token besides.
+    pub shaping: Option<Arc<Shaping>>,
 }
 
 impl StepSeq {

@@ -103,6 +103,7 @@ fn run(make: Make, prefill_config: &SchedulerConfig, decode_config: &SchedulerCo
             let request = PrefillRequest {
                 prompt: fill.prompt.clone(),
                 sampling: fill.sampling,
+                shaping: None,
                 cache_salt: jobs[answers[&fill.seq].0].salt.clone(),
                 skip_tokens: fill.cached_tokens / prefill_config.block_size * prefill_config.block_size,
                 priority: jobs[answers[&fill.seq].0].priority,

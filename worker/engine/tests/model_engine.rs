@@ -132,6 +132,7 @@ fn layers_are_announced_and_impossible_batches_refused() {
         start_pos: 0,
         blocks: vec![8],
         sample: None,
+        shaping: None,
     };
     let result = engine.step(&StepBatch { seqs: vec![bad] }, &mut |_| {});
     assert!(matches!(result, Err(EngineError::InvalidBatch(_))));

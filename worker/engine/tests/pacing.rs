@@ -69,6 +69,7 @@ impl World {
             prompt: prompt.into(),
             max_tokens,
             sampling: SamplingParams::GREEDY,
+            shaping: None,
             stop_token_ids: Vec::new(),
             cache_salt: Vec::new(),
             remote_prefill: false,

@@ -213,6 +213,7 @@ fn what_can_never_run_is_refused_with_a_sentence() {
     let skip = |skip_tokens| PrefillRequest {
         prompt: prompt(32, 1).into(),
         sampling: SamplingParams::GREEDY,
+        shaping: None,
         cache_salt: Vec::new(),
         skip_tokens,
         priority: 0,
@@ -304,6 +305,7 @@ fn a_failed_step_ends_its_sequences_and_leaks_nothing() {
         .submit_prefill(PrefillRequest {
             prompt: prompt(20, 2).into(),
             sampling: SamplingParams::GREEDY,
+            shaping: None,
             cache_salt: Vec::new(),
             skip_tokens: 0,
             priority: 0,
@@ -388,6 +390,7 @@ fn prefill_only_sequences_are_never_preempted() {
         .submit_prefill(PrefillRequest {
             prompt: prompt(28, 2).into(),
             sampling: SamplingParams::GREEDY,
+            shaping: None,
             cache_salt: Vec::new(),
             skip_tokens: 0,
             priority: 0,

@@ -16,8 +16,9 @@ use baton_engine::{
     Scheduler, SchedulerConfig, SeqId, Stats,
 };
 use baton_proto::block_hash;
+use baton_proto::worker::TokenLogprobs;
 use common::tiers::SimTiers;
-use common::{Job, Truth, alone, bytes, copy, engine_for};
+use common::{Job, Truth, alone_told, bytes, copy, engine_for, shaped};
 use proptest::prelude::*;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -27,6 +28,7 @@ struct Live {
     job: Job,
     prefill_only: bool,
     tokens: Vec<u32>,
+    logprobs: Vec<TokenLogprobs>,
 }
 
 /// A fill in flight, as the transport sees it.
@@ -121,8 +123,10 @@ impl Simulation {
             1 => SamplingParams::new(1.0, 0, 1.0, rng.random()).expect("in range"),
             _ => SamplingParams::new(0.7, 10, 0.9, rng.random()).expect("in range"),
         };
+        let extras = rng.random_bool(0.5).then(|| shaped(rng.random_range(0..1000)));
         Job {
             prompt,
+            extras,
             max_tokens: rng.random_range(1..30),
             sampling,
             stop_token_ids: (0..rng.random_range(0..3)).map(|_| rng.random_range(0..64)).collect(),
@@ -153,6 +157,7 @@ impl Simulation {
                 let request = PrefillRequest {
                     prompt: job.prompt.clone().into(),
                     sampling: job.sampling,
+                    shaping: job.shaping(&[]),
                     cache_salt: job.salt.clone(),
                     skip_tokens: 0,
                     priority: job.priority,
@@ -195,6 +200,7 @@ impl Simulation {
             job,
             prefill_only,
             tokens,
+            logprobs: Vec::new(),
         };
         self.live.insert(id, live);
     }
@@ -241,7 +247,8 @@ impl Simulation {
                 assert!(self.scheduler.fill_failed(id));
             } else {
                 let request = &fill.request;
-                let truth = Truth::of(&self.config, &request.prompt, request.sampling);
+                let shaping = self.live.get(&id).and_then(|live| live.job.shaping(&[]));
+                let truth = Truth::shaped(&self.config, &request.prompt, request.sampling, shaping);
                 for layer in 0..geometry.layers {
                     let from = Table {
                         start: 0,
@@ -258,7 +265,7 @@ impl Simulation {
                         copy(&truth.engine.region(), piece.local, &region, piece.remote_offset);
                     }
                 }
-                let output = self.scheduler.fill_done(id, truth.first_token);
+                let output = self.scheduler.fill_done_with(id, truth.first_token, truth.logprobs);
                 assert_eq!(output.is_none(), fill.cancelled);
                 self.take(output.into_iter().collect());
             }
@@ -312,6 +319,7 @@ impl Simulation {
                 .get_mut(&output.seq)
                 .expect("output of a sequence that is over");
             live.tokens.extend(&output.tokens);
+            live.logprobs.extend(output.logprobs.iter().cloned());
             let Some(finish) = output.finish else {
                 continue;
             };
@@ -438,11 +446,18 @@ impl Simulation {
         assert!(!self.scheduler.has_work());
         for (live, reason) in &self.ended {
             if live.prefill_only {
-                let truth = Truth::of(&self.config, &live.job.prompt, live.job.sampling);
+                let truth = Truth::shaped(&self.config, &live.job.prompt, live.job.sampling, live.job.shaping(&[]));
                 assert!(*reason == FinishReason::Cancelled || live.tokens == [truth.first_token]);
                 continue;
             }
-            let (tokens, right) = alone(&self.config, &live.job);
+            let (tokens, told, right) = alone_told(&self.config, &live.job);
+            assert!(told.starts_with(&live.logprobs), "{:?}", live.job);
+            let asks = live
+                .job
+                .extras
+                .as_ref()
+                .is_some_and(|extras| extras.top_logprobs.is_some());
+            assert_eq!(live.logprobs.len(), if asks { live.tokens.len() } else { 0 });
             match reason {
                 FinishReason::Cancelled => assert!(tokens.starts_with(&live.tokens), "{:?}", live.job),
                 _ => assert_eq!((&live.tokens, *reason), (&tokens, right), "{:?}", live.job),

@@ -7,12 +7,17 @@ use super::job::Kind;
 use super::saturate;
 use crate::caller::{CallerId, Flushed};
 use baton_engine::{Finish, FinishReason, Output, Plan, SeqId};
-use baton_proto::worker::{self, PrefillDone, SequenceDelta};
+use baton_proto::worker::{self, PrefillDone, SequenceDelta, TokenLogprobs};
 use std::time::Instant;
 
 impl EngineLoop {
     pub(super) fn emit(&mut self, output: Output) {
-        let Output { seq, tokens, finish } = output;
+        let Output {
+            seq,
+            tokens,
+            logprobs,
+            finish,
+        } = output;
         let Some(job) = self.jobs.get_mut(&seq) else { return };
         if !tokens.is_empty() && job.first_token.is_none() {
             job.first_token = Some(Instant::now());
@@ -27,28 +32,34 @@ impl EngineLoop {
                             cached_tokens: saturate(finish.cached_tokens),
                             queued_us: micros(job.submitted, job.scheduled),
                             prefill_us: job.scheduled.map_or(0, |at| micros(at, job.first_token)),
-                            logprobs: None,
+                            logprobs: logprobs.into_iter().next(),
                         });
                     }
                 }
                 // The engine failed: dropping `prefilled` ends the push, whose end releases the blocks.
                 Some(finish) => {
                     drop(prefilled.take());
-                    self.answer(seq, Vec::new(), Some(finish));
+                    self.answer(seq, Vec::new(), Vec::new(), Some(finish));
                 }
                 None => {}
             }
             return;
         }
         let ended = finish.is_some();
-        self.answer(seq, tokens, finish);
+        self.answer(seq, tokens, logprobs, finish);
         if ended {
             self.forget(seq);
         }
     }
 
     /// Sends tokens, and at most once the end.
-    pub(super) fn answer(&mut self, seq: SeqId, token_ids: Vec<u32>, finish: Option<Finish>) {
+    pub(super) fn answer(
+        &mut self,
+        seq: SeqId,
+        token_ids: Vec<u32>,
+        logprobs: Vec<TokenLogprobs>,
+        finish: Option<Finish>,
+    ) {
         let Some(job) = self.jobs.get_mut(&seq) else { return };
         if job.answered {
             return;
@@ -69,7 +80,8 @@ impl EngineLoop {
                 cached_tokens: saturate(finish.cached_tokens).max(elsewhere).min(prompt_tokens),
                 completion_tokens: saturate(finish.completion_tokens),
                 error: finish.error,
-                retryable: finish.reason == FinishReason::Error,
+                retryable: finish.reason == FinishReason::Error && finish.invalid_field.is_none(),
+                invalid_field: finish.invalid_field.unwrap_or_default().to_owned(),
                 prefill_worker_id: filled.unwrap_or_default(),
                 queued_us: micros(job.submitted, job.scheduled),
                 prefill_us: job.scheduled.map_or(0, |at| micros(at, job.first_token)),
@@ -82,7 +94,7 @@ impl EngineLoop {
             token_ids,
             finish,
             cached_tokens,
-            logprobs: Vec::new(),
+            logprobs,
         };
         let caller = job.caller;
         self.tell(caller, delta);

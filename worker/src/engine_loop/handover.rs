@@ -36,6 +36,8 @@ impl EngineLoop {
                 sampling: spec.sampling,
                 cache_salt: spec.cache_salt,
                 priority: spec.priority,
+                emitted_tokens: spec.emitted_tokens,
+                stop_token_ids: spec.stop_token_ids,
                 cached_tokens: wanted.cached_tokens,
                 blocks: wanted.blocks.clone(),
             };
@@ -72,6 +74,10 @@ impl EngineLoop {
         }
         match end {
             FillEnd::Done((worker_id, done)) if (done.first_token as usize) < self.engine.vocab_size() => {
+                let Some(output) = self.scheduler.fill_done_with(seq, done.first_token, done.logprobs) else {
+                    tracing::warn!(request_id = %job.request_id, "the hand-over lacks logprobs; prefilling here");
+                    return;
+                };
                 if let Kind::Generate {
                     filled, fill_cached, ..
                 } = &mut job.kind
@@ -80,9 +86,7 @@ impl EngineLoop {
                     *fill_cached = done.cached_tokens;
                 }
                 self.answer_cached(seq);
-                if let Some(output) = self.scheduler.fill_done(seq, done.first_token) {
-                    self.emit(output);
-                }
+                self.emit(output);
             }
             end => {
                 let reason = match end {

@@ -71,4 +71,6 @@ pub(super) struct FillSpec {
     pub(super) sampling: Option<Sampling>,
     pub(super) cache_salt: Vec<u8>,
     pub(super) priority: i32,
+    pub(super) emitted_tokens: u32,
+    pub(super) stop_token_ids: Vec<u32>,
 }

@@ -16,11 +16,12 @@ mod load_report;
 use crate::caller::{CallerId, Outbox};
 use crate::engine_thread::{Command, EngineHandle, Shared, Ticket};
 use crate::fill::FillContext;
+use crate::masks::MaskThread;
 use crate::rates::StepRates;
 use crate::tiers::{self, WorkerTiers};
 use baton_engine::{Engine, EngineError, Plan, Scheduler, SeqId};
 use job::{Job, Kind};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
@@ -44,6 +45,9 @@ pub(crate) struct EngineLoop {
     jobs: HashMap<SeqId, Job>,
     seqs: HashMap<Ticket, SeqId>,
     rates: StepRates,
+    /// Cancelled before they came here. Each is taken out when it comes or is refused.
+    given_up: HashSet<Ticket>,
+    masks: MaskThread,
 }
 
 impl EngineLoop {
@@ -69,6 +73,8 @@ impl EngineLoop {
             jobs: HashMap::new(),
             seqs: HashMap::new(),
             rates: StepRates::default(),
+            given_up: HashSet::new(),
+            masks: MaskThread::default(),
         }
     }
 
@@ -133,7 +139,14 @@ impl EngineLoop {
                 ticket,
                 caller,
                 request,
-            } => self.generate(ticket, caller, *request),
+                grammar,
+            } => self.generate(ticket, caller, *request, grammar),
+            Command::Refuse {
+                ticket,
+                caller,
+                id,
+                refusal,
+            } => self.refuse(ticket, caller, id, refusal),
             Command::Prefill(command) => self.prefill(*command),
             Command::Cancel { ticket } => self.cancel(ticket),
             Command::FillCached { ticket, cached_tokens } => self.fill_cached(ticket, cached_tokens),
@@ -184,6 +197,7 @@ impl EngineLoop {
                 }
             }
         }
+        self.masks.prepare(&plan.batch);
         let jobs = &mut self.jobs;
         let started = Instant::now();
         let sampled = self.engine.step(&plan.batch, &mut |layer| {
@@ -220,7 +234,13 @@ impl EngineLoop {
     }
 
     fn cancel(&mut self, ticket: Ticket) {
-        let Some(&seq) = self.seqs.get(&ticket) else { return };
+        let Some(&seq) = self.seqs.get(&ticket) else {
+            // On its way here, while its grammar is compiled; or over.
+            if self.handle.is_live(ticket) {
+                self.given_up.insert(ticket);
+            }
+            return;
+        };
         let Some(cancelled) = self.scheduler.cancel(seq) else {
             return;
         };
@@ -239,7 +259,7 @@ impl EngineLoop {
                 }
             }
         }
-        self.answer(seq, Vec::new(), Some(cancelled.finish));
+        self.answer(seq, Vec::new(), Vec::new(), Some(cancelled.finish));
         if !cancelled.draining {
             self.forget(seq);
         }

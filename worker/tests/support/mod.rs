@@ -13,7 +13,8 @@ use baton_proto::cluster::{
 };
 use baton_proto::worker::worker_client::WorkerClient;
 use baton_proto::worker::{
-    Cancel, Finish, FromWorker, Generate, Hello, PrefillPeer, ReadAhead, Sampling, ToWorker, from_worker, to_worker,
+    Cancel, Finish, FromWorker, Generate, Hello, PrefillPeer, ReadAhead, Sampling, ToWorker, TokenLogprobs,
+    from_worker, to_worker,
 };
 use baton_worker::{Startup, WorkerConfig, WorkerRole};
 use std::collections::{HashMap, HashSet};
@@ -370,7 +371,7 @@ impl Cell {
 }
 
 /// Requests by id: the tokens so far, and who waits for the end.
-type Waiting = Arc<Mutex<HashMap<u64, (Vec<u32>, oneshot::Sender<Answer>)>>>;
+type Waiting = Arc<Mutex<HashMap<u64, (Vec<u32>, Vec<TokenLogprobs>, oneshot::Sender<Answer>)>>>;
 
 /// A gateway's end of an Attach stream.
 pub struct Gateway {
@@ -382,6 +383,7 @@ pub struct Gateway {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Answer {
     pub tokens: Vec<u32>,
+    pub logprobs: Vec<TokenLogprobs>,
     pub finish: Finish,
 }
 
@@ -427,11 +429,16 @@ impl Gateway {
                 };
                 let mut waiting = shared.lock().unwrap();
                 for delta in step.deltas {
-                    let (tokens, _) = waiting.get_mut(&delta.id).expect("a delta after the finish of its id");
+                    let (tokens, logprobs, _) = waiting.get_mut(&delta.id).expect("a delta after the finish of its id");
                     tokens.extend(delta.token_ids);
+                    logprobs.extend(delta.logprobs);
                     if let Some(finish) = delta.finish {
-                        let (tokens, sender) = waiting.remove(&delta.id).unwrap();
-                        let _ = sender.send(Answer { tokens, finish });
+                        let (tokens, logprobs, sender) = waiting.remove(&delta.id).unwrap();
+                        let _ = sender.send(Answer {
+                            tokens,
+                            logprobs,
+                            finish,
+                        });
                     }
                 }
             }
@@ -448,7 +455,10 @@ impl Gateway {
         let id = self.next_id.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         request.id = id;
         let (sender, answer) = oneshot::channel();
-        self.waiting.lock().unwrap().insert(id, (Vec::new(), sender));
+        self.waiting
+            .lock()
+            .unwrap()
+            .insert(id, (Vec::new(), Vec::new(), sender));
         self.outbound
             .send(ToWorker {
                 kind: Some(to_worker::Kind::Generate(request)),

@@ -157,6 +157,13 @@ fn check_labels(params: &Params) -> Result<(), ApiError> {
     params.boolean("store")?;
     params.text("prompt_cache_key", LABEL_BYTES_MAX)?;
     params.text("prompt_cache_retention", LABEL_BYTES_MAX)?;
+    if params
+        .get("prompt_cache_options")
+        .is_some_and(|options| !options.is_object())
+    {
+        let message = "`prompt_cache_options` must be an object.";
+        return Err(ApiError::field("prompt_cache_options", message));
+    }
     let prediction = params.get("prediction");
     let content = |prediction: &Json| match &prediction["content"] {
         Json::String(_) => true,

@@ -25,6 +25,12 @@ pub(super) fn parse(params: &Params, config: &GatewayConfig) -> Result<(ToolWish
             "`functions` is the older name of `tools`; send only `tools`.",
         ));
     }
+    if functions && params.get("tool_choice").is_some() {
+        return Err(ApiError::field(
+            "tool_choice",
+            "`tool_choice` needs `tools`; with `functions` it is `function_call`.",
+        ));
+    }
     let name = if functions { "functions" } else { "tools" };
     let tools = list(params.get(name), name, config)?;
     let choice = if functions {

@@ -71,7 +71,7 @@ impl Prepared {
         let thinking = reading.thought_open.zip(thoughts);
         let thinking = thinking.and_then(|(open, format)| Thinking::new(format, open));
         let calls = reading.calls.as_ref();
-        let calls = calls.and_then(|format| Calls::new(format, &self.request.tools.tools));
+        let calls = calls.and_then(|format| Calls::new(format, &self.request.tools.tools, self.request.tools.single));
         let reader = ChoiceReader {
             tokens: TokenReader::new(detokenizer, stops, stop.min_tokens),
             turn: Turn::new(thinking, calls),

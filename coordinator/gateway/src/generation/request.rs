@@ -40,9 +40,10 @@ pub(crate) struct GenerationRequest {
 pub(crate) enum Prompt {
     /// A conversation for the model's chat template.
     Chat(Chat),
-    /// Text, tokenised as it is. Control tokens in it are text. No template.
+    /// Text, tokenised as the tokenizer does: spelled control tokens are control tokens, since there is no template that could
+    /// write them. What comes after is text: no calls or thoughts are looked for.
     Text(String),
-    /// Token ids, of the model's vocabulary.
+    /// Token ids, of the model's vocabulary; as `Text`.
     Tokens(Vec<u32>),
 }
 
@@ -96,7 +97,7 @@ pub(crate) enum OutputFormat {
     Text,
     /// Any JSON object.
     JsonObject,
-    /// A JSON value that the schema admits. It is enforced either way; without `strict`, keywords that cannot be are passed over.
+    /// A JSON value that the schema admits. `strict` is what the client said; it is enforced either way.
     JsonSchema { schema: Json, strict: bool },
     /// The whole text matches.
     Regex(String),

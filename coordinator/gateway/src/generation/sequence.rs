@@ -126,7 +126,8 @@ impl Sequence {
         if let Some(reason) = reason {
             let rest = self.reader.tokens.finish();
             self.reader.turn.push(&rest, &mut piece.deltas);
-            self.reader.turn.finish(&mut piece.deltas);
+            let cut_short = reason == EndReason::Length || self.reader.tokens.stopped();
+            self.reader.turn.finish(cut_short, &mut piece.deltas);
             // Flushing may itself complete a stop string; nothing is left to cancel.
             let stop = self
                 .reader

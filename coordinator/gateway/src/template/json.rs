@@ -23,13 +23,11 @@ pub(super) fn tojson(value: &Value, indent: Option<Value>, kwargs: Kwargs) -> Re
         Some(indent) => Some(indent),
         None => kwargs.get("indent")?,
     };
-    let indent = match indent.filter(|indent| !indent.is_none() && !indent.is_undefined()) {
-        None => None,
-        Some(indent) => Some(match indent.as_str() {
-            Some(text) => text.to_owned(),
-            None => " ".repeat(usize::try_from(indent.as_i64().unwrap_or(0).clamp(0, 64)).unwrap_or(0)),
-        }),
-    };
+    let indent = indent.filter(|indent| !indent.is_none() && !indent.is_undefined());
+    let indent = indent.map(|indent| match indent.as_str() {
+        Some(text) => text.to_owned(),
+        None => " ".repeat(usize::try_from(indent.as_i64().unwrap_or(0).clamp(0, 64)).unwrap_or(0)),
+    });
     let separators: Option<Value> = kwargs.get("separators")?;
     let separators = separators.filter(|separators| !separators.is_none());
     let separator = |at: usize, usual: &str| {

@@ -4,6 +4,8 @@
 //! Here a piece is held back until it is a sixteenth of what the parser has of the call: a call costs some `16·n·log n`, and
 //! its arguments stream all the same. Text before a call is handed over at once.
 
+use std::sync::LazyLock;
+
 use futures_util::FutureExt;
 use openai_protocol::common::{Function, Tool as ParserTool};
 use tool_parser::types::StreamingParseResult;
@@ -15,6 +17,11 @@ use crate::family::ToolFormat;
 use crate::generation::output::Delta;
 use crate::generation::request::Tool;
 
+/// Times a parser is asked what else it has: it tells a call in a few parts.
+const ROUNDS_MAX: usize = 1024;
+
+static PARSERS: LazyLock<ParserFactory> = LazyLock::new(ParserFactory::new);
+
 /// The share of a call that a piece must have before it is read.
 const SHARE: usize = 16;
 
@@ -22,6 +29,8 @@ const SHARE: usize = 16;
 pub(crate) struct Calls {
     parser: Box<dyn ToolParser>,
     tools: Vec<ParserTool>,
+    /// At most one call.
+    single: bool,
     /// Not read yet.
     pending: String,
     /// Bytes read since a call may have begun.
@@ -37,9 +46,9 @@ pub(crate) struct Calls {
 }
 
 impl Calls {
-    /// `None` if the parser does not exist.
-    pub fn new(format: &ToolFormat, tools: &[Tool]) -> Option<Self> {
-        let parser = ParserFactory::new().registry().create_parser(&format.parser)?;
+    /// `single`: calls after the first are passed over. `None` if the parser does not exist.
+    pub fn new(format: &ToolFormat, tools: &[Tool], single: bool) -> Option<Self> {
+        let parser = PARSERS.registry().create_parser(&format.parser)?;
         let tools = tools.iter().map(|tool| ParserTool {
             tool_type: "function".into(),
             function: Function {
@@ -53,6 +62,7 @@ impl Calls {
         Some(Self {
             parser,
             tools: tools.collect(),
+            single,
             pending: String::new(),
             read: 0,
             blank: String::new(),
@@ -78,15 +88,17 @@ impl Calls {
         }
     }
 
-    /// The turn is over.
-    pub fn finish(&mut self, out: &mut Vec<Delta>) {
+    /// The turn is over. One that was cut short keeps the arguments that came: completing them would invent some.
+    pub fn finish(&mut self, cut_short: bool, out: &mut Vec<Delta>) {
         if !self.pending.is_empty() {
             self.parse(out);
         }
         if self.broken {
             return;
         }
-        for call in self.parser.get_unstreamed_tool_args().unwrap_or_default() {
+        let complete = !cut_short;
+        let rest = complete.then(|| self.parser.get_unstreamed_tool_args()).flatten();
+        for call in rest.unwrap_or_default() {
             self.call(call.tool_index, call.name, &call.parameters, out);
         }
         let rest = self.parser.take_unstreamed_normal_text();
@@ -97,22 +109,31 @@ impl Calls {
     }
 
     fn parse(&mut self, out: &mut Vec<Delta>) {
-        let piece = std::mem::take(&mut self.pending);
-        // The parsers wait for nothing, though their trait would let them.
-        let parsed = self.parser.parse_incremental(&piece, &self.tools).now_or_never();
-        let StreamingParseResult { normal_text, calls } = match parsed {
-            Some(Ok(parsed)) => parsed,
-            failed => {
-                tracing::debug!(failed = ?failed.map(|result| result.err()), "a tool parser failed");
-                self.broken = true;
-                return self.text(&piece, out);
+        let mut piece = std::mem::take(&mut self.pending);
+        for round in 0..ROUNDS_MAX {
+            // The parsers wait for nothing, though their trait would let them.
+            let parsed = self.parser.parse_incremental(&piece, &self.tools).now_or_never();
+            let StreamingParseResult { normal_text, calls } = match parsed {
+                Some(Ok(parsed)) => parsed,
+                failed => {
+                    tracing::debug!(failed = ?failed.map(|result| result.err()), "a tool parser failed");
+                    self.broken = true;
+                    return self.text(&piece, out);
+                }
+            };
+            if round == 0 {
+                let passed = normal_text.len() >= piece.len() && calls.is_empty();
+                self.read = if passed { 0 } else { self.read + piece.len() };
             }
-        };
-        let passed = normal_text.len() >= piece.len() && calls.is_empty();
-        self.read = if passed { 0 } else { self.read + piece.len() };
-        self.text(&normal_text, out);
-        for call in calls {
-            self.call(call.tool_index, call.name, &call.parameters, out);
+            if normal_text.is_empty() && calls.is_empty() {
+                return;
+            }
+            self.text(&normal_text, out);
+            for call in calls {
+                self.call(call.tool_index, call.name, &call.parameters, out);
+            }
+            // What it tells it tells in parts: of two calls in a piece the first.
+            piece.clear();
         }
     }
 
@@ -133,7 +154,8 @@ impl Calls {
     }
 
     fn call(&mut self, number: usize, name: Option<String>, arguments: &str, out: &mut Vec<Delta>) {
-        if let Some(name) = name.filter(|_| !self.begun.contains(&number)) {
+        let surplus = self.single && self.begun.iter().any(|begun| *begun != number);
+        if let Some(name) = name.filter(|_| !self.begun.contains(&number) && !surplus) {
             let index = self.begun.len() as u32;
             self.begun.push(number);
             out.push(Delta::ToolCall {
@@ -180,13 +202,13 @@ mod tests {
 
     /// Reads a text in pieces of `len` characters.
     fn read(template: &str, text: &str, len: usize) -> Choice {
-        let mut calls = Calls::new(&Family::of(template).tool_format(), &tools()).unwrap();
+        let mut calls = Calls::new(&Family::of(template).tool_format(), &tools(), false).unwrap();
         let chars: Vec<char> = text.chars().collect();
         let mut deltas = Vec::new();
         for piece in chars.chunks(len) {
             calls.push(&piece.iter().collect::<String>(), &mut deltas);
         }
-        calls.finish(&mut deltas);
+        calls.finish(false, &mut deltas);
         let mut choice = Choice::default();
         choice.take(Piece {
             deltas,
@@ -242,6 +264,38 @@ mod tests {
     }
 
     #[test]
+    fn one_call_at_most_if_asked_for() {
+        let call = "<tool_call>\n{\"name\": \"weather\", \"arguments\": {}}\n</tool_call>";
+        let mut calls = Calls::new(&Family::of("tools <tool_call>").tool_format(), &tools(), true).unwrap();
+        let mut deltas = Vec::new();
+        calls.push(&format!("{call}\n{call}"), &mut deltas);
+        calls.finish(false, &mut deltas);
+        let begun = deltas.iter().filter(|delta| matches!(delta, Delta::ToolCall { .. }));
+        assert_eq!(begun.count(), 1);
+    }
+
+    #[test]
+    fn what_is_cut_short_is_not_completed() {
+        let mut calls = Calls::new(&Family::of("tools <tool_call>").tool_format(), &tools(), false).unwrap();
+        let mut deltas = Vec::new();
+        for character in "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\":   ".chars() {
+            calls.push(&character.to_string(), &mut deltas);
+        }
+        calls.finish(true, &mut deltas);
+        let mut choice = Choice::default();
+        choice.take(Piece {
+            deltas,
+            ..Piece::default()
+        });
+        assert_eq!(choice.tool_calls.len(), 1);
+        let arguments = &choice.tool_calls[0].arguments;
+        assert!(
+            serde_json::from_str::<serde_json::Value>(arguments).is_err(),
+            "{arguments}"
+        );
+    }
+
+    #[test]
     fn text_without_calls_passes_unchanged() {
         for text in ["  hello <b>\n", "a < b", "\n\n", "<tool_cal", "{\"name\": 1"] {
             for len in [1, 1000] {
@@ -256,12 +310,12 @@ mod tests {
         let city = "x".repeat(200_000);
         let text =
             format!("<tool_call>\n{{\"name\": \"weather\", \"arguments\": {{\"city\": \"{city}\"}}}}\n</tool_call>");
-        let mut calls = Calls::new(&Family::of("tools <tool_call>").tool_format(), &tools()).unwrap();
+        let mut calls = Calls::new(&Family::of("tools <tool_call>").tool_format(), &tools(), true).unwrap();
         let mut deltas = Vec::new();
         for piece in text.as_bytes().chunks(4) {
             calls.push(std::str::from_utf8(piece).unwrap(), &mut deltas);
         }
-        calls.finish(&mut deltas);
+        calls.finish(false, &mut deltas);
         let mut choice = Choice::default();
         let pieces = deltas.len();
         choice.take(Piece {

@@ -1,9 +1,13 @@
 //! Thoughts told from the answer, by a published parser. Marks reach it whole, each as a piece of its own, which is what it
 //! is sure to understand.
 
+use std::sync::LazyLock;
+
 use reasoning_parser::{ParserFactory, ReasoningParser};
 
 use crate::family::ThoughtFormat;
+
+static PARSERS: LazyLock<ParserFactory> = LazyLock::new(ParserFactory::new);
 
 /// See the module.
 pub(crate) struct Thinking {
@@ -18,7 +22,7 @@ pub(crate) struct Thinking {
 impl Thinking {
     /// `opened`: the prompt ends inside a thought. `None` if the parser does not exist.
     pub fn new(format: &ThoughtFormat, opened: bool) -> Option<Self> {
-        let mut parser = ParserFactory::new().registry().create_parser(&format.parser)?;
+        let mut parser = PARSERS.registry().create_parser(&format.parser)?;
         if opened {
             parser.mark_reasoning_started();
             parser.mark_think_start_stripped();

@@ -6,7 +6,7 @@ pub mod model_files;
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -38,6 +38,10 @@ pub enum Script {
     SayThenHang(Vec<u32>),
     /// Tokens, then the stream ends without a finish.
     SayThenVanish(Vec<u32>),
+    /// As `Say`, and each token with its log-probability and so many most likely ones.
+    SayLikely(Vec<u32>, u32),
+    /// Ended by the workers: this field cannot be served.
+    Invalid(&'static str, &'static str),
     /// Refused at once.
     Refuse(BackendError),
     /// Never placed: waits in the queue until the client hangs up.
@@ -66,6 +70,8 @@ pub struct MockBackend {
     /// Places in the queue given up.
     pub left: AtomicUsize,
     pub no_worker: AtomicBool,
+    /// Of the workers; 256 where it is not set.
+    pub context_length: AtomicU32,
     /// The replicated state; none by default, as in a backend without one.
     pub store: std::sync::OnceLock<Arc<MemoryStore>>,
 }
@@ -121,7 +127,10 @@ impl Backend for Mock {
         vec![ModelInfo {
             id: "m".into(),
             created_unix_s: 1_700_000_000,
-            context_length: 256,
+            context_length: match self.0.context_length.load(Ordering::SeqCst) {
+                0 => 256,
+                length => length,
+            },
             served,
         }]
     }
@@ -135,7 +144,6 @@ impl Backend for Mock {
             .pop_front()
             .unwrap_or_else(|| turn("hello"));
         let prompt_tokens = job.prompt.len() as u32;
-        let top_logprobs = job.sampling.top_logprobs;
         self.0.jobs.lock().unwrap().push(job);
         self.0.changed.notify_waiters();
         let stop = CancellationToken::new();
@@ -195,6 +203,37 @@ impl Backend for Mock {
                     return;
                 }
                 Script::SayThenVanish(tokens) => (tokens, None),
+                Script::SayLikely(tokens, top) => {
+                    let likely = |token: &u32| TokenLogprobs {
+                        logprob: -0.5,
+                        top_ids: (0..top).map(|at| token + at).collect(),
+                        top_logprobs: (0..top).map(|at| -0.5 - at as f32).collect(),
+                    };
+                    sender.sampled(tokens.len());
+                    let finish = Some(finish(FinishReason::Stop, tokens.len()));
+                    let logprobs = tokens.iter().map(likely).collect();
+                    let event = GenerationEvent {
+                        tokens,
+                        logprobs,
+                        finish,
+                    };
+                    let _ = sender.send(event).await;
+                    return;
+                }
+                Script::Invalid(field, error) => {
+                    let finish = Finish {
+                        reason: FinishReason::Error.into(),
+                        invalid_field: field.into(),
+                        error: error.into(),
+                        ..Finish::default()
+                    };
+                    let event = GenerationEvent {
+                        finish: Some(finish),
+                        ..Default::default()
+                    };
+                    let _ = sender.send(event).await;
+                    return;
+                }
                 Script::Refuse(_) | Script::Queue => return,
             };
             let count = tokens.len();
@@ -204,7 +243,6 @@ impl Backend for Mock {
                 if sender
                     .send(GenerationEvent {
                         tokens: vec![token],
-                        logprobs: top_logprobs.map(|top| likely(token, top)).into_iter().collect(),
                         finish,
                         ..Default::default()
                     })
@@ -272,15 +310,6 @@ impl Backend for Mock {
                 worker("prefill-0", WorkerRole::Prefill),
             ],
         }
-    }
-}
-
-/// Of a token that was the likeliest of `top`, the others its neighbours.
-fn likely(token: u32, top: u32) -> TokenLogprobs {
-    TokenLogprobs {
-        logprob: -0.25,
-        top_ids: (token..token + top).collect(),
-        top_logprobs: (0..top).map(|rank| -0.25 - rank as f32).collect(),
     }
 }
 

@@ -50,7 +50,7 @@ pub fn byte_level_json() -> Value {
     })
 }
 
-/// Writes the model directory: context length 512.
+/// Writes the model directory: context length 4096.
 pub fn write_model(dir: &Path) {
     let write = |name: &str, value: Value| std::fs::write(dir.join(name), value.to_string()).unwrap();
     write("tokenizer.json", byte_level_json());
@@ -60,6 +60,6 @@ pub fn write_model(dir: &Path) {
     );
     write(
         "config.json",
-        json!({"max_position_embeddings": 512, "eos_token_id": 257}),
+        json!({"max_position_embeddings": 4096, "eos_token_id": 257}),
     );
 }

@@ -184,6 +184,7 @@ impl<'a> Run<'a> {
             // Sequences take turns in the arena, as those that grow side by side do.
             blocks: (0..blocks).map(|block| (block * self.batch + seq) as u32).collect(),
             sample: sample.then_some(SamplingParams::GREEDY),
+            shaping: None,
         }
     }
 

@@ -231,3 +231,162 @@ proptest! {
         }
     }
 }
+
+/// What the documentation of [`shaping`] says, without any cleverness.
+fn shaped_by_reference(
+    logits: &[f32],
+    wire: &worker::Sampling,
+    prompt: &[u32],
+    emitted: &[u32],
+    stops: &[u32],
+) -> Vec<f32> {
+    let mut out = logits.to_vec();
+    for (id, logit) in (0u32..).zip(out.iter_mut()) {
+        for bias in wire.logit_bias.iter().filter(|bias| bias.token_id == id) {
+            *logit += bias.bias;
+        }
+        let count = emitted.iter().filter(|token| **token == id).count();
+        let repetition = if wire.repetition_penalty == 0.0 {
+            1.0
+        } else {
+            wire.repetition_penalty
+        };
+        if count > 0 || (prompt.contains(&id) && repetition != 1.0) {
+            *logit = if *logit > 0.0 {
+                *logit / repetition
+            } else {
+                *logit * repetition
+            };
+        }
+        if count > 0 {
+            *logit -= wire.frequency_penalty * count as f32 + wire.presence_penalty;
+        }
+        if emitted.len() < wire.min_tokens as usize && stops.contains(&id) {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
+    out
+}
+
+fn logprobs_by_reference(logits: &[f32], token: u32, top: usize) -> (f64, Vec<u32>) {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let total: f64 = logits.iter().map(|l| (f64::from(*l) - f64::from(max)).exp()).sum();
+    let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+    ids.sort_by(|a, b| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b)));
+    ids.truncate(top);
+    (f64::from(logits[token as usize]) - f64::from(max) - total.ln(), ids)
+}
+
+proptest! {
+    #[test]
+    fn shaping_is_what_it_says(
+        logits in prop::collection::vec((-40i32..40).prop_map(|l| l as f32 / 4.0), 8..48),
+        prompt in prop::collection::vec(0u32..8, 0..12),
+        emitted in prop::collection::vec(0u32..8, 0..12),
+        told in 0usize..12,
+        presence in -8i32..8, frequency in -8i32..8, repetition in 0usize..4,
+        bias in prop::collection::btree_map(0u32..8, -100i32..100, 0..4),
+        min_tokens in 0u32..16, top in prop::option::of(0u32..20), min_p in 0usize..4, seed in any::<u64>(),
+    ) {
+        let wire = worker::Sampling {
+            presence_penalty: presence as f32 / 4.0,
+            frequency_penalty: frequency as f32 / 4.0,
+            repetition_penalty: [0.0, 1.0, 0.5, 2.0][repetition],
+            logit_bias: bias.into_iter().map(|(token_id, bias)| worker::LogitBias { token_id, bias: bias as f32 / 8.0 }).collect(),
+            min_tokens,
+            top_logprobs: top,
+            ..worker::Sampling::default()
+        };
+        let stops = [1, 3];
+        // Some of the emitted tokens come with the prompt, the others one by one.
+        let told = told.min(emitted.len());
+        let all = [&prompt[..], &emitted[..told]].concat();
+        let asked = Asked {
+            sampling: &wire,
+            prompt: &all,
+            emitted_tokens: told,
+            stop_token_ids: &stops,
+            vocab_size: logits.len(),
+        };
+        let shaping = Shaping::new(asked, None).expect("in range");
+        if let Some(shaping) = &shaping {
+            for token in &emitted[told..] {
+                prop_assert_eq!(shaping.push(*token), Ok(None));
+            }
+        }
+        let expected = shaped_by_reference(&logits, &wire, &prompt, &emitted, &stops);
+        let params = params(0.8, 0, 1.0, seed).with_min_p([0.0, 0.05, 0.5, 1.0][min_p]).expect("in range");
+        let mut sampler = Sampler::new();
+        let token = sampler.sample_shaped(&logits, &params, 5, shaping.as_ref());
+        match &shaping {
+            Some(shaping) => {
+                let mut shaped = logits.clone();
+                shaping.apply(&mut shaped);
+                for (got, expected) in shaped.iter().zip(&expected) {
+                    prop_assert!(got == expected || (got - expected).abs() < 1e-5, "{got} {expected}");
+                }
+                prop_assert_eq!(token, sample(&shaped, &params, 5));
+            }
+            // Nothing was asked for that still matters.
+            None => prop_assert_eq!(&expected, &logits),
+        }
+        let token = token.expect("min_tokens leaves other candidates");
+        if let (Some(shaping), Some(top)) = (&shaping, top) {
+            let told = shaping.push(token).expect("no grammar").expect("asked for");
+            let (logprob, ids) = logprobs_by_reference(&logits, token, top as usize);
+            prop_assert!((f64::from(told.logprob) - logprob).abs() < 1e-4);
+            prop_assert_eq!(told.top_ids, ids);
+        }
+        // No candidate below min_p of the best one.
+        let max = expected.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let weight = ((expected[token as usize] - max) / 0.8).exp();
+        prop_assert!(weight >= params.min_p() - 1e-4, "{weight}");
+    }
+}
+
+#[test]
+fn what_is_out_of_range_is_named() {
+    let check = |change: &dyn Fn(&mut worker::Sampling)| {
+        let mut wire = worker::Sampling::default();
+        change(&mut wire);
+        let asked = Asked {
+            sampling: &wire,
+            prompt: &[1],
+            emitted_tokens: 9,
+            stop_token_ids: &[],
+            vocab_size: 10,
+        };
+        let error = SamplingParams::new(0.0, 0, 1.0, 0)
+            .and_then(|params| params.with_min_p(wire.min_p))
+            .err();
+        error
+            .or_else(|| Shaping::new(asked, None).err())
+            .map(|error| error.field())
+    };
+    assert_eq!(check(&|_| {}), None);
+    assert_eq!(check(&|wire| wire.min_p = f32::NAN), Some("min_p"));
+    assert_eq!(check(&|wire| wire.presence_penalty = 2.5), Some("presence_penalty"));
+    assert_eq!(
+        check(&|wire| wire.frequency_penalty = f32::NAN),
+        Some("frequency_penalty")
+    );
+    assert_eq!(
+        check(&|wire| wire.repetition_penalty = -1.0),
+        Some("repetition_penalty")
+    );
+    assert_eq!(
+        check(&|wire| wire.repetition_penalty = f32::INFINITY),
+        Some("repetition_penalty")
+    );
+    assert_eq!(check(&|wire| wire.top_logprobs = Some(21)), Some("top_logprobs"));
+    let bias = |token_id, bias| worker::LogitBias { token_id, bias };
+    assert_eq!(
+        check(&|wire| wire.logit_bias = vec![bias(1, f32::NAN)]),
+        Some("logit_bias")
+    );
+    assert_eq!(check(&|wire| wire.logit_bias = vec![bias(10, 1.0)]), Some("logit_bias"));
+    assert_eq!(
+        check(&|wire| wire.logit_bias = vec![bias(1, 1.0); 1025]),
+        Some("logit_bias")
+    );
+}

@@ -313,6 +313,7 @@ impl Scheduler {
             start_pos: seq.computed,
             blocks: seq.blocks[..end.div_ceil(self.config.block_size)].to_vec(),
             sample: (end == seq.len()).then_some(seq.sampling),
+            shaping: seq.shaping.clone().filter(|_| end == seq.len()),
         });
     }
 }
