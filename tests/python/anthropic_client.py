@@ -13,7 +13,8 @@ client = anthropic.Anthropic(base_url=url, api_key="unused", max_retries=0, time
 question = dict(
     model="baton-demo",
     max_tokens=16,
-    temperature=0,
+    # Newer versions of the package do not know it any more; the API does.
+    extra_body={"temperature": 0},
     system="You are a helpful assistant.",
     messages=[{"role": "user", "content": "my code is 7341. what is my code?"}],
 )
@@ -56,7 +57,7 @@ turns = [
     {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": "7341"}]},
 ]
 answer = client.messages.create(
-    model="baton-demo", max_tokens=8, temperature=0, tools=[tool], tool_choice={"type": "auto"}, messages=turns
+    model="baton-demo", max_tokens=8, extra_body={"temperature": 0}, tools=[tool], tool_choice={"type": "auto"}, messages=turns
 )
 assert answer.usage.output_tokens >= 1, answer
 

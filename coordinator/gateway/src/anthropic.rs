@@ -28,8 +28,8 @@ use crate::trace::RequestNames;
 const ENDPOINT: &str = "/v1/messages";
 const ENDPOINT_COUNT: &str = "/v1/messages/count_tokens";
 
-/// The versions of the API that this is.
-const VERSIONS: [&str; 2] = ["2023-06-01", "2023-01-01"];
+/// Versions that clients may send: the one whose shapes these are, the first, and what the official package sends today.
+const VERSIONS: [&str; 3] = ["2023-06-01", "2023-01-01", "2026-10-21"];
 
 /// `POST /v1/messages`.
 pub(crate) async fn create<B: Backend>(
