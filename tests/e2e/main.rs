@@ -4,6 +4,7 @@
 
 mod accounts;
 mod admission;
+mod api_document;
 mod attacks;
 mod bad_input;
 mod batches;
@@ -15,6 +16,7 @@ mod gguf;
 mod group;
 mod https;
 mod mock;
+mod official_clients;
 mod proof;
 mod responses;
 mod serving;

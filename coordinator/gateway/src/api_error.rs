@@ -328,6 +328,8 @@ impl IntoResponse for ApiError {
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
+        // For APIs that say it in other words (`dialect`).
+        response.extensions_mut().insert(self);
         response
     }
 }

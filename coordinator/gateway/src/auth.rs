@@ -205,9 +205,7 @@ pub(crate) fn caller(
     if let Some(caller) = keys.and_then(|keys| keys.caller(headers)) {
         return Ok(caller);
     }
-    let token = headers
-        .get(header::AUTHORIZATION)
-        .and_then(|value| bearer(value.as_bytes()));
+    let token = presented(headers);
     if let (Some(accounts), Some(token)) = (accounts, token) {
         match accounts.keys.presented(&*accounts.store, &sha256(token))? {
             Presented::Valid(account) => return Ok(Caller::of(account)),
@@ -290,9 +288,7 @@ impl Keys {
 
     /// Whose key the request carries. Looks at every key, whichever it is.
     pub fn caller(&self, headers: &HeaderMap) -> Option<Caller> {
-        let token = headers
-            .get(header::AUTHORIZATION)
-            .and_then(|value| bearer(value.as_bytes()))?;
+        let token = presented(headers)?;
         let hash = blake3::hash(token);
         let (mut found, mut at) = (Choice::from(0), 0u32);
         for (index, (key, _)) in self.0.iter().enumerate() {
@@ -304,6 +300,14 @@ impl Keys {
             return None;
         }
         self.0.get(at as usize).map(|(_, caller)| caller.clone())
+    }
+}
+
+/// The key that a request carries: `Authorization: Bearer KEY`, or where there is no such header Anthropic's `x-api-key: KEY`.
+fn presented(headers: &HeaderMap) -> Option<&[u8]> {
+    match headers.get(header::AUTHORIZATION) {
+        Some(value) => bearer(value.as_bytes()),
+        None => headers.get("x-api-key").map(|value| value.as_bytes().trim_ascii()),
     }
 }
 

@@ -27,4 +27,4 @@ pub(crate) use line::Internal;
 pub(crate) use routes::routes;
 
 /// What the lines of a batch may call. Each is a route that answers whole, with the usage fields of chat completions.
-pub(crate) const ENDPOINTS: &[&str] = &["/v1/chat/completions"];
+pub(crate) const ENDPOINTS: &[&str] = &["/v1/chat/completions", "/v1/completions"];

@@ -2,7 +2,7 @@
 
 pub(crate) mod format;
 pub(crate) mod request;
-mod response;
+pub(crate) mod response;
 mod tools;
 
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::auth::Caller;
 use crate::backend::Backend;
 use crate::gateway::Gateway;
 use crate::generation::answer;
-use crate::generation::intake::receive;
+use crate::generation::intake::{Received, receive};
 use crate::generation::start::start;
 use crate::trace::RequestNames;
 
@@ -31,7 +31,12 @@ pub(crate) async fn completions<B: Backend>(
     request: Request,
 ) -> Result<Response, ApiError> {
     let received = receive(&gateway, ENDPOINT, names, caller, request).await?;
-    let started = start(&gateway, received, request::parse).await?;
+    respond(&gateway, received).await
+}
+
+/// Answers a request that was read.
+pub(crate) async fn respond<B: Backend>(gateway: &Arc<Gateway<B>>, received: Received) -> Result<Response, ApiError> {
+    let started = start(gateway, received, request::parse).await?;
     let (run, heading, options) = (started.run, started.heading, started.own);
     let mut response = if options.stream {
         let chunks = ChunkWriter::new(heading, &options, run.choices());

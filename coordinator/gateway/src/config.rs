@@ -83,6 +83,10 @@ pub struct GatewayConfig {
     pub in_flight_max: usize,
     /// Messages in one request.
     pub messages_max: usize,
+    /// Prompts in one request to `/v1/completions`.
+    pub prompts_max: usize,
+    /// Choices of one request: its prompts times its `n`.
+    pub choices_max: usize,
     /// Choices per prompt (`n`). Each is a sequence on a worker, counts against `in_flight_max`, and multiplies what is
     /// reserved of a budget: `n` times the tokens that may be generated.
     pub n_max: usize,
@@ -144,6 +148,8 @@ impl Default for GatewayConfig {
             requests_per_client_max: 1536,
             in_flight_max: 1024,
             messages_max: 2048,
+            prompts_max: 128,
+            choices_max: 256,
             n_max: 128,
             top_logprobs_max: 20,
             stops_max: 4,
@@ -192,7 +198,7 @@ impl GatewayConfig {
                 problem: format!("must be from {BUDGET_LEASE_MS_MIN} to {SLICE_LEASE_MS_MAX}"),
             });
         }
-        let positive: [(&'static str, u64); 21] = [
+        let positive: [(&'static str, u64); 23] = [
             ("body_bytes_max", self.body_bytes_max as u64),
             ("bodies_bytes_max", self.bodies_bytes_max as u64),
             ("connections_max", self.connections_max as u64),
@@ -202,6 +208,8 @@ impl GatewayConfig {
             ("tls.reload_ms", self.tls.as_ref().map_or(1, |tls| tls.reload_ms)),
             ("in_flight_max", self.in_flight_max as u64),
             ("messages_max", self.messages_max as u64),
+            ("prompts_max", self.prompts_max as u64),
+            ("choices_max", self.choices_max as u64),
             ("n_max", self.n_max as u64),
             ("stops_max", self.stops_max as u64),
             ("tools_max", self.tools_max as u64),

@@ -15,8 +15,8 @@ pub use config::FilesConfig;
 use std::sync::Arc;
 
 use axum::extract::{DefaultBodyLimit, Path};
-use axum::routing::get;
-use axum::{Extension, Json, Router};
+use axum::handler::Handler as _;
+use axum::{Extension, Json};
 use baton_proto::state::{DeleteFile, File, command::Kind};
 use baton_state::{Applied, view};
 use serde_json::{Value, json};
@@ -27,6 +27,7 @@ use crate::accounts::store::{StoreError, TablesBox, command};
 use crate::api_error::ApiError;
 use crate::auth::Caller;
 use crate::clock::unix_ms;
+use crate::openapi::{About, Api, Purpose};
 
 pub use chunks::{ChunkError, ChunkHash, ChunkStore, Chunked};
 pub(crate) use read::{Line, Lines};
@@ -86,22 +87,28 @@ fn is_over(file: &File) -> bool {
 pub(crate) type Shared = Extension<Arc<Files>>;
 type Calls = Extension<Caller>;
 
-/// The routes; none where there is no replicated state or nowhere to put chunks.
-pub(crate) fn routes<S: Clone + Send + Sync + 'static>(files: Option<&Arc<Files>>) -> Router<S> {
-    let Some(files) = files else {
-        return Router::new();
-    };
-    Router::new()
+/// Adds the routes. They need [`Files`] as an extension.
+pub(crate) fn routes<S: Clone + Send + Sync + 'static>(api: Api<S>) -> Api<S> {
+    let reads = |summary| About::new(Purpose::Read, summary);
+    let changes = |summary| About::new(Purpose::Change, summary);
+    api.get(
+        "/v1/files",
+        listing::list,
+        reads("The files").query(&["after", "limit", "order", "purpose"]),
+    )
+    .post(
+        "/v1/files",
         // Uploads are counted as they come.
-        .route(
-            "/v1/files",
-            get(listing::list)
-                .post(upload::upload)
-                .layer(DefaultBodyLimit::disable()),
-        )
-        .route("/v1/files/{id}", get(retrieve).delete(delete))
-        .route("/v1/files/{id}/content", get(read::content))
-        .layer(Extension(files.clone()))
+        upload::upload.layer(DefaultBodyLimit::disable()),
+        changes("Uploads a file, as multipart/form-data"),
+    )
+    .get("/v1/files/{id}", retrieve, reads("A file"))
+    .delete("/v1/files/{id}", delete, changes("Deletes a file"))
+    .get(
+        "/v1/files/{id}/content",
+        read::content,
+        reads("What is in a file").media(&["application/octet-stream"]),
+    )
 }
 
 async fn retrieve(

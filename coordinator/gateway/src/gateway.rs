@@ -126,6 +126,24 @@ impl<B: Backend> Gateway<B> {
         }
     }
 
+    /// The model's name, which may be left out where a caller has only one to choose.
+    pub fn named(&self, name: Option<String>, caller: &Caller) -> Result<String, ApiError> {
+        let mut allowed = self.models.keys().filter(|name| caller.allows(name));
+        match (name, allowed.next(), allowed.next()) {
+            (Some(name), ..) => Ok(name),
+            (None, Some(only), None) => Ok(only.clone()),
+            _ => Err(ApiError::field(
+                "model",
+                "`model` is missing. GET /v1/models lists what is served.",
+            )),
+        }
+    }
+
+    /// Whether a live worker serves a model.
+    pub fn is_served(&self, model: &ServedModel) -> bool {
+        self.known(model).is_some_and(|info| info.served)
+    }
+
     /// One more than may be in work.
     pub fn too_many_in_work(&self) -> ApiError {
         let message = format!(

@@ -125,6 +125,29 @@ impl ServedModel {
         &self.eos_ids
     }
 
+    /// Text, with what the tokenizer puts before a text if `special`, as ids. Control tokens that are spelled are read as
+    /// such.
+    pub(crate) fn encode_plain(&self, text: &str, special: bool) -> Result<Vec<u32>, String> {
+        let encoding = self.texts.tokenizer().encode_fast(text, special);
+        encoding
+            .map(|encoding| encoding.get_ids().to_vec())
+            .map_err(|error| error.to_string())
+    }
+
+    /// Ids as text.
+    pub(crate) fn decode(&self, ids: &[u32], show_special: bool) -> String {
+        let special = if show_special { Special::Shown } else { Special::Hidden };
+        let mut detokenizer = Detokenizer::new(self.texts.clone(), special);
+        let mut text: String = ids.iter().map(|&id| detokenizer.push(id)).collect();
+        text.push_str(&detokenizer.finish());
+        text
+    }
+
+    /// A token as the vocabulary spells it.
+    pub(crate) fn spelling(&self, id: u32) -> Option<String> {
+        self.texts.tokenizer().id_to_token(id)
+    }
+
     pub(crate) fn defaults(&self) -> SamplingDefaults {
         self.defaults
     }
@@ -146,10 +169,7 @@ impl ServedModel {
     /// Tokenises a text as the tokenizer would: spelled control tokens are control tokens, and what the tokenizer puts
     /// before a text is put. Takes time in proportion to the text.
     pub(crate) fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
-        let encoding = self.texts.tokenizer().encode_fast(text, true);
-        encoding
-            .map(|encoding| encoding.get_ids().to_vec())
-            .map_err(|error| error.to_string())
+        self.encode_plain(text, true)
     }
 
     /// How its family writes tool calls and thoughts.

@@ -22,8 +22,7 @@ pub(crate) use params::Params;
 use std::sync::Arc;
 
 use axum::extract::rejection::JsonRejection;
-use axum::routing::{get, post};
-use axum::{Extension, Json, Router};
+use axum::{Extension, Json};
 use baton_proto::state::command::Kind;
 use baton_state::{Applied, Tables};
 use serde::Serialize;
@@ -33,57 +32,153 @@ use crate::accounts::Accounts;
 use crate::accounts::store::{StoreError, TablesBox, command};
 use crate::api_error::ApiError;
 use crate::auth::Caller;
+use crate::openapi::{About, Api, Purpose};
 
 /// Of everything, until a cluster serves several.
 const ORGANIZATION_ID: &str = "org-default";
 
-/// The routes; none where there is no replicated state.
-pub(crate) fn routes<S: Clone + Send + Sync + 'static>(accounts: Option<&Arc<Accounts>>) -> Router<S> {
-    let Some(accounts) = accounts else {
-        return Router::new();
-    };
-    Router::new()
-        .route("/v1/organization/usage/completions", get(usage::completions))
-        .route("/v1/organization/costs", get(costs::costs))
-        .route("/v1/ledger/rows", get(ledger::rows))
-        .route("/v1/ledger/checkpoints", get(ledger::checkpoints))
-        .route("/v1/ledger/seal", post(ledger::seal))
-        .route("/v1/organization/projects", get(projects::list).post(projects::create))
-        .route(
-            "/v1/organization/projects/{project}",
-            get(projects::get).post(projects::update),
-        )
-        .route("/v1/organization/projects/{project}/archive", post(projects::archive))
-        .route(
-            "/v1/organization/projects/{project}/api_keys",
-            get(keys::list).post(keys::create),
-        )
-        .route(
-            "/v1/organization/projects/{project}/api_keys/{key}",
-            get(keys::get).post(keys::update).delete(keys::revoke),
-        )
-        .route(
-            "/v1/organization/admin_api_keys",
-            get(keys::list_admin).post(keys::create_admin),
-        )
-        .route(
-            "/v1/organization/admin_api_keys/{key}",
-            get(keys::get_admin).delete(keys::revoke_admin),
-        )
-        .route("/v1/organization/prices", get(prices::list).post(prices::create))
-        .route("/v1/organization/budgets", get(budgets::list).post(budgets::put))
-        .route("/v1/organization/budgets/{budget}", get(budgets::get))
-        .route(
-            "/v1/organization/deployments",
-            get(deployments::list).post(deployments::put),
-        )
-        .route(
-            "/v1/organization/deployments/{model}",
-            get(deployments::get).delete(deployments::remove),
-        )
-        .route("/v1/organization/corrections", post(corrections::create))
-        .route("/v1/organization/audit_logs", get(audit_logs::list))
-        .layer(Extension(accounts.clone()))
+/// Adds the routes. They need [`Accounts`] as an extension.
+pub(crate) fn routes<S: Clone + Send + Sync + 'static>(api: Api<S>) -> Api<S> {
+    const PROJECTS: &str = "/v1/organization/projects";
+    const PROJECT: &str = "/v1/organization/projects/{project}";
+    const PROJECT_KEYS: &str = "/v1/organization/projects/{project}/api_keys";
+    const PROJECT_KEY: &str = "/v1/organization/projects/{project}/api_keys/{key}";
+    const ADMIN_KEYS: &str = "/v1/organization/admin_api_keys";
+    const ADMIN_KEY: &str = "/v1/organization/admin_api_keys/{key}";
+    let reads = |summary, query| About::new(Purpose::Read, summary).query(query);
+    let changes = |summary| About::new(Purpose::Change, summary);
+    api.get(
+        "/v1/organization/usage/completions",
+        usage::completions,
+        reads("What was used", usage::QUERY),
+    )
+    .get(
+        "/v1/organization/costs",
+        costs::costs,
+        reads("What it cost", costs::QUERY),
+    )
+    .get(
+        "/v1/ledger/rows",
+        ledger::rows,
+        reads("Every request, gap-free", &["after", "checkpoints_after", "limit"]),
+    )
+    .get(
+        "/v1/ledger/checkpoints",
+        ledger::checkpoints,
+        reads("The ledger's signed ends", &["after", "limit"]),
+    )
+    .post("/v1/ledger/seal", ledger::seal, changes("Seals the ledger up to now"))
+    .get(
+        PROJECTS,
+        projects::list,
+        reads("Projects", &["after", "limit", "include_archived"]),
+    )
+    .post(
+        PROJECTS,
+        projects::create,
+        changes("Makes a project").example(projects::EXAMPLE),
+    )
+    .get(PROJECT, projects::get, reads("A project", &[]))
+    .post(
+        PROJECT,
+        projects::update,
+        changes("Changes a project").example(projects::EXAMPLE),
+    )
+    .post(
+        "/v1/organization/projects/{project}/archive",
+        projects::archive,
+        changes("Archives a project: its keys are refused"),
+    )
+    .get(
+        PROJECT_KEYS,
+        keys::list,
+        reads("Keys of a project", &["after", "limit", "include_revoked", "order"]),
+    )
+    .post(
+        PROJECT_KEYS,
+        keys::create,
+        changes("Makes a key; its secret is told once").example(keys::EXAMPLE),
+    )
+    .get(PROJECT_KEY, keys::get, reads("A key", &[]))
+    .post(PROJECT_KEY, keys::update, changes("Changes a key"))
+    .delete(PROJECT_KEY, keys::revoke, changes("Revokes a key"))
+    .get(
+        ADMIN_KEYS,
+        keys::list_admin,
+        reads(
+            "Keys for administration",
+            &["after", "limit", "include_revoked", "order"],
+        ),
+    )
+    .post(
+        ADMIN_KEYS,
+        keys::create_admin,
+        changes("Makes a key for administration; its secret is told once").example(r#"{"name": "operator"}"#),
+    )
+    .get(ADMIN_KEY, keys::get_admin, reads("A key for administration", &[]))
+    .delete(
+        ADMIN_KEY,
+        keys::revoke_admin,
+        changes("Revokes a key for administration"),
+    )
+    .get(
+        "/v1/organization/prices",
+        prices::list,
+        reads("Prices", &["after", "limit", "model"]),
+    )
+    .post(
+        "/v1/organization/prices",
+        prices::create,
+        changes("Sets a price from now on").example(prices::EXAMPLE),
+    )
+    .get(
+        "/v1/organization/budgets",
+        budgets::list,
+        reads("Budgets", &["after", "limit", "project_ids"]),
+    )
+    .post(
+        "/v1/organization/budgets",
+        budgets::put,
+        changes("Sets a budget").example(budgets::EXAMPLE),
+    )
+    .get(
+        "/v1/organization/budgets/{budget}",
+        budgets::get,
+        reads("A budget", &[]),
+    )
+    .get(
+        "/v1/organization/deployments",
+        deployments::list,
+        reads(
+            "Deployments: which revision of a model is to be served",
+            &["after", "limit"],
+        ),
+    )
+    .post(
+        "/v1/organization/deployments",
+        deployments::put,
+        changes("Deploys a revision of a model"),
+    )
+    .get(
+        "/v1/organization/deployments/{model}",
+        deployments::get,
+        reads("A deployment", &[]),
+    )
+    .delete(
+        "/v1/organization/deployments/{model}",
+        deployments::remove,
+        changes("Removes a deployment"),
+    )
+    .post(
+        "/v1/organization/corrections",
+        corrections::create,
+        changes("Corrects what a request cost, by a new row").example(corrections::EXAMPLE),
+    )
+    .get(
+        "/v1/organization/audit_logs",
+        audit_logs::list,
+        reads("What was changed, by whom", audit_logs::QUERY),
+    )
 }
 
 type Answer = Result<Json<Value>, ApiError>;

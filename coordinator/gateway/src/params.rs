@@ -11,9 +11,9 @@ use crate::json;
 /// Bytes of one stop string. Its whole length may be held back from the client.
 pub(crate) const STOP_BYTES_MAX: usize = 1024;
 /// Bytes of a user's name, as records take them.
-const USER_BYTES_MAX: usize = baton_state::bounds::TEXT_BYTES_MAX;
+pub(crate) const USER_BYTES_MAX: usize = baton_state::bounds::TEXT_BYTES_MAX;
 /// Most tokens that can be asked for: far above every context, and no arithmetic with it overflows.
-const MAX_TOKENS_MAX: u64 = 1 << 30;
+pub(crate) const MAX_TOKENS_MAX: u64 = 1 << 30;
 /// Bytes of a client's own cache salt: a hash in hex, twice over.
 const CACHE_SALT_BYTES_MAX: usize = 256;
 /// OpenAI's limits of metadata.
@@ -34,6 +34,17 @@ impl Params {
         };
         fields.retain(|_, value| !value.is_null());
         Ok(Self(fields))
+    }
+
+    /// Refuses every field but these.
+    pub fn only(&self, names: &[&str]) -> Result<()> {
+        match self.0.keys().find(|name| !names.contains(&name.as_str())) {
+            None => Ok(()),
+            Some(name) => {
+                let shown: String = name.chars().take(64).collect();
+                Err(ApiError::unsupported(&shown, format!("Unknown field `{shown}`.")))
+            }
+        }
     }
 
     pub fn get(&self, name: &str) -> Option<&Json> {

@@ -53,8 +53,9 @@ use crate::gateway::Gateway;
 use crate::generation::answer;
 use crate::generation::intake::receive;
 use crate::generation::output::{Outcome, Piece};
+use crate::generation::prepare::prepare;
 use crate::generation::run::Step;
-use crate::generation::start::{Started, parsed, start};
+use crate::generation::start::{Started, on_body, start};
 use crate::generation::stream::{Frames, Render};
 use crate::metrics::Counts;
 use crate::model::SamplingDefaults;
@@ -152,9 +153,11 @@ pub(crate) async fn input_tokens<B: Backend>(
     let previous = Peek::of(&received.body).previous_response_id;
     let earlier = earlier(&gateway, &caller, previous.as_deref()).await?;
     let parse = move |body: &[u8], config: &_| request::parse(body, config, &id, earlier);
-    let permits = (received.permit, received.memory);
-    let prepared = parsed(&gateway, &received.origin, received.body, permits, parse);
-    let (prepared, _, _) = prepared.await.map_err(for_input)?;
+    let prepared = on_body(&gateway, received, move |gateway, origin, body| {
+        let (request, _) = parse(body, &gateway.config)?;
+        prepare(gateway, request, origin)
+    });
+    let (prepared, _) = prepared.await.map_err(for_input)?;
     let tokens: u64 = prepared.prompt_tokens().into_iter().map(u64::from).sum();
     Ok(Json(json!({"object": "response.input_tokens", "input_tokens": tokens})))
 }

@@ -7,30 +7,46 @@ use axum::extract::{DefaultBodyLimit, Extension, MatchedPath, Path, Request, Sta
 use axum::http::{HeaderValue, Method, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
 use axum::{Json, Router};
 
+use crate::anthropic;
 use crate::api_error::ApiError;
 use crate::auth::{self, Caller, Scopes};
 use crate::backend::{Backend, WorkerStatus};
 use crate::batches::{self, Internal};
 use crate::chat;
+use crate::completions;
 use crate::coordinators;
+use crate::dialect::Dialect;
 use crate::drain;
 use crate::files;
 use crate::gateway::Gateway;
+use crate::kserve;
 use crate::model_card::{ModelCard, ModelList};
+use crate::openapi::{About, Api, EVENTS, JSON_OR_EVENTS, Purpose, TEXT, schemas};
 use crate::organization;
 use crate::responses;
 use crate::resume::{self, Streams};
+use crate::sagemaker;
 use crate::snapshot;
+use crate::tokenize;
 use crate::trace::RequestNames;
 
 /// Open without a key: load balancers and orchestrators ask them, and they tell nothing but yes or no.
-pub(crate) const OPEN_ROUTES: [&str; 2] = ["/health", "/ready"];
+pub(crate) const OPEN_ROUTES: [&str; 5] = ["/health", "/ready", "/ping", "/v2/health/live", "/v2/health/ready"];
 
-/// Every key opens these: what is served here, and the answer for paths that do not exist.
-const ANY_KEY_ROUTES: [&str; 4] = ["/", "/v1/models", "/v1/models/{*id}", UNKNOWN];
+/// Every key opens these: what is served here and how it is called, and the answer for paths that do not exist.
+const ANY_KEY_ROUTES: [&str; 9] = [
+    "/",
+    "/openapi.json",
+    "/docs",
+    "/v1/models",
+    "/v1/models/{*id}",
+    "/v2",
+    "/v2/models/{model}",
+    "/v2/models/{model}/ready",
+    UNKNOWN,
+];
 
 /// Stands for all paths without a route.
 const UNKNOWN: &str = "other";
@@ -39,57 +55,24 @@ const UNKNOWN: &str = "other";
 /// their own.
 const SMALL_BODY_BYTES_MAX: usize = 256 << 10;
 
-const INDEX: &str = "baton: an OpenAI-compatible API.\n\n\
-    POST /v1/chat/completions   chat, whole or streamed (\"stream\": true)\n\
-    GET  /v1/streams/{id}       the rest of a stream that broke off\n\
-    POST /v1/responses          responses: stored, followed, in the background\n\
-    GET  /v1/models             the models served here\n\
-    /v1/files, /v1/batches      files of requests, run in idle capacity at half the price\n\
-    GET  /health                is this process alive?\n\
-    GET  /ready                 can requests be taken?\n\
-    GET  /metrics               Prometheus metrics\n\
-    GET  /cluster/workers       the workers, as JSON\n\
-    POST /cluster/workers/{id}/drain   take a worker out of service\n\
-    GET  /cluster/coordinators  the coordinators, as JSON\n\
-    POST /cluster/coordinators  take a coordinator in\n\
-    POST /cluster/coordinators/{id}/remove take one out\n\
-    POST /cluster/coordinators/transfer    let another one lead\n\
-    GET  /cluster/snapshot      a backup of the coordinators' state\n\n\
-    GET  /v1/organization/usage/completions, /v1/organization/costs        what was used, and what it cost\n\
-    GET  /v1/ledger/rows, /v1/ledger/checkpoints                           every request, gap-free\n\
-    /v1/organization/projects, /admin_api_keys, /prices, /budgets, ...     administration\n";
-
 /// The whole application.
 pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>, streams: Arc<Streams>) -> Router {
-    Router::new()
-        .route("/", get(index))
-        .route("/v1/chat/completions", post(chat::completions::<B>))
-        .route("/v1/streams/{id}", get(resume::resume::<B>))
-        .route("/v1/responses", post(responses::create::<B>))
-        .route("/v1/responses/input_tokens", post(responses::input_tokens::<B>))
-        .route(
-            "/v1/responses/{id}",
-            get(responses::retrieve::<B>).delete(responses::delete::<B>),
-        )
-        .route("/v1/responses/{id}/cancel", post(responses::cancel::<B>))
-        .route("/v1/responses/{id}/input_items", get(responses::input_items::<B>))
-        .route("/v1/models", get(models::<B>))
-        .route("/v1/models/{*id}", get(model::<B>))
-        .route("/health", get(health))
-        .route("/ready", get(ready::<B>))
-        .route("/metrics", get(metrics::<B>))
-        .route("/cluster/workers", get(workers::<B>))
-        .route("/cluster/workers/{id}/drain", post(drain::drain::<B>))
-        .merge(organization::routes(gateway.accounts.as_ref()))
-        .merge(files::routes(gateway.files.as_ref()))
-        .merge(batches::routes(gateway.files.as_ref(), &gateway.config.batches))
-        .route(
-            "/cluster/coordinators",
-            get(coordinators::list::<B>).post(coordinators::add::<B>),
-        )
-        .route("/cluster/coordinators/transfer", post(coordinators::transfer::<B>))
-        .route("/cluster/coordinators/{id}/remove", post(coordinators::remove::<B>))
-        .route("/cluster/snapshot", get(snapshot::save::<B>))
+    let mut api = inference(operation(Api::new()));
+    if gateway.accounts.is_some() {
+        api = organization::routes(api);
+    }
+    if gateway.files.is_some() {
+        api = batches::routes(files::routes(api));
+    }
+    let mut router = api.into_router();
+    if let Some(accounts) = &gateway.accounts {
+        router = router.layer(Extension(accounts.clone()));
+    }
+    if let Some(files) = &gateway.files {
+        let config = Arc::new(gateway.config.batches.clone());
+        router = router.layer(Extension(files.clone())).layer(Extension(config));
+    }
+    router
         .fallback(unknown)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(SMALL_BODY_BYTES_MAX))
@@ -102,14 +85,174 @@ pub(crate) fn router<B: Backend>(gateway: Arc<Gateway<B>>, streams: Arc<Streams>
 #[derive(Clone)]
 pub(crate) struct Refusal(pub ApiError);
 
+type GatewayApi<B> = Api<Arc<Gateway<B>>>;
+
+/// What calls models, under the names of several APIs.
+fn inference<B: Backend>(api: GatewayApi<B>) -> GatewayApi<B> {
+    let calls = |summary, schema| About::new(Purpose::Inference, summary).body(schema);
+    let reads = |summary| About::new(Purpose::Read, summary);
+    api.post(
+        "/v1/chat/completions",
+        chat::completions::<B>,
+        calls("OpenAI's chat completions", schemas::chat()).media(JSON_OR_EVENTS),
+    )
+    .post(
+        "/v1/completions",
+        completions::completions::<B>,
+        calls("OpenAI's completions, without a chat template", schemas::completion()).media(JSON_OR_EVENTS),
+    )
+    .post(
+        "/v1/messages",
+        anthropic::create::<B>,
+        calls("Anthropic's messages", schemas::message()).media(JSON_OR_EVENTS),
+    )
+    .post(
+        "/v1/messages/count_tokens",
+        anthropic::count::<B>,
+        calls("What a message would be billed as its prompt", schemas::message_count()),
+    )
+    .post(
+        "/tokenize",
+        tokenize::tokenize::<B>,
+        calls("vLLM's: a text or a conversation as token ids", schemas::tokenize()),
+    )
+    .post(
+        "/detokenize",
+        tokenize::detokenize::<B>,
+        calls("vLLM's: token ids as text", schemas::detokenize()),
+    )
+    .get(
+        "/v1/streams/{id}",
+        resume::resume::<B>,
+        reads("The rest of a stream that broke off").media(EVENTS),
+    )
+    .post(
+        "/v1/responses",
+        responses::create::<B>,
+        About::new(
+            Purpose::Inference,
+            "OpenAI's responses: stored, followed, in the background",
+        )
+        .example(r#"{"model": "demo", "input": "Hello"}"#)
+        .media(JSON_OR_EVENTS),
+    )
+    .post(
+        "/v1/responses/input_tokens",
+        responses::input_tokens::<B>,
+        About::new(Purpose::Inference, "How long a response's prompt would be")
+            .example(r#"{"model": "demo", "input": "Hello"}"#),
+    )
+    .get(
+        "/v1/responses/{id}",
+        responses::retrieve::<B>,
+        reads("A stored response")
+            .query(&["stream", "starting_after", "include", "include_obfuscation"])
+            .media(JSON_OR_EVENTS),
+    )
+    .delete(
+        "/v1/responses/{id}",
+        responses::delete::<B>,
+        About::new(Purpose::Change, "Deletes a stored response"),
+    )
+    .post(
+        "/v1/responses/{id}/cancel",
+        responses::cancel::<B>,
+        About::new(Purpose::Change, "Cancels a response that runs in the background"),
+    )
+    .get(
+        "/v1/responses/{id}/input_items",
+        responses::input_items::<B>,
+        reads("What a response was asked").query(&["after", "limit", "order", "include"]),
+    )
+    .get("/v1/models", models::<B>, reads("The models served here"))
+    .get("/v1/models/{*id}", model::<B>, reads("One of them"))
+    .post(
+        "/invocations",
+        sagemaker::invocations::<B>,
+        calls(
+            "SageMaker's: a chat or a completion, by the body's shape",
+            schemas::invocation(),
+        )
+        .media(JSON_OR_EVENTS),
+    )
+    .get("/v2", kserve::server, reads("KServe's: what this server is"))
+    .get(
+        "/v2/models/{model}",
+        kserve::model::<B>,
+        reads("KServe's: what a model is"),
+    )
+    .get(
+        "/v2/models/{model}/ready",
+        kserve::model_ready::<B>,
+        reads("KServe's: can it be called?"),
+    )
+    .post(
+        "/v2/models/{model}/generate",
+        kserve::generate::whole::<B>,
+        calls("KServe's: a text continued", schemas::generate()),
+    )
+    .post(
+        "/v2/models/{model}/generate_stream",
+        kserve::generate::streamed::<B>,
+        calls("KServe's: the same as it comes", schemas::generate()).media(EVENTS),
+    )
+}
+
+/// What operates a cluster.
+fn operation<B: Backend>(api: GatewayApi<B>) -> GatewayApi<B> {
+    let health = |summary| About::new(Purpose::Health, summary);
+    let reads = |summary| About::new(Purpose::Read, summary);
+    let changes = |summary, example| About::new(Purpose::Change, summary).example(example);
+    api.get("/health", self::health, health("Is this process alive?").media(TEXT))
+        .get("/ready", ready::<B>, health("Can requests be taken?").media(TEXT))
+        .get("/ping", sagemaker::ping::<B>, health("SageMaker's: can requests be taken?").media(TEXT))
+        .get("/v2/health/live", kserve::live, health("KServe's: is this process alive?"))
+        .get("/v2/health/ready", kserve::ready::<B>, health("KServe's: can requests be taken?"))
+        .get(
+            "/metrics",
+            metrics::<B>,
+            reads("Prometheus metrics").media(&["application/openmetrics-text"]),
+        )
+        .get("/cluster/workers", workers::<B>, reads("The workers"))
+        .post(
+            "/cluster/workers/{id}/drain",
+            drain::drain::<B>,
+            changes("Takes a worker out of service", r#"{"deadline_ms": 60000}"#).status(202),
+        )
+        .get("/cluster/coordinators", coordinators::list::<B>, reads("The coordinators"))
+        .post(
+            "/cluster/coordinators",
+            coordinators::add::<B>,
+            changes(
+                "Takes a coordinator in",
+                r#"{"id": 4, "name": "coordinator-3", "cluster_addr": "10.0.0.4:7070", "api_url": "http://10.0.0.4:8080"}"#,
+            ),
+        )
+        .post(
+            "/cluster/coordinators/transfer",
+            coordinators::transfer::<B>,
+            changes("Lets another coordinator lead", r#"{"to": 2}"#),
+        )
+        .post(
+            "/cluster/coordinators/{id}/remove",
+            coordinators::remove::<B>,
+            changes("Takes a coordinator out", "{}"),
+        )
+        .get(
+            "/cluster/snapshot",
+            snapshot::save::<B>,
+            reads("A backup of the coordinators' state").media(&["application/octet-stream"]),
+        )
+}
+
 /// Around every request, the unknown ones too.
 async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut request: Request, next: Next) -> Response {
-    let names = RequestNames::from_headers(request.headers());
     let route = request
         .extensions()
         .get::<MatchedPath>()
         .map_or(UNKNOWN, MatchedPath::as_str)
         .to_owned();
+    let names = RequestNames::from_headers(request.headers(), &route);
     let caller = if let Some(Refusal(error)) = request.extensions_mut().remove() {
         Err(error)
     } else if let Some(Internal(caller)) = request.extensions_mut().remove() {
@@ -138,13 +281,20 @@ async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut reques
         Err(refused) => refused.into_response(),
     };
     gateway.ledger.metrics.responded(&route, response.status().as_u16());
+    let dialect = Dialect::of(&route);
+    response = dialect.translate(response, &names.request_id);
     let headers = response.headers_mut();
     for (name, value) in [("x-request-id", &names.shown_id), ("traceparent", &names.traceparent)] {
         if let Ok(value) = HeaderValue::from_str(value) {
             headers.insert(name, value);
         }
     }
-    // Answers are JSON, text or events; a browser must not guess otherwise.
+    if dialect == Dialect::Anthropic
+        && let Ok(value) = HeaderValue::from_str(&names.request_id)
+    {
+        headers.insert("request-id", value);
+    }
+    // Answers are JSON, text, events or, once, a page; a browser must not guess otherwise.
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
 }
@@ -192,13 +342,16 @@ async fn resumable<B: Backend>(
 /// closed, and a test that reads the routes' source says so.
 fn needed(method: &Method, route: &str) -> Option<Scopes> {
     let under = |prefix: &str| route.starts_with(prefix);
+    let calls = ["/v1/completions", "/tokenize", "/detokenize", "/invocations"];
+    let generates = route.ends_with("/generate") || route.ends_with("/generate_stream");
+    let kept = ["/v1/streams/", "/v1/responses", "/v1/files", "/v1/batches"];
     if OPEN_ROUTES.contains(&route) || ANY_KEY_ROUTES.contains(&route) {
         None
     } else if under("/v1/chat/")
-        || under("/v1/streams/")
-        || under("/v1/responses")
-        || under("/v1/files")
-        || under("/v1/batches")
+        || under("/v1/messages")
+        || kept.into_iter().any(under)
+        || calls.contains(&route)
+        || generates
     {
         Some(Scopes::INFERENCE)
     } else if under("/v1/organization/usage/") || route == "/v1/organization/costs" {
@@ -217,10 +370,6 @@ fn needed(method: &Method, route: &str) -> Option<Scopes> {
     } else {
         Some(Scopes::UNNAMED)
     }
-}
-
-async fn index() -> &'static str {
-    INDEX
 }
 
 async fn health() -> &'static str {

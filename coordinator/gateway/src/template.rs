@@ -41,6 +41,8 @@ pub(crate) struct Conversation {
     pub documents: Vec<Json>,
     /// More variables. None has the name of one that is set here ([`RESERVED`]).
     pub kwargs: Map<String, Json>,
+    /// No answer follows: none is opened.
+    pub closed: bool,
 }
 
 /// Variables that are not the client's to set.
@@ -108,7 +110,7 @@ impl ChatTemplate {
         self.source.contains(word)
     }
 
-    /// Renders a conversation, ready for the assistant's answer.
+    /// Renders a conversation, ready for the assistant's answer unless it is closed.
     pub fn render(&self, conversation: &Conversation) -> Result<String, RenderError> {
         let template = self
             .environment
@@ -125,7 +127,7 @@ impl ChatTemplate {
         context.extend(kwargs.map(|(name, value)| (name.clone(), to_value(value))));
         context.extend([
             ("messages".into(), conversation.messages.iter().map(to_value).collect()),
-            ("add_generation_prompt".into(), Value::from(true)),
+            ("add_generation_prompt".into(), Value::from(!conversation.closed)),
             ("tools".into(), list(&conversation.tools)),
             ("documents".into(), list(&conversation.documents)),
         ]);

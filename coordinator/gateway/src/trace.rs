@@ -19,8 +19,14 @@ pub(crate) struct RequestNames {
 }
 
 impl RequestNames {
-    pub fn from_headers(headers: &HeaderMap) -> Self {
-        let request_id = format!("chatcmpl-{}", Uuid::now_v7().simple());
+    /// `route` tells how the id begins, which clients of the endpoint look at.
+    pub fn from_headers(headers: &HeaderMap, route: &str) -> Self {
+        let prefix = match route {
+            "/v1/completions" => "cmpl-",
+            "/v1/messages" => "msg_",
+            _ => "chatcmpl-",
+        };
+        let request_id = format!("{prefix}{}", Uuid::now_v7().simple());
         let shown_id = headers
             .get("x-request-id")
             .and_then(|value| value.to_str().ok())
@@ -82,7 +88,7 @@ mod tests {
             .iter()
             .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
             .collect();
-        RequestNames::from_headers(&headers)
+        RequestNames::from_headers(&headers, "/v1/chat/completions")
     }
 
     #[test]

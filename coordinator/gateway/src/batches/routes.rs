@@ -5,8 +5,7 @@ use std::sync::Arc;
 
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{Path, Query};
-use axum::routing::{get, post};
-use axum::{Extension, Json, Router};
+use axum::{Extension, Json};
 use baton_proto::state::{Batch, BatchLabel, BatchOutput, BatchStatus, CancelBatch, PutBatch, command::Kind};
 use baton_state::{batch_status_name, view};
 use serde::Deserialize;
@@ -17,6 +16,7 @@ use crate::accounts::store::StoreError;
 use crate::api_error::ApiError;
 use crate::auth::Caller;
 use crate::files::{EXPIRES_AFTER_S, Files, Shared, new_id};
+use crate::openapi::{About, Api, Purpose};
 use crate::organization::{Params, body, page};
 
 /// The only time a batch may take.
@@ -29,20 +29,20 @@ const EXAMPLE: &str = r#"{"input_file_id": "file-…", "endpoint": "/v1/chat/com
 type Calls = Extension<Caller>;
 type Answer = Result<Json<Value>, ApiError>;
 
-/// The routes; none where there are no files.
-pub(crate) fn routes<S: Clone + Send + Sync + 'static>(
-    files: Option<&Arc<Files>>,
-    config: &BatchesConfig,
-) -> Router<S> {
-    let Some(files) = files else {
-        return Router::new();
-    };
-    Router::new()
-        .route("/v1/batches", get(list).post(create))
-        .route("/v1/batches/{id}", get(retrieve))
-        .route("/v1/batches/{id}/cancel", post(cancel))
-        .layer(Extension(files.clone()))
-        .layer(Extension(Arc::new(config.clone())))
+/// Adds the routes. They need [`Files`] and [`BatchesConfig`] as extensions.
+pub(crate) fn routes<S: Clone + Send + Sync + 'static>(api: Api<S>) -> Api<S> {
+    let reads = |summary| About::new(Purpose::Read, summary);
+    let changes = |summary| About::new(Purpose::Change, summary);
+    api.get("/v1/batches", list, reads("The batches").query(&["after", "limit"]))
+        .post(
+            "/v1/batches",
+            create,
+            changes("Runs a file of requests in idle capacity, at half the price").example(
+                r#"{"input_file_id": "file-1", "endpoint": "/v1/chat/completions", "completion_window": "24h"}"#,
+            ),
+        )
+        .get("/v1/batches/{id}", retrieve, reads("A batch"))
+        .post("/v1/batches/{id}/cancel", cancel, changes("Cancels a batch"))
 }
 
 #[derive(Deserialize)]

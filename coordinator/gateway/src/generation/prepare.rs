@@ -139,7 +139,10 @@ pub(crate) fn prepare<B: Backend>(
             "prompt"
         };
         let (tokens, tail) = tokens(&model, prompt, &shown, &cache_salt, &origin.names)?;
-        let max_tokens = room(context, tokens.len(), request.max_tokens, param)?;
+        let mut max_tokens = room(context, tokens.len(), request.max_tokens, param)?;
+        if let (None, Some(default)) = (request.max_tokens, request.max_tokens_default) {
+            max_tokens = max_tokens.min(default.max(request.stop.min_tokens));
+        }
         if request.stop.min_tokens > max_tokens {
             let message = format!("`min_tokens` must be at most the {max_tokens} tokens that may be generated.");
             return Err(ApiError::field("min_tokens", message));
@@ -292,7 +295,7 @@ fn saturated(count: usize) -> u32 {
 }
 
 /// The prompt's tokens and, of a chat, the end of its text.
-fn tokens(
+pub(crate) fn tokens(
     model: &ServedModel,
     prompt: Prompt,
     tools: &[Tool],
@@ -344,6 +347,7 @@ fn conversation(model: &ServedModel, chat: Chat, tools: &[Tool]) -> Result<Conve
         template_kwargs,
         documents,
         reasoning_effort,
+        closed,
     } = chat;
     if !documents.is_empty() && !template.mentions("documents") {
         let message = "`documents`: this model's chat template does not show any; put them into a message.";
@@ -369,6 +373,7 @@ fn conversation(model: &ServedModel, chat: Chat, tools: &[Tool]) -> Result<Conve
         tools: tools.iter().map(Tool::shown).collect(),
         documents,
         kwargs,
+        closed,
     };
     if !template.mentions("tools") {
         tool_text::describe(&mut conversation);

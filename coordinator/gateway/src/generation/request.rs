@@ -15,6 +15,8 @@ pub(crate) struct GenerationRequest {
     pub n: u32,
     /// Tokens per choice, and the name of the field that says so, for messages to the client.
     pub max_tokens: Option<(&'static str, u32)>,
+    /// Where the client does not say: at most so many, as far as there is room. `None` is all the room there is.
+    pub max_tokens_default: Option<u32>,
     pub sampling: SamplingWishes,
     pub stop: StopWishes,
     pub tools: ToolWishes,
@@ -40,10 +42,8 @@ pub(crate) enum Prompt {
     Chat(Chat),
     /// Text, tokenised as the tokenizer does: spelled control tokens are control tokens, since there is no template that could
     /// write them. What comes after is text: no calls or thoughts are looked for.
-    #[allow(dead_code, reason = "for endpoints without chats")]
     Text(String),
     /// Token ids, of the model's vocabulary; as `Text`.
-    #[allow(dead_code, reason = "for endpoints without chats")]
     Tokens(Vec<u32>),
 }
 
@@ -57,6 +57,8 @@ pub(crate) struct Chat {
     pub documents: Vec<Json>,
     /// How long to think, for templates that know the variable.
     pub reasoning_effort: Option<String>,
+    /// No answer follows: the template is not to open one.
+    pub closed: bool,
 }
 
 /// Sampling parameters; what is not given is the model's default.

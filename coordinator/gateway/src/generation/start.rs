@@ -5,7 +5,6 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
@@ -56,17 +55,13 @@ where
     E: Send + 'static,
     P: FnOnce(&[u8], &GatewayConfig) -> Result<(GenerationRequest, E), ApiError> + Send + 'static,
 {
-    let Received {
-        origin,
-        body,
-        claim,
-        endpoint,
-        arrived,
-        arrived_unix_ms,
-        permit,
-        memory,
-    } = received;
-    let (mut prepared, own, mut permit) = parsed(gateway, &origin, body, (permit, memory), parse).await?;
+    let (origin, claim, endpoint) = (received.origin.clone(), received.claim.clone(), received.endpoint);
+    let (arrived, arrived_unix_ms) = (received.arrived, received.arrived_unix_ms);
+    let work = |gateway: &Gateway<B>, origin: &Origin, body: &[u8]| {
+        let (request, own) = parse(body, &gateway.config)?;
+        Ok((prepare(gateway, request, origin)?, own))
+    };
+    let ((mut prepared, own), mut permit) = on_body(gateway, received, work).await?;
     if prepared.choices() > 1 {
         let more = gateway.in_flight.clone().try_acquire_many_owned(prepared.choices() - 1);
         permit.merge(more.map_err(|_| gateway.too_many_in_work())?);
@@ -113,40 +108,37 @@ where
     })
 }
 
-/// A place among the requests in work, and among the bodies in memory.
-pub(crate) type Permits = (OwnedSemaphorePermit, OwnedSemaphorePermit);
-
-/// The permits go along: a client that hangs up does not make room while its prompt is still being worked on.
-pub(crate) async fn parsed<B, E, P>(
+/// Works on a body: at once on a small one, on a thread that may block on a large one. Also gives the place among the requests
+/// in work, which goes along: a client that hangs up does not make room while its prompt is still being worked on.
+pub(crate) async fn on_body<B, T, W>(
     gateway: &Arc<Gateway<B>>,
-    origin: &Origin,
-    body: Bytes,
-    permits: Permits,
-    parse: P,
-) -> Result<(Prepared, E, OwnedSemaphorePermit), ApiError>
+    received: Received,
+    work: W,
+) -> Result<(T, OwnedSemaphorePermit), ApiError>
 where
     B: Backend,
-    E: Send + 'static,
-    P: FnOnce(&[u8], &GatewayConfig) -> Result<(GenerationRequest, E), ApiError> + Send + 'static,
+    T: Send + 'static,
+    W: FnOnce(&Gateway<B>, &Origin, &[u8]) -> Result<T, ApiError> + Send + 'static,
 {
-    let work = |gateway: &Gateway<B>, origin: &Origin, body: &[u8]| {
-        let (request, own) = parse(body, &gateway.config)?;
-        Ok((prepare(gateway, request, origin)?, own))
-    };
-    let (result, (permit, _)) = if body.len() <= INLINE_BYTES_MAX {
-        (work(gateway, origin, &body), permits)
-    } else {
-        let turn = gateway.preparing.clone().acquire_owned().await;
-        let turn = turn.map_err(|_| ApiError::internal())?;
-        let (gateway, origin) = (gateway.clone(), origin.clone());
-        let task = tokio::task::spawn_blocking(move || {
-            let result = work(&gateway, &origin, &body);
-            drop(turn);
-            (result, permits)
-        });
-        task.await.map_err(|_| ApiError::internal())?
-    };
-    result.map(|(prepared, own)| (prepared, own, permit))
+    let Received {
+        origin,
+        body,
+        permit,
+        memory,
+        ..
+    } = received;
+    if body.len() <= INLINE_BYTES_MAX {
+        return work(gateway, &origin, &body).map(|done| (done, permit));
+    }
+    let turn = gateway.preparing.clone().acquire_owned().await;
+    let turn = turn.map_err(|_| ApiError::internal())?;
+    let gateway = gateway.clone();
+    let task = tokio::task::spawn_blocking(move || {
+        let done = work(&gateway, &origin, &body);
+        drop((turn, memory));
+        done.map(|done| (done, permit))
+    });
+    task.await.map_err(|_| ApiError::internal())?
 }
 
 /// Places all choices at once. If one is refused, those that were placed are cancelled and the request is settled as failed.

@@ -28,6 +28,19 @@ struct Filter {
     to_s: u64,
 }
 
+/// Its parameters; lists may be given as `name[]` too.
+pub(super) const QUERY: &[&str] = &[
+    "effective_at[gt]",
+    "effective_at[gte]",
+    "effective_at[lt]",
+    "effective_at[lte]",
+    "event_types",
+    "actor_ids",
+    "resource_ids",
+    "after",
+    "limit",
+];
+
 /// The handler.
 pub(super) async fn list(Extension(accounts): Shared, Query(pairs): Query<Vec<(String, String)>>) -> Answer {
     let mut params = Params::new(pairs)?;

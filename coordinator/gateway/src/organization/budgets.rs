@@ -31,7 +31,7 @@ pub(super) struct BudgetBody {
     hard: Option<bool>,
 }
 
-const EXAMPLE: &str =
+pub(super) const EXAMPLE: &str =
     r#"{"project_id": "proj_1", "limit": "100.00", "currency": "USD", "period": "month", "hard": true}"#;
 
 /// `GET`.

@@ -33,7 +33,7 @@ pub(super) struct CorrectionBody {
     output_nano: i64,
 }
 
-const EXAMPLE: &str =
+pub(super) const EXAMPLE: &str =
     r#"{"id": "refund-17", "request_id": "chatcmpl-1", "reason": "a broken answer", "output_nano": -1600}"#;
 
 /// The handler.

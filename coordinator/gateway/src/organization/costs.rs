@@ -22,6 +22,18 @@ struct Grouping {
     line_item: bool,
 }
 
+/// Its parameters; lists may be given as `name[]` too.
+pub(super) const QUERY: &[&str] = &[
+    "start_time",
+    "end_time",
+    "bucket_width",
+    "group_by",
+    "limit",
+    "page",
+    "project_ids",
+    "api_key_ids",
+];
+
 /// The handler.
 pub(super) async fn costs(Extension(accounts): Shared, Query(pairs): Query<Vec<(String, String)>>) -> Answer {
     let mut params = Params::new(pairs)?;

@@ -47,7 +47,8 @@ pub(super) struct KeyBody {
     priority_min: Option<i32>,
 }
 
-const EXAMPLE: &str = r#"{"name": "web", "scopes": ["inference"], "models": ["llama"], "expires_in_seconds": 86400}"#;
+pub(super) const EXAMPLE: &str =
+    r#"{"name": "web", "scopes": ["inference"], "models": ["llama"], "expires_in_seconds": 86400}"#;
 
 /// `GET …/projects/{project}/api_keys`.
 pub(super) async fn list(

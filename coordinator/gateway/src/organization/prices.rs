@@ -32,7 +32,8 @@ pub(super) struct PriceBody {
     effective_to_unix_ms: Option<u64>,
 }
 
-const EXAMPLE: &str = r#"{"model": "llama", "input": "20", "cached_input": "2", "output": "80", "currency": "USD"}"#;
+pub(super) const EXAMPLE: &str =
+    r#"{"model": "llama", "input": "20", "cached_input": "2", "output": "80", "currency": "USD"}"#;
 
 /// `GET`.
 pub(super) async fn list(Extension(accounts): Shared, Query(pairs): Query<Vec<(String, String)>>) -> Answer {

@@ -38,7 +38,7 @@ pub(super) struct ProjectBody {
     limits: Option<LimitsBody>,
 }
 
-const EXAMPLE: &str = r#"{"name": "search", "limits": {"requests_per_min": 600, "tokens_per_min": 100000}}"#;
+pub(super) const EXAMPLE: &str = r#"{"name": "search", "limits": {"requests_per_min": 600, "tokens_per_min": 100000}}"#;
 
 /// `GET …/projects`.
 pub(super) async fn list(Extension(accounts): Shared, Query(pairs): Query<Vec<(String, String)>>) -> Answer {

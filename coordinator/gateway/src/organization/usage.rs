@@ -13,6 +13,21 @@ use crate::accounts::store::StoreError;
 use crate::api_error::ApiError;
 use crate::clock::unix_ms;
 
+/// Its parameters; lists may be given as `name[]` too.
+pub(super) const QUERY: &[&str] = &[
+    "start_time",
+    "end_time",
+    "bucket_width",
+    "group_by",
+    "limit",
+    "page",
+    "project_ids",
+    "api_key_ids",
+    "user_ids",
+    "models",
+    "batch",
+];
+
 /// The handler.
 pub(super) async fn completions(Extension(accounts): Shared, Query(pairs): Query<Vec<(String, String)>>) -> Answer {
     let mut params = Params::new(pairs)?;

@@ -31,7 +31,10 @@ mod tests {
 
     #[test]
     fn names_are_made_of_the_request() {
-        let names = rename(RequestNames::from_headers(&axum::http::HeaderMap::new()));
+        let names = rename(RequestNames::from_headers(
+            &axum::http::HeaderMap::new(),
+            "/v1/responses",
+        ));
         assert!(is_response(&names.request_id), "{}", names.request_id);
         assert!(item("msg", &names.request_id, 'o', 3).ends_with("o3"));
         for wrong in [

@@ -417,6 +417,12 @@ impl TestGateway {
         self.request("GET", path, &[], b"").await
     }
 
+    /// Posts JSON to a route.
+    pub async fn post(&self, path: &str, body: &Value) -> Answer {
+        let headers = [("content-type", "application/json")];
+        self.request("POST", path, &headers, body.to_string().as_bytes()).await
+    }
+
     /// Posts JSON to the chat route.
     pub async fn chat(&self, body: &Value) -> Answer {
         self.chat_bytes(body.to_string().as_bytes()).await
