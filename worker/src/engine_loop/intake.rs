@@ -12,6 +12,9 @@ use tokio_util::sync::CancellationToken;
 
 /// Why a draining worker takes nothing.
 const DRAINING: &str = "the worker is being drained";
+/// Why a worker whose KV blocks no transport reaches computes for nobody else.
+const BLOCKS_STAY: &str = "this worker keeps its KV blocks in a GPU's memory and cannot hand them over; give it \
+                           gpu_kv = \"host\", or the role combined";
 
 impl EngineLoop {
     pub(super) fn generate(&mut self, ticket: Ticket, caller: CallerId, request: Generate) {
@@ -35,6 +38,8 @@ impl EngineLoop {
             Ok(params) => params,
             Err(error) => return self.refuse(ticket, caller, id, error.to_string(), false),
         };
+        // Where blocks cannot be brought here, the prompt is computed here.
+        let prefill_peer = prefill_peer.filter(|_| self.engine.blocks_move());
         let submitted = self.scheduler.submit(Request {
             prompt: prompt.into(),
             max_tokens: max_tokens as usize,
@@ -75,6 +80,9 @@ impl EngineLoop {
         } = command;
         if self.shared.is_draining() {
             return self.refuse(ticket, caller, request.id, DRAINING.into(), true);
+        }
+        if !self.engine.blocks_move() {
+            return self.refuse(ticket, caller, request.id, BLOCKS_STAY.into(), true);
         }
         let span = tracing::info_span!(
             "prefill",
