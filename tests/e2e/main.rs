@@ -10,6 +10,7 @@ mod disaggregated;
 mod drain;
 mod failures;
 mod gguf;
+mod gpu;
 mod group;
 mod mock;
 mod proof;
