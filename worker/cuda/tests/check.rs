@@ -25,7 +25,7 @@ fn passes(name: &str) {
         model: dir.path().to_owned(),
         scratch: dir.path().to_owned(),
         layers: 1,
-        greedy_tokens: 20,
+        greedy_tokens: 8,
     };
     let outcome = check::run(name, &context).unwrap();
     eprintln!("{name}: {}", outcome.detail);
