@@ -45,6 +45,8 @@ fn main() -> ExitCode {
             model_dir::convert_tokenizer(&args.file, &args.directory).map(|()| ExitCode::SUCCESS)
         }
         cli::Command::Mock(args) => up::mock::run(*args),
+        cli::Command::Doctor(args) => cli::doctor::run(args),
+        cli::Command::GpuCheck(args) => cli::gpu_check::run(&args),
         cli::Command::Bench(args) => cli::bench::run(*args),
     };
     match result {

@@ -7,6 +7,8 @@ pub mod bench_engine;
 pub mod bench_simulate;
 #[cfg(test)]
 mod docs;
+pub mod doctor;
+pub mod gpu_check;
 pub mod ledger;
 pub mod mock;
 pub mod prices;
@@ -86,6 +88,15 @@ pub enum Command {
     /// One coordinator as its own process, and any number of workers (hundreds) in this one, over the real protocols. Steps
     /// take as long as the profile of a machine says, and the answers mean nothing. Stops with Ctrl-C.
     Mock(Box<mock::MockArgs>),
+    /// Says what there is on this machine for workers on a GPU: driver, devices, NVRTC, peer access, NCCL.
+    ///
+    /// Exits with 0 if a worker can compute on a GPU here, with 1 if not, and says why. Workers on the CPU need none of it.
+    Doctor(doctor::DoctorArgs),
+    /// Compares everything a GPU worker computes with the CPU, then measures it; one row of a table each.
+    ///
+    /// Each row is a process of its own, so that one that crashes or hangs leaves the others. Needs a GPU and nothing but this
+    /// program. Exits with 0 if no row failed.
+    GpuCheck(gpu_check::GpuCheckArgs),
     /// Measures any OpenAI URL with streaming chat requests, and reports what its clients saw.
     Bench(Box<bench::BenchArgs>),
 }

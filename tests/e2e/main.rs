@@ -13,6 +13,7 @@ mod disaggregated;
 mod drain;
 mod failures;
 mod gguf;
+mod gpu;
 mod group;
 mod https;
 mod mock;

@@ -2,6 +2,7 @@
 
 use crate::WorkerError;
 use crate::compression::KvCompression;
+use crate::device::{Device, GpuKv};
 use crate::mock::{EngineKind, MockSettings};
 use baton_model::Quantization;
 use serde::{Deserialize, Serialize};
@@ -65,6 +66,17 @@ pub struct WorkerConfig {
     /// Compute threads; 0 takes every core. Workers that share a machine divide its cores between them.
     #[serde(default)]
     pub threads: usize,
+    /// What computes: `cpu`, `cuda` (the first GPU that the driver shows), `cuda:N`, or `auto` (a GPU if there is one that
+    /// the kernels run on, else the CPU). See `docs/gpu.md`.
+    #[serde(default)]
+    pub device: Device,
+    /// Where a GPU's KV blocks are: `device` (its own memory; such a worker does not hand blocks over yet, and has the role
+    /// `combined`) or `host` (`kv_bytes` of this machine's memory, read over the bus; everything works).
+    #[serde(default)]
+    pub gpu_kv: GpuKv,
+    /// Memory for KV blocks on a GPU, in bytes; 0 takes what the weights leave, but for a reserve.
+    #[serde(default)]
+    pub gpu_kv_bytes: u64,
     /// Ranks that the model is divided among, each with its share of the threads: its own weights and heads, on cores of
     /// its own where the worker has the machine to itself. 1 keeps the model in one piece: where all cores have the
     /// memory equally near, more are about as fast. Workers of different degrees can hand blocks over, but round
@@ -183,6 +195,9 @@ impl WorkerConfig {
             advertise_ip: None,
             identity_dir,
             threads: 0,
+            device: Device::default(),
+            gpu_kv: GpuKv::default(),
+            gpu_kv_bytes: 0,
             tensor_parallel: default_tensor_parallel(),
             quantization: Quantization::default(),
             cores_shared: false,

@@ -28,6 +28,7 @@ mod block_teller;
 mod caller;
 mod compression;
 mod config;
+mod device;
 mod drain;
 mod engine_loop;
 mod engine_thread;
@@ -48,6 +49,7 @@ mod tiers;
 
 pub use compression::KvCompression;
 pub use config::{TierConfig, WorkerConfig, WorkerRole};
+pub use device::{Device, GpuKv};
 pub use error::WorkerError;
 pub use load::run;
 pub use mock::{EngineKind, MockAnswers, MockSettings};

@@ -2,7 +2,7 @@
 
 use crate::mock::{self, EngineKind};
 use crate::server::{Startup, serve};
-use crate::{WorkerConfig, WorkerError, tiers};
+use crate::{WorkerConfig, WorkerError, device, tiers};
 use baton_engine::{Engine, ModelEngine, blocks_for_bytes};
 use baton_model::{LoadOptions, MemoryNeed, ModelConfig, ModelFiles, Stage, available_memory};
 use std::sync::Arc;
@@ -18,10 +18,7 @@ pub async fn run(
         let (config, startup) = (config.clone(), startup.clone());
         tokio::task::spawn_blocking(move || -> Result<(Box<dyn Engine>, _), WorkerError> {
             Ok(match config.engine {
-                EngineKind::Model => {
-                    let (engine, digest) = load(&config, &*startup)?;
-                    (Box::new(engine), digest)
-                }
+                EngineKind::Model => load(&config, &*startup)?,
                 EngineKind::Mock => {
                     let (engine, digest) = mock::load(&config)?;
                     (Box::new(engine), digest)
@@ -38,7 +35,7 @@ pub async fn run(
 fn load(
     config: &WorkerConfig,
     startup: &(dyn Fn(Startup) + Send + Sync),
-) -> Result<(ModelEngine, [u8; 32]), WorkerError> {
+) -> Result<(Box<dyn Engine>, [u8; 32]), WorkerError> {
     let model = ModelConfig::from_dir(&config.model_path)?;
     let files = ModelFiles::open(&config.model_path)?;
     let geometry = model.kv_geometry(config.block_size);
@@ -48,7 +45,8 @@ fn load(
             config.block_size
         )));
     }
-    if let Some(available) = available_memory() {
+    let gpu = device::open(config)?;
+    if let Some(available) = available_memory().filter(|_| gpu.is_none()) {
         let (tokens, rows) = (config.batch_tokens_max, config.seqs_max);
         let weights = files.packed_bytes(&model, config.quantization);
         let kv_bytes = config.kv_bytes.saturating_add(tiers::memory_bytes_max(&config.tiers));
@@ -62,6 +60,10 @@ fn load(
         0 => std::thread::available_parallelism().map_or(1, usize::from),
         threads => threads,
     };
+    if let Some(driver) = gpu {
+        let engine = device::load(config, driver, &files, model, threads, startup)?;
+        return Ok((Box::new(engine), digest));
+    }
     let options = LoadOptions {
         threads,
         spin: !config.cores_shared,
@@ -71,5 +73,5 @@ fn load(
     let budget = usize::try_from(config.kv_bytes).unwrap_or(usize::MAX);
     let total_blocks = blocks_for_bytes(&geometry, budget).map_err(|error| WorkerError::Config(error.to_string()))?;
     let engine = ModelEngine::load(&files, model, config.block_size, total_blocks, &options, &progress)?;
-    Ok((engine, digest))
+    Ok((Box::new(engine), digest))
 }

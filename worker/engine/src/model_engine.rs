@@ -71,6 +71,10 @@ impl<O: Ops> Engine for ModelEngine<O> {
         self.kv.region().clone()
     }
 
+    fn blocks_move(&self) -> bool {
+        self.model.ops().kv_in_region()
+    }
+
     fn total_blocks(&self) -> u32 {
         self.kv.blocks()
     }
@@ -140,7 +144,7 @@ fn seq_span(span: &StepSeq) -> SeqSpan {
 fn engine_error(error: ModelError) -> EngineError {
     match error {
         ModelError::Batch(what) => EngineError::InvalidBatch(what),
-        lost @ ModelError::Rank { .. } => EngineError::Lost(lost.to_string()),
+        lost @ (ModelError::Rank { .. } | ModelError::Device(_)) => EngineError::Lost(lost.to_string()),
         other => EngineError::Model(other.to_string()),
     }
 }

@@ -77,6 +77,10 @@ pub trait Engine: Send {
     fn geometry(&self) -> KvGeometry;
     /// The KV arena: `total_blocks` blocks of `geometry`.
     fn region(&self) -> Arc<Region>;
+    /// Whether the blocks' bytes are in the region: only then can they be handed over, taken from a peer, or kept in a tier.
+    fn blocks_move(&self) -> bool {
+        true
+    }
     /// Blocks in the region.
     fn total_blocks(&self) -> u32;
     /// Most tokens a sequence may have, prompt and generated together.

@@ -22,6 +22,8 @@
 mod group;
 mod memory;
 
+pub use group::{QuantizedGroup, quantize};
+
 use crate::pool::Pool;
 use half::{bf16, f16};
 use memory::Aligned;

@@ -117,6 +117,11 @@ impl<O: Ops> Decoder<O> {
         &self.ops
     }
 
+    /// The device, to be prepared further between loading and the first batch.
+    pub fn ops_mut(&mut self) -> &mut O {
+        &mut self.ops
+    }
+
     /// Computes a batch: writes K and V of every token to its slot, and returns the logits after the last token of
     /// each span that wants them.
     ///
@@ -226,6 +231,10 @@ impl<O: Ops> Decoder<O> {
             ops.all_reduce(&mut s.delta)?;
         }
         ops.add_rms_norm(&mut s.x, &s.delta, &weights.norm, eps, &mut s.normed)?;
-        ops.logits(&s.normed, &weights.head, &mut s.logits)
+        ops.logits(&s.normed, &weights.head, &mut s.logits)?;
+        // Back in their places: a device that recognises steps by the memory they use finds this one again.
+        std::mem::swap(&mut s.x, &mut s.last_x);
+        std::mem::swap(&mut s.attended, &mut s.last_attended);
+        Ok(())
     }
 }

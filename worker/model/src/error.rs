@@ -86,6 +86,9 @@ pub enum ModelError {
         /// Why.
         reason: String,
     },
+    /// The device failed: it computes nothing for this process any more.
+    #[error("{0}")]
+    Device(String),
     /// A batch the decoder cannot compute; a bug of the caller, reported instead of computed wrongly.
     #[error("cannot run this batch: {0}")]
     Batch(String),

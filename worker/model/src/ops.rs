@@ -73,6 +73,10 @@ pub trait Ops: Send + 'static {
     fn pool(&self) -> Option<Arc<Pool>> {
         None
     }
+    /// Whether K and V lie in the arena's own memory, where transports reach them, and not in a device's.
+    fn kv_in_region(&self) -> bool {
+        true
+    }
     /// Takes over a weight matrix (and may pack it); `head` for the output head.
     fn matrix(&mut self, parts: Vec<StackedPart>, head: bool) -> OpResult<Self::Matrix>;
     /// Takes over an embedding table, `[vocabulary, hidden]`.

@@ -15,6 +15,9 @@ use tokio_util::sync::CancellationToken;
 
 /// Why a draining worker takes nothing.
 const DRAINING: &str = "the worker is being drained";
+/// Why a worker whose KV blocks no transport reaches computes for nobody else.
+const BLOCKS_STAY: &str = "this worker keeps its KV blocks in a GPU's memory and cannot hand them over; give it \
+                           gpu_kv = \"host\", or the role combined";
 
 impl EngineLoop {
     pub(super) fn generate(
@@ -48,6 +51,8 @@ impl EngineLoop {
             Ok(sampling) => sampling,
             Err(error) => return self.refuse(ticket, caller, id, error.into()),
         };
+        // Where blocks cannot be brought here, the prompt is computed here.
+        let prefill_peer = prefill_peer.filter(|_| self.engine.blocks_move());
         let peers_stops = prefill_peer.is_some().then(|| stop_token_ids.clone());
         let submitted = self.scheduler.submit(Request {
             prompt: prompt.into(),
@@ -96,6 +101,9 @@ impl EngineLoop {
         }
         if self.shared.is_draining() {
             return self.refuse(ticket, caller, request.id, Refusal::elsewhere(DRAINING));
+        }
+        if !self.engine.blocks_move() {
+            return self.refuse(ticket, caller, request.id, Refusal::elsewhere(BLOCKS_STAY));
         }
         let span = tracing::info_span!(
             "prefill",

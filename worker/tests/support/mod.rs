@@ -4,7 +4,7 @@
 // Each test binary compiles its own copy and uses a part of it.
 #![allow(dead_code)]
 
-use baton_engine::{MockConfig, MockEngine, MockTiming};
+use baton_engine::{Engine, MockConfig, MockEngine, MockTiming};
 use baton_identity::{Authority, Identity, Role};
 use baton_proto::cluster::cluster_server::{Cluster, ClusterServer};
 use baton_proto::cluster::{
@@ -238,6 +238,9 @@ impl Cell {
             advertise_ip: None,
             identity_dir: self.dir.path().into(),
             threads: 1,
+            device: Default::default(),
+            gpu_kv: Default::default(),
+            gpu_kv_bytes: 0,
             tensor_parallel: 1,
             quantization: Default::default(),
             cores_shared: false,
@@ -255,15 +258,21 @@ impl Cell {
     }
 
     /// Starts a worker on a runtime of its own, so that it can be killed; waits until it is registered.
-    pub async fn worker(&self, id: &str, role: WorkerRole, engine: MockEngine) -> Node {
+    pub async fn worker(&self, id: &str, role: WorkerRole, engine: impl Engine + 'static) -> Node {
         self.worker_of_model(id, role, engine, [7; 32]).await
     }
 
-    pub async fn worker_of_model(&self, id: &str, role: WorkerRole, engine: MockEngine, model: [u8; 32]) -> Node {
+    pub async fn worker_of_model(
+        &self,
+        id: &str,
+        role: WorkerRole,
+        engine: impl Engine + 'static,
+        model: [u8; 32],
+    ) -> Node {
         self.worker_with(self.config(id, role), engine, model).await
     }
 
-    pub async fn worker_with(&self, config: WorkerConfig, engine: MockEngine, model: [u8; 32]) -> Node {
+    pub async fn worker_with(&self, config: WorkerConfig, engine: impl Engine + 'static, model: [u8; 32]) -> Node {
         let id = config.worker_id.clone();
         let id = id.as_str();
         Authority::load_or_create(self.dir.path())

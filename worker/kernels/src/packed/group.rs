@@ -7,12 +7,25 @@
 use super::{GROUP, PANEL, WeightFormat};
 use half::f16;
 
-/// One quantised group: `value = scale * integer + minimum`.
-struct Quantized {
-    scale: f16,
-    minimum: f16,
-    /// Biased to be unsigned, except with a minimum.
-    integers: [u8; GROUP],
+/// One quantised group: `value = scale * (integer - bias) + minimum`; the bias is 128 of 8 bits, 8 of 4, and 0 with a
+/// minimum.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct QuantizedGroup {
+    /// Scale.
+    pub scale: f16,
+    /// Minimum; zero in the symmetric formats.
+    pub minimum: f16,
+    /// Biased to be unsigned.
+    pub integers: [u8; GROUP],
+}
+
+/// Quantises a group, as packing does: for other devices' layouts. `format` is a group-wise one.
+pub fn quantize(format: WeightFormat, values: &[f32; GROUP]) -> QuantizedGroup {
+    match format {
+        WeightFormat::Group8 => eight(values),
+        WeightFormat::Group4 => four(values),
+        _ => four_with_minimum(values),
+    }
 }
 
 /// `rows` is `[PANEL][k]`, `k` a multiple of [`GROUP`].
@@ -22,17 +35,12 @@ pub(super) fn pack(format: WeightFormat, rows: &[f32], k: usize, panel: &mut [u8
         for n in 0..PANEL {
             let mut values = [0f32; GROUP];
             values.copy_from_slice(&rows[n * k + g * GROUP..][..GROUP]);
-            let q = match format {
-                WeightFormat::Group8 => eight(&values),
-                WeightFormat::Group4 => four(&values),
-                _ => four_with_minimum(&values),
-            };
-            write(format, group, n, &q);
+            write(format, group, n, &quantize(format, &values));
         }
     }
 }
 
-fn write(format: WeightFormat, group: &mut [u8], n: usize, q: &Quantized) {
+fn write(format: WeightFormat, group: &mut [u8], n: usize, q: &QuantizedGroup) {
     let scales = if format == WeightFormat::Group8 {
         for (at, q) in q.integers.iter().enumerate() {
             group[(at / 4 * PANEL + n) * 4 + at % 4] = *q;
@@ -73,31 +81,31 @@ fn inverse(scale: f16) -> f32 {
     if scale == 0.0 { 0.0 } else { 1.0 / scale }
 }
 
-fn eight(values: &[f32; GROUP]) -> Quantized {
+fn eight(values: &[f32; GROUP]) -> QuantizedGroup {
     let largest = values.iter().fold(0f32, |a, v| a.max(v.abs()));
     let scale = f16::from_f32(largest / 127.0);
     let inverse = inverse(scale);
     let integers = values.map(|v| ((v * inverse).round_ties_even().clamp(-127.0, 127.0) as i32 + 128) as u8);
-    Quantized {
+    QuantizedGroup {
         scale,
         minimum: f16::ZERO,
         integers,
     }
 }
 
-fn four(values: &[f32; GROUP]) -> Quantized {
+fn four(values: &[f32; GROUP]) -> QuantizedGroup {
     let signed_largest = values.iter().fold(0f32, |a, v| if v.abs() > a.abs() { *v } else { a });
     let scale = f16::from_f32(signed_largest / -8.0);
     let inverse = inverse(scale);
     let integers = values.map(|v| ((v * inverse).round_ties_even().clamp(-8.0, 7.0) as i32 + 8) as u8);
-    Quantized {
+    QuantizedGroup {
         scale,
         minimum: f16::ZERO,
         integers,
     }
 }
 
-fn four_with_minimum(values: &[f32; GROUP]) -> Quantized {
+fn four_with_minimum(values: &[f32; GROUP]) -> QuantizedGroup {
     let mut sorted = *values;
     sorted.sort_unstable_by(f32::total_cmp);
     let (low, high) = (sorted[0], sorted[GROUP - 1]);
@@ -106,7 +114,7 @@ fn four_with_minimum(values: &[f32; GROUP]) -> Quantized {
     let minimum = f16::from_f32(low);
     let inverse = inverse(scale);
     let integers = values.map(|v| ((v - minimum.to_f32()) * inverse).round_ties_even().clamp(0.0, 15.0) as u8);
-    Quantized {
+    QuantizedGroup {
         scale,
         minimum,
         integers,
