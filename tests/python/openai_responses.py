@@ -53,7 +53,7 @@ if second.output_text:
 class Answer(BaseModel):
     yes: bool
 
-parsed = client.responses.parse(model=model, input="yes or no?", text_format=Answer, temperature=0, max_output_tokens=64)
+parsed = client.responses.parse(model=model, input="yes or no?", text_format=Answer, temperature=0, max_output_tokens=400)
 assert parsed.status == "completed" and isinstance(parsed.output_parsed, Answer), parsed
 
 # A tool, there and back.

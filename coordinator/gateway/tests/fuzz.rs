@@ -223,10 +223,11 @@ async fn nothing_that_comes_makes_a_5xx() {
         ..GatewayConfig::default()
     };
     let gateway = TestGateway::over(config, backend).await;
-    // The scripted cluster has no state to save, so its backup breaks off.
+    // The scripted cluster has no state to save, so its backup breaks off; and of a long page, what is on its way when a body was
+    // not read may be dropped by the system.
     let routes = route_list::routes()
         .into_iter()
-        .filter(|route| route != "/cluster/snapshot");
+        .filter(|route| !["/cluster/snapshot", "/docs", "/openapi.json", "/"].contains(&route.as_str()));
     let routes: Vec<String> = routes.collect();
     let bearer = format!("Bearer {OPERATOR}");
     let first = setting("BATON_FUZZ_SEED", 1);
@@ -269,8 +270,15 @@ async fn nothing_that_comes_makes_a_5xx() {
         assert!(answer.status < 500 || unavailable_here, "{shown}");
         assert!(answer.header("x-injected").is_none(), "{shown}");
         if answer.status >= 400 {
-            let error = answer.error();
-            let message = error["message"].as_str().unwrap();
+            // Each API has its own shape of errors.
+            let error = match route.as_str() {
+                kserve if kserve.starts_with("/v2") => json!({"message": answer.json()["error"]}),
+                anthropic if anthropic.starts_with("/v1/messages") => answer.json()["error"].clone(),
+                _ => answer.error(),
+            };
+            let message = error["message"]
+                .as_str()
+                .unwrap_or_else(|| panic!("no message: {shown}"));
             for inside in [
                 "panicked",
                 ".rs:",
@@ -313,7 +321,9 @@ async fn every_route_wants_a_key() {
                 wire.send(method, &path, headers, b"").await;
                 let answer = wire.answer().await;
                 match route.as_str() {
-                    "/health" | "/ready" => assert_ne!(answer.status, 401),
+                    "/health" | "/ready" | "/ping" | "/v2/health/live" | "/v2/health/ready" => {
+                        assert_ne!(answer.status, 401)
+                    }
                     _ => assert_eq!(answer.status, 401, "{method} {path}"),
                 }
             }

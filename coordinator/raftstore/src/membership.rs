@@ -205,7 +205,9 @@ fn caught_up(id: u64, now: &Situation<'_>) -> Result<(), MembershipRefused> {
     }
     let member = now.progress.iter().find(|member| member.id == id).ok_or(not_a)?;
     let entries = now.last_index.saturating_sub(member.matched_index);
-    if !member.active || member.snapshot || entries > CAUGHT_UP_ENTRIES {
+    // Raft takes a new member for active until it has been silent for a while: that it has anything is what it said itself. In a
+    // young group nobody lacks much, and one that does not exist would take the quorum.
+    if !member.active || member.matched_index == 0 || member.snapshot || entries > CAUGHT_UP_ENTRIES {
         return Err(MembershipRefused::Behind { id, entries });
     }
     Ok(())

@@ -2,7 +2,7 @@
 //! who has lost. Worked out anew from commands and their outcomes.
 
 use super::oracle::{Checked, violation};
-use baton_proto::state::{ApiKey, Project, WitnessWorker, command::Kind};
+use baton_proto::state::{ApiKey, Price, Project, WitnessWorker, command::Kind};
 use baton_state::{Applied, MemoryTables, Outcome, view};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -72,10 +72,18 @@ impl Admin {
         if view::project(tables, "p")? != self.project {
             return violation("the project is another one");
         }
-        let prices: BTreeSet<String> = view::prices_after(tables, "", 100)?
+        // With each that is put comes one for batches.
+        let (batch, put): (Vec<Price>, Vec<Price>) = view::prices_after(tables, "", 100)?
             .into_iter()
-            .map(|price| price.id)
-            .collect();
+            .partition(|price| price.service_tier == "batch");
+        let from = |prices: &[Price]| -> BTreeSet<(String, u64)> {
+            let of = |price: &Price| (price.model.clone(), price.effective_from_unix_ms);
+            prices.iter().map(of).collect()
+        };
+        if from(&batch) != from(&put) {
+            return violation(format!("prices {put:?}, and of batches {batch:?}"));
+        }
+        let prices: BTreeSet<String> = put.into_iter().map(|price| price.id).collect();
         if prices != self.prices {
             return violation(format!("prices {prices:?}, and {:?} were put", self.prices));
         }

@@ -107,6 +107,16 @@ fn changes_that_would_hurt_are_refused() {
         refusal(&mut group, MembershipChange::AddLearner(5)),
         MembershipRefused::UnderWay
     );
+    for _ in 0..30 {
+        // Nor before it is known to be silent, as long as the log is so short that nobody lacks much.
+        group.run_ms(10);
+        let refused = refusal(&mut group, MembershipChange::Promote(4));
+        let waits = matches!(
+            refused,
+            MembershipRefused::Behind { id: 4, .. } | MembershipRefused::UnderWay
+        );
+        assert!(waits, "{refused:?}");
+    }
     group.run_ms(3000);
     assert!(matches!(
         refusal(&mut group, MembershipChange::Promote(4)),
