@@ -315,10 +315,7 @@ async fn a_lone_coordinator_is_killed_in_the_middle() {
         (pid != u64::from(old)).then_some(())
     })
     .await;
-    let client = client.at(&cluster.ready().expect("it serves")["url"]
-        .as_str()
-        .expect("a URL")
-        .to_owned());
+    let client = client.at(cluster.ready().expect("it serves")["url"].as_str().expect("a URL"));
     eventually("it answers", LONG, || async {
         let probe = tokio::time::timeout(Duration::from_secs(5), reachable(&client.url)).await;
         probe.is_ok_and(|there| there).then_some(())

@@ -163,6 +163,7 @@ async fn attempt(
             PendingEvent::Hangs(hang) => return Err(hang.to_string()),
         }
     };
+    pending.served();
     if let Some((rows, staging)) = staging {
         for layer in 0..context.geometry.layers {
             rows.decode(&staging, layer, &context.region, table)

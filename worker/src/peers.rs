@@ -317,6 +317,14 @@ impl Pending {
         }
     }
 
+    /// All of it is here. The peer is not told to stop: its word that it is done may still be on its way, and a cancel that
+    /// overtakes it would make a hand-over that succeeded end as cancelled there, uncounted.
+    pub(crate) fn served(self) {
+        if let Some(open) = self.link.lock().as_mut() {
+            open.waiting.remove(&self.id);
+        }
+    }
+
     fn look(&mut self, landed: u64) -> Option<Hang> {
         let now_ms = self.link.now_ms();
         let mut open = self.link.lock();

@@ -3,7 +3,7 @@
 
 use super::fake_worker::channel;
 use super::group::leader;
-use super::{Coordinator, PATIENCE, until};
+use super::{Coordinator, until};
 use baton_gateway::{Backend, ChunkError, ChunkStore};
 use baton_identity::Role as CertificateRole;
 use baton_proto::files::files_client::FilesClient;

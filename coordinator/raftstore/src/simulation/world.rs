@@ -480,7 +480,7 @@ impl World {
         for (id, member) in &self.members {
             let voter = |members: &&Members| members.voters.contains(id) || members.voters_outgoing.contains(id);
             let image = member.disk.image_after(Loss::All, &mut random);
-            if image[0].is_empty() || !majorities.iter().any(|members| voter(&members)) {
+            if image[0].is_empty() || !majorities.iter().any(voter) {
                 continue;
             }
             let held = contained(|| {
@@ -494,7 +494,7 @@ impl World {
         let most = |of: &[u64]| of.iter().filter(|id| holding.contains(id)).count() * 2 > of.len();
         let counted =
             |members: &&Members| most(&members.voters) && (!members.joint() || most(&members.voters_outgoing));
-        if majorities.iter().any(|members| counted(&members)) {
+        if majorities.iter().any(counted) {
             return Ok(());
         }
         let voters = majorities.iter().map(|members| &members.voters);
