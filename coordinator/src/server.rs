@@ -143,9 +143,12 @@ pub(crate) async fn serve_cluster(
     let failed = |error: tonic::transport::Error| CoordinatorError::Cluster(error.to_string());
     let raft = RaftService::new(cluster.group.clone(), shutdown.clone());
     let raft = RaftServer::new(raft).max_decoding_message_size(BATCH_BYTES_MAX);
-    let files = FilesServer::new(FilesService(disk))
-        .max_decoding_message_size(CHUNK_MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(CHUNK_MESSAGE_BYTES_MAX);
+    let files = FilesServer::new(FilesService {
+        disk,
+        shutdown: shutdown.clone(),
+    })
+    .max_decoding_message_size(CHUNK_MESSAGE_BYTES_MAX)
+    .max_encoding_message_size(CHUNK_MESSAGE_BYTES_MAX);
     let server = tonic::transport::Server::builder()
         .tls_config(cluster.identity().tonic_server())
         .map_err(failed)?

@@ -2,7 +2,9 @@
 //! lines live elsewhere.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use axum::body::{Body, HttpBody as _, to_bytes};
 use axum::extract::{DefaultBodyLimit, Extension, MatchedPath, Path, Request, State};
 use axum::http::{HeaderValue, Method, Uri, header};
 use axum::middleware::{self, Next};
@@ -272,6 +274,7 @@ async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut reques
         Ok(caller) => {
             let account = caller.account.clone();
             request.extensions_mut().insert(caller.clone());
+            let request = without_body(request, gateway.config.body_timeout()).await;
             let mut response = shaped(resumable(&gateway, &names, &caller, request, next).await);
             if let (Some(accounts), Some(account)) = (&gateway.accounts, account) {
                 accounts.rates.headers(&account, response.headers_mut());
@@ -297,6 +300,18 @@ async fn envelope<B: Backend>(State(gateway): State<Arc<Gateway<B>>>, mut reques
     // Answers are JSON, text, events or, once, a page; a browser must not guess otherwise.
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
+}
+
+/// A GET means nothing by its body, and no handler reads it. Left unread when the connection closes, it would make the system drop
+/// what of the answer is still on its way.
+async fn without_body(request: Request, patience: Duration) -> Request {
+    if request.method() != Method::GET || request.body().is_end_stream() {
+        return request;
+    }
+    let (parts, body) = request.into_parts();
+    // One that is too long or does not come is no reason not to answer.
+    let _ = tokio::time::timeout(patience, to_bytes(body, SMALL_BODY_BYTES_MAX)).await;
+    Request::from_parts(parts, Body::empty())
 }
 
 /// Errors that an extractor made by itself (a path that is no UTF-8, a query that cannot be read) are text for people; clients

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use baton_identity::{Role, require_role};
 use baton_proto::files::files_server::Files;
 use baton_proto::files::{Chunk, ChunkName, PutReply};
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use super::{CHUNK_BYTES_MAX, Disk};
@@ -12,14 +13,21 @@ use super::{CHUNK_BYTES_MAX, Disk};
 /// A chunk, with room for framing.
 pub(crate) const MESSAGE_BYTES_MAX: usize = CHUNK_BYTES_MAX + 1024;
 
-pub(crate) struct FilesService(pub(crate) Arc<Disk>);
+pub(crate) struct FilesService {
+    pub(crate) disk: Arc<Disk>,
+    /// Connections outlive the listener by a moment: from then on nothing is acknowledged, whose word nobody could ask for again.
+    pub(crate) shutdown: CancellationToken,
+}
 
 impl FilesService {
     async fn on_disk<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Disk) -> std::io::Result<T> + Send + 'static,
     ) -> Result<T, Status> {
-        let disk = self.0.clone();
+        if self.shutdown.is_cancelled() {
+            return Err(Status::unavailable("this coordinator is stopping"));
+        }
+        let disk = self.disk.clone();
         let done = tokio::task::spawn_blocking(move || work(&disk)).await;
         done.map_err(|error| Status::internal(error.to_string()))?
             .map_err(|error| Status::unavailable(format!("the disk of this coordinator: {error}")))

@@ -3,7 +3,7 @@
 
 use super::fake_worker::channel;
 use super::group::leader;
-use super::{Coordinator, until};
+use super::{Coordinator, PATIENCE, until};
 use baton_gateway::{Backend, ChunkError, ChunkStore};
 use baton_identity::Role as CertificateRole;
 use baton_proto::files::files_client::FilesClient;
@@ -52,11 +52,15 @@ async fn what_was_kept_survives_a_member() {
     for member in [other, third] {
         assert_eq!(chunks(&group[member]).get(hash).await.expect("still there"), data);
     }
-    // Of two members both must have a chunk.
+    // Of two members both must have a chunk, and of one alone none can be acknowledged.
     leader(&group).await;
     let small = chunks(&group[other]).put("small".into()).await.expect("kept by two");
     name(&group[other], "file-1", small, 5).await;
     group[third].kill();
+    let alone = chunks(&group[other]);
+    let refused = tokio::time::timeout(PATIENCE * 2, alone.put("x".into()));
+    let refused = refused.await.expect("an answer");
+    assert!(matches!(refused, Err(ChunkError::Unavailable(_))), "{refused:?}");
     assert!(chunks(&group[other]).get(small).await.is_ok(), "reading needs nobody");
     assert_eq!(chunks(&group[other]).get([9; 32]).await, Err(ChunkError::Missing));
 }

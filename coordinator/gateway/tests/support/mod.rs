@@ -559,9 +559,19 @@ impl Wire {
         self.buffer.clear();
     }
 
-    /// Reads one answer, unless the server closes without one.
+    /// Reads one answer, unless the connection ends before the whole of it is there.
     pub async fn try_answer(&mut self) -> Option<Answer> {
-        while find(&self.buffer, b"\r\n\r\n").is_none() {
+        let whole = |buffer: &[u8]| {
+            let end = find(buffer, b"\r\n\r\n")? + 4;
+            let head = std::str::from_utf8(&buffer[..end]).ok()?.to_ascii_lowercase();
+            let length = head
+                .split("content-length: ")
+                .nth(1)
+                .and_then(|rest| rest.lines().next());
+            let length = length.and_then(|length| length.parse().ok()).unwrap_or(0);
+            (buffer.len() - end >= length).then_some(())
+        };
+        while whole(&self.buffer).is_none() {
             if self.fill().await == 0 {
                 return None;
             }

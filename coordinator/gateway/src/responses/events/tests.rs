@@ -1,3 +1,5 @@
+//! That the events of a response come in OpenAI's order and agree with the whole response, whatever pieces they are made of.
+
 use super::*;
 use crate::generation::output::{End, TokenText};
 use proptest::prelude::*;
