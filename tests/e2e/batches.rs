@@ -3,13 +3,13 @@
 
 use super::support::cluster::{Cluster, baton};
 use super::support::http::{chat_body, request_with};
+use super::support::programs::{have, run_openai_script};
 use super::support::{eventually, signal};
 use hyper::{Method, StatusCode};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 const ROOT: &str = "sk-operator-for-this-test";
@@ -17,30 +17,10 @@ const LONG: Duration = Duration::from_secs(90);
 /// Enough that a step is told long before the last: the demo model takes seconds for them.
 const LINES: usize = 600;
 
-fn have(program: &str, args: &[&str]) -> bool {
-    let mut command = Command::new(program);
-    let quiet = command
-        .args(args)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    quiet.status().is_ok_and(|status| status.success())
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn curl_and_the_openai_package() {
     let cluster = Cluster::start(&["--prefill", "0"]).await;
-    if have("python3", &["-c", "import openai"]) {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/openai_batches.py");
-        let output = Command::new("python3")
-            .arg(script)
-            .arg(&cluster.url)
-            .output()
-            .expect("python3 runs");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    } else {
-        eprintln!("skipped: python3 with the openai package is not installed (python3 -m pip install openai)");
-    }
+    run_openai_script("tests/python/openai_batches.py", &cluster.url);
     if have("curl", &["--version"]) {
         let input = cluster.data().join("in.jsonl");
         std::fs::write(&input, lines(3, 4)).expect("written");

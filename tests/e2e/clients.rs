@@ -1,35 +1,14 @@
 //! Real clients: the official Python package, and curl with the very line that `baton up` prints.
 
 use super::support::cluster::{Cluster, baton};
-use std::path::Path;
-use std::process::{Command, Stdio};
-
-fn have(program: &str, args: &[&str]) -> bool {
-    let status = Command::new(program)
-        .args(args)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status();
-    status.is_ok_and(|status| status.success())
-}
+use super::support::programs::{have, run_openai_script};
+use std::process::Command;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn openai_python_package_and_curl() {
-    let python = have("python3", &["-c", "import openai"]);
     let curl = have("curl", &["--version"]);
     let cluster = Cluster::start(&["--prefill-threshold", "0"]).await;
-    if python {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/openai_client.py");
-        let output = Command::new("python3")
-            .arg(script)
-            .arg(&cluster.url)
-            .output()
-            .expect("python3 runs");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    } else {
-        eprintln!("skipped: python3 with the openai package is not installed (python3 -m pip install openai)");
-    }
+    run_openai_script("tests/python/openai_client.py", &cluster.url);
     if curl {
         let printed = cluster.output("stdout");
         let start = printed.find("  curl ").expect("a curl line is printed");

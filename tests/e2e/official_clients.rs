@@ -2,18 +2,7 @@
 //! Node. Each is skipped with a message where it is not installed.
 
 use super::support::cluster::Cluster;
-use std::path::Path;
-use std::process::{Command, Stdio};
-
-fn have(program: &str, args: &[&str]) -> bool {
-    let status = Command::new(program)
-        .args(args)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status();
-    status.is_ok_and(|status| status.success())
-}
+use super::support::programs::{have, run_script};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn anthropic_and_openai_packages() {
@@ -46,16 +35,7 @@ async fn anthropic_and_openai_packages() {
     }
     let cluster = Cluster::start(&[]).await;
     for (program, _, script, _) in there {
-        let output = Command::new(program)
-            .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join(script))
-            .arg(&cluster.url)
-            .output()
-            .expect("it runs");
-        assert!(
-            output.status.success(),
-            "{script}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        run_script(program, script, &cluster.url);
     }
     cluster.assert_nothing_leaked().await;
     assert!(cluster.stop().await.success());

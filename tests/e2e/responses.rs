@@ -3,26 +3,15 @@
 
 use super::support::cluster::Cluster;
 use super::support::http::{Answer, request_with};
+use super::support::programs::run_openai_script;
 use super::support::{eventually, signal};
 use hyper::{Method, StatusCode};
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use std::path::Path;
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 const LONG: Duration = Duration::from_secs(90);
 const JSON: &[(&str, &str)] = &[("content-type", "application/json")];
-
-fn have(program: &str, args: &[&str]) -> bool {
-    let mut command = Command::new(program);
-    let quiet = command
-        .args(args)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    quiet.status().is_ok_and(|status| status.success())
-}
 
 async fn post(url: &str, body: Value) -> Answer {
     request_with(Method::POST, url, "/v1/responses", JSON, body.to_string()).await
@@ -36,17 +25,7 @@ async fn get(url: &str, id: &Value) -> Answer {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_openai_package_and_a_restart() {
     let cluster = Cluster::start(&["--prefill", "0"]).await;
-    if have("python3", &["-c", "import openai, pydantic"]) {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/python/openai_responses.py");
-        let output = Command::new("python3")
-            .arg(script)
-            .arg(&cluster.url)
-            .output()
-            .expect("python3 runs");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    } else {
-        eprintln!("skipped: python3 with the openai package is not installed (python3 -m pip install openai)");
-    }
+    run_openai_script("tests/python/openai_responses.py", &cluster.url);
     let body = json!({"model": "baton-demo", "input": "hi", "max_output_tokens": 4});
     let made = post(&cluster.url, body).await;
     assert_eq!(made.status, StatusCode::OK, "{}", made.json());

@@ -3,6 +3,7 @@
 pub mod cluster;
 pub mod gguf;
 pub mod http;
+pub mod programs;
 pub mod rig;
 
 use std::time::{Duration, Instant};
