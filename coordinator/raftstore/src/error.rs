@@ -188,7 +188,7 @@ impl From<TablesError> for RaftStoreError {
     }
 }
 
-/// raft-rs wants its own error from a `Storage`; [`RaftStoreError::from_raft`] takes ours out again.
+/// raft-rs wants its own error from a `Storage`; `from_raft` takes ours out again.
 impl From<RaftStoreError> for raft::Error {
     fn from(error: RaftStoreError) -> Self {
         Self::Store(raft::StorageError::Other(Box::new(error)))
